@@ -1,0 +1,121 @@
+"""Tables for people, JSON for programs: one set of rows gives both."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Column", "Table", "human_bytes"]
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in binary units, three digits: `human_bytes(94371840)` is "90.0 MiB"."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 999.5:
+            break
+        value /= 1024
+    else:
+        unit = "TiB"
+    digits = 0 if unit == "B" or abs(value) >= 99.95 else 1
+    return f"{value:.{digits}f} {unit}"
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (tuple, list)):
+        return "x".join(str(item) for item in value)
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading, and how its values read: a format spec (".1%") or a function from value to text.
+
+    `None` always reads "-".
+    """
+
+    name: str
+    format: str | Callable[[Any], str] = _plain
+
+    def text(self, value: Any) -> str:
+        if value is None:
+            return "-"
+        return self.format(value) if callable(self.format) else format(value, self.format)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns; a column given as a plain string shows its values as they are.
+
+    `rows` hold raw values (numbers, strings, shapes as tuples, None), so that `to_dict` loses nothing to formatting.
+    `footer` lines of text follow the table: totals, the protocol of a measurement.
+    """
+
+    title: str
+    columns: Sequence[Column | str]
+    rows: Sequence[Sequence[Any]]
+    footer: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for index, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"rows: each row needs one value a column ({len(self.columns)}), row {index} has {len(row)}"
+                )
+
+    def render(self, color: bool | None = None) -> str:
+        """The table as text, wide enough for every cell. `color` defaults to whether stdout is a terminal."""
+        from rich import box
+        from rich.console import Console
+        from rich.measure import Measurement
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        color = sys.stdout.isatty() if color is None else color
+        columns = [column if isinstance(column, Column) else Column(column) for column in self.columns]
+        table = RichTable(title=Text(self.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for index, column in enumerate(columns):
+            numbers = [row[index] for row in self.rows if row[index] is not None]
+            numeric = bool(numbers) and all(isinstance(value, (int, float)) for value in numbers)
+            table.add_column(Text(column.name), justify="right" if numeric else "left", no_wrap=True)
+        for row in self.rows:
+            # Text, not str: a value such as "[out, in]" is no markup
+            table.add_row(*(Text(column.text(value)) for column, value in zip(columns, row, strict=True)))
+        # A console cuts cells that do not fit; a table for a file or a pipe must not lose any.
+        unlimited = Console(file=io.StringIO(), width=1_000_000)
+        width = Measurement.get(unlimited, unlimited.options, table).maximum
+        stream = io.StringIO()
+        console = Console(
+            file=stream,
+            width=max(width, len(self.title), *(len(line) for line in self.footer), 1),
+            force_terminal=color,
+            color_system="standard" if color else None,
+        )
+        console.print(table)
+        for line in self.footer:
+            console.print(Text(line))
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines() if line.strip())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: `{"title", "columns", "rows": [{column: value}], "footer"}`, the values unformatted."""
+        names = [column.name if isinstance(column, Column) else column for column in self.columns]
+        rows = [
+            {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in zip(names, row, strict=True)
+            }
+            for row in self.rows
+        ]
+        return {"title": self.title, "columns": names, "rows": rows, "footer": list(self.footer)}
+
+    def __str__(self) -> str:
+        return self.render()
