@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["Column", "Table", "human_bytes"]
+__all__ = ["Column", "Table", "human_bytes", "track"]
+
+T = TypeVar("T")
 
 
 def human_bytes(count: float) -> str:
     """Bytes in binary units, three digits: `human_bytes(94371840)` is "90.0 MiB"."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 999.5:
             break
-        value /= 1024
-    else:
-        unit = "TiB"
+        value, unit = value / 1024, larger
     digits = 0 if unit == "B" or abs(value) >= 99.95 else 1
     return f"{value:.{digits}f} {unit}"
 
@@ -56,8 +56,8 @@ class Column:
 class Table:
     """Rows under named columns; a column given as a plain string shows its values as they are.
 
-    `rows` hold raw values (numbers, strings, shapes as tuples, None), so that `to_dict` loses nothing to formatting.
-    `footer` lines of text follow the table: totals, the protocol of a measurement.
+    `rows` hold raw values (numbers, strings, shapes as tuples, None), so that `to_dict` loses nothing to
+    formatting. `footer` lines of text follow the table: totals, the protocol of a measurement.
     """
 
     title: str
@@ -69,7 +69,8 @@ class Table:
         for index, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(
-                    f"rows: each row needs one value a column ({len(self.columns)}), row {index} has {len(row)}"
+                    f"rows: each row needs one value a column ({len(self.columns)}), row {index} has "
+                    f"{len(row)}"
                 )
 
     def render(self, color: bool | None = None) -> str:
@@ -119,3 +120,17 @@ class Table:
 
     def __str__(self) -> str:
         return self.render()
+
+
+def track(
+    items: Iterable[T], description: str, total: int | None = None, enabled: bool = True
+) -> Iterator[T]:
+    """Yields `items` behind a progress bar on stderr; no bar at all unless `enabled`."""
+    if not enabled:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    total = len(items) if total is None and isinstance(items, Sequence) else total
+    yield from rich_track(items, description, total=total, console=Console(stderr=True))
