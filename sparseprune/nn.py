@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparseprune import ops
 from sparseprune._native import isa
 from sparseprune.formats import DTYPES, Format, SparseWeight
+from sparseprune.models import is_conv1d
 
 __all__ = ["SparseLinear", "dense_weight"]
 
@@ -212,6 +213,6 @@ def dense_weight(linear: nn.Module) -> Tensor:
     """The weight ``[out, in]`` of an ``nn.Linear`` or a transformers ``Conv1D`` (a view: Conv1D keeps ``[in, out]``)."""
     if isinstance(linear, nn.Linear):
         return linear.weight
-    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):
+    if is_conv1d(linear):
         return linear.weight.t()
     raise TypeError(f"linear: must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
