@@ -1,0 +1,29 @@
+#include "cpu/kernels.h"
+#include "cpu/avx512/vec.h"
+
+namespace sparseprune::avx512 {
+namespace {
+
+#include "cpu/kernels/tile_rows.inl"
+
+#include "cpu/kernels/tile_batch.inl"
+
+#include "cpu/kernels/csr.inl"
+
+#include "cpu/kernels/panel.inl"
+
+#include "cpu/kernels/words.inl"
+
+#include "cpu/kernels/install.inl"
+
+#include "cpu/avx512/words.inl"
+
+}  // namespace
+
+void install(KernelTable& table) {
+  table.isa = "avx512";
+  install_all(table);
+  install_words(table);
+}
+
+}  // namespace sparseprune::avx512

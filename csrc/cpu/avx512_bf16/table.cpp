@@ -1,0 +1,139 @@
+// AVX-512 with VBMI2, VNNI and BF16: bf16 tiles hold pairs of columns, and vdpbf16ps multiplies them unconverted.
+#include "cpu/avx512_bf16/expand.h"
+#include "cpu/kernels.h"
+
+namespace sparseprune::avx512_bf16 {
+namespace {
+
+// As tile_rows.inl, with k in steps of two: acc[b][lane] += w[lane][2p] x[b][2p] + w[lane][2p+1] x[b][2p+1].
+// vdpbf16ps flushes subnormal inputs and results to zero.
+template <int NB>
+inline void dot_block(const LinearJob& job, std::int64_t tile, std::int64_t b0) {
+  constexpr int kUnroll = NB == 1 ? 4 : NB <= 3 ? 2 : 1;
+  const auto* masks = static_cast<const std::uint16_t*>(job.index) + tile * job.kpad;
+  const bf16* values = static_cast<const bf16*>(job.values) + job.offsets[tile];
+  const std::int64_t pairs = job.kpad / 2;
+  const auto* x = static_cast<const std::int32_t*>(job.panel) + b0 * pairs;
+
+  __m512 acc[kUnroll][NB];
+  for (auto& part : acc) {
+    for (auto& a : part) a = zero();
+  }
+  for (std::int64_t p = 0; p < pairs; p += 4) {
+    prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      const std::uint32_t mask = pair_mask(masks, p + u);
+      const auto w = (__m512bh)expand_pairs(values, mask);
+      values += popcount(mask);
+#pragma GCC unroll 24
+      for (int b = 0; b < NB; ++b) {
+        const auto pair = (__m512bh)_mm512_set1_epi32(x[b * pairs + p + u]);
+        acc[u % kUnroll][b] = _mm512_dpbf16_ps(acc[u % kUnroll][b], w, pair);
+      }
+    }
+  }
+  const std::int64_t row = tile * kTileRows;
+  const int n = static_cast<int>(job.rows - row < kTileRows ? job.rows - row : kTileRows);
+  const Vec bias = job.bias ? load_n(static_cast<const bf16*>(job.bias) + row, n) : zero();
+  for (int b = 0; b < NB; ++b) {
+    Vec sum = add(acc[0][b], bias);
+    for (int u = 1; u < kUnroll; ++u) sum = add(sum, acc[u][b]);
+    store_n(static_cast<bf16*>(job.out) + (b0 + b) * job.rows + row, sum, n);
+  }
+}
+
+template <int NB>
+inline void dot_sized(const LinearJob& job, std::int64_t tile, std::int64_t b0, std::int64_t nb) {
+  if (nb == NB) {
+    dot_block<NB>(job, tile, b0);
+  } else if constexpr (NB > 1) {
+    dot_sized<NB - 1>(job, tile, b0, nb);
+  }
+}
+
+void tile_rows_dot(const LinearJob& job, std::int64_t begin, std::int64_t end, void*) {
+  const std::int64_t blocks = ceil_div(job.batch, kMaxBatch);
+  const std::int64_t size = ceil_div(job.batch, blocks);
+  for (std::int64_t tile = begin; tile < end; ++tile) {
+    for (std::int64_t b = 0; b < job.batch; b += size) {
+      dot_sized<kMaxBatch>(job, tile, b, size < job.batch - b ? size : job.batch - b);
+    }
+  }
+}
+
+void pack_rows_bf16(const PanelJob& job, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t b = begin; b < end; ++b) {
+    const bf16* x = static_cast<const bf16*>(job.x) + b * job.stride;
+    bf16* out = static_cast<bf16*>(job.panel) + b * job.kpad;
+    std::memcpy(out, x, static_cast<std::size_t>(job.cols) * 2);
+    std::memset(out + job.cols, 0, static_cast<std::size_t>(job.kpad - job.cols) * 2);
+  }
+}
+
+// 16-bit words, 32 at a time.
+inline __mmask32 first32(std::int64_t n) {
+  return n >= 32 ? ~0u : (1u << n) - 1u;
+}
+inline std::uint32_t load_bits(const std::uint8_t* bits, std::int64_t n) {
+  std::uint32_t m = 0;
+  std::memcpy(&m, bits, static_cast<std::size_t>(n >= 32 ? 4 : ceil_div(n, 8)));
+  return m;
+}
+void compress16(const void* in, const std::uint8_t* bits, void* out, std::int64_t n) {
+  const auto* x = static_cast<const std::uint16_t*>(in);
+  auto* y = static_cast<std::uint16_t*>(out);
+  for (std::int64_t i = 0; i < n; i += 32) {
+    const std::uint32_t m = load_bits(bits + i / 8, n - i);
+    const int kept = popcount(m);
+    const __m512i packed = _mm512_maskz_compress_epi16(m, _mm512_maskz_loadu_epi16(first32(n - i), x + i));
+    _mm512_mask_storeu_epi16(y, first32(kept), packed);  // exactly the kept words: the next row is another thread's
+    y += kept;
+  }
+}
+void expand16(const void* values, const std::uint8_t* bits, void* out, std::int64_t n) {
+  const auto* x = static_cast<const std::uint16_t*>(values);
+  auto* y = static_cast<std::uint16_t*>(out);
+  for (std::int64_t i = 0; i < n; i += 32) {
+    const std::uint32_t m = load_bits(bits + i / 8, n - i);
+    const int kept = popcount(m);
+    const __m512i packed = _mm512_maskz_loadu_epi16(first32(kept), x);
+    _mm512_mask_storeu_epi16(y + i, first32(n - i), _mm512_maskz_expand_epi16(m, packed));
+    x += kept;
+  }
+}
+void csr_row16(const void* in, std::int32_t* cols, void* values, std::int64_t n) {
+  const auto* x = static_cast<const std::uint16_t*>(in);
+  auto* y = static_cast<std::uint16_t*>(values);
+  __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (std::int64_t i = 0; i < n; i += 32) {
+    const __m512i words = _mm512_maskz_loadu_epi16(first32(n - i), x + i);
+    const __mmask32 m = _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x7fff));
+    const int kept = popcount(m), low = popcount(m & 0xffffu);
+    _mm512_mask_storeu_epi16(y, first32(kept), _mm512_maskz_compress_epi16(m, words));
+    _mm512_mask_storeu_epi32(cols, first(low), _mm512_maskz_compress_epi32(m & 0xffffu, column));
+    column = _mm512_add_epi32(column, _mm512_set1_epi32(16));
+    _mm512_mask_storeu_epi32(cols + low, first(kept - low), _mm512_maskz_compress_epi32(m >> 16, column));
+    column = _mm512_add_epi32(column, _mm512_set1_epi32(16));
+    y += kept;
+    cols += kept;
+  }
+}
+
+}  // namespace
+
+void install(KernelTable& table) {
+  table.isa = "avx512_bf16";
+  table.bf16_interleave = 2;
+  constexpr int d = static_cast<int>(DType::bf16);
+  LinearKernel& rows = table.linear[static_cast<int>(Strategy::tile_rows)][d];
+  rows.panel = Panel::rows_bf16;
+  rows.run = tile_rows_dot;
+  table.linear[static_cast<int>(Strategy::tile_batch)][d].run = nullptr;  // reads single columns, not pairs
+  table.panel[static_cast<int>(Panel::rows_bf16)][d] = pack_rows_bf16;
+  table.words16.compress = compress16;
+  table.words16.expand = expand16;
+  table.words16.csr_row = csr_row16;
+}
+
+}  // namespace sparseprune::avx512_bf16

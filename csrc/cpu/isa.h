@@ -1,0 +1,25 @@
+// Instruction-set levels: what this build has, what this CPU and OS have, which one serves.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace sparseprune {
+
+enum class Isa { scalar = 0, avx2, avx512, avx512_bf16, amx };
+constexpr int kIsas = 5;
+
+const char* isa_name(Isa isa);
+std::vector<std::string> isas_built();
+std::vector<std::string> isas_available();  // built, and this CPU and OS have them
+
+// The table in force: SPARSEPRUNE_ISA's level or the best available. Throws std::invalid_argument where the variable
+// names no level, a level this build lacks, or one this CPU lacks: three different messages.
+const KernelTable& kernels();
+// Changes the level for the whole process (tests); packed weights made before stay valid only at levels with the same
+// column order, which the linear checks.
+void set_isa(const std::string& name);
+
+}  // namespace sparseprune

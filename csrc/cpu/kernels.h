@@ -1,0 +1,111 @@
+// The contract between the drivers (plain C++) and the instruction sets: a table of function pointers.
+//
+// A level's `install` overwrites the entries it does better than the levels below it, so a gap falls to the next
+// lower level by itself. Kernels get checked arguments; they allocate nothing, call nothing, and never throw.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/packed.h"
+
+namespace sparseprune {
+
+// How activations are laid out for a kernel. k runs over kpad columns; what is not in x is zero.
+enum class Panel : std::uint8_t {
+  rows_f32,   // float [batch][kpad]
+  rows_bf16,  // bf16 [batch][kpad]
+  lanes_f32,  // blocks of lane_block batch rows, width w rounded up to 16: float [kpad][w]
+  tiles_bf16  // bf16 [ceil(batch/16)][kpad/32][16][32]: the A operand of tdpbf16ps
+};
+constexpr int kPanels = 4;
+
+struct PanelJob {
+  const void* x;
+  std::int64_t batch, cols, kpad;
+  std::int64_t stride;      // elements between rows of x; columns are contiguous
+  std::int64_t lane_block;  // lanes_f32: batch rows a block holds
+  void* panel;
+};
+// Units: rows of x (rows_*), tiles of 16 columns (lanes_f32), tiles of 32 columns (tiles_bf16).
+using PanelFn = void (*)(const PanelJob& job, std::int64_t begin, std::int64_t end);
+
+// out[b, r] = bias[r] + sum_k w[r, k] * x[b, k]
+struct LinearJob {
+  std::int64_t rows, cols, kpad, batch;
+  std::int64_t lane_block;
+  const std::int64_t* offsets;
+  const void* index;
+  int column_bytes;
+  const void* values;
+  const void* panel;
+  const void* bias;  // [rows] of the value type, or null
+  void* out;         // [batch, rows], contiguous
+};
+// Computes the output rows of units [begin, end); a unit is `unit_rows` rows. `scratch` is this thread's.
+using LinearFn = void (*)(const LinearJob& job, std::int64_t begin, std::int64_t end, void* scratch);
+
+struct LinearKernel {
+  const char* name;
+  Panel panel;
+  std::int64_t unit_rows;
+  std::size_t (*scratch_bytes)(const LinearJob& job);
+  LinearFn run;
+};
+
+// The ways to multiply; which one serves a call is decided in plan.cpp.
+enum class Strategy : std::uint8_t {
+  tile_rows,   // lanes are output rows: each weight vector is expanded once for a few batch rows
+  tile_batch,  // lanes are batch rows: zeros cost nothing
+  tile_amx,    // expand to AMX tiles, multiply as dense
+  csr_gather,  // one dot product a row, activations gathered
+  csr_batch    // lanes are batch rows
+};
+constexpr int kStrategies = 5;
+
+// Operations on rows of raw words (W bytes an element): a zero is +0.0 or -0.0, NaN is not.
+struct WordKernels {
+  // out = mask ? in : 0, `mask` bytes of 0 or not 0. in == out is allowed.
+  void (*mask_bytes)(const void* in, const std::uint8_t* mask, void* out, std::int64_t n);
+  // The same with one bit an element, lowest bit first.
+  void (*mask_bits)(const void* in, const std::uint8_t* bits, void* out, std::int64_t n);
+  // bits of the non-zeros (padding bits zero); returns their number.
+  std::int64_t (*scan)(const void* in, std::uint8_t* bits, std::int64_t n);
+  // Kept elements, in order; writes exactly as many as bits are set.
+  void (*compress)(const void* in, const std::uint8_t* bits, void* out, std::int64_t n);
+  // The inverse: zeros where no bit is set. Reads exactly as many values as bits are set.
+  void (*expand)(const void* values, const std::uint8_t* bits, void* out, std::int64_t n);
+  // Columns and values of the non-zeros; writes exactly `count` of each.
+  void (*csr_row)(const void* in, std::int32_t* cols, void* values, std::int64_t n);
+  std::int64_t (*count)(const void* in, std::int64_t n);
+};
+
+struct KernelTable {
+  const char* isa;
+  LinearKernel linear[kStrategies][kDTypes];  // run == nullptr: not at this level
+  PanelFn panel[kPanels][kDTypes];
+  std::uint8_t bf16_interleave;  // column order of packed bf16 tiles
+  int max_lanes;                 // vectors of 16 batch rows a lanes_f32 block may hold
+  WordKernels words16, words32;
+  // bits[i] = |in[i]| > threshold, out = bits ? in : 0 (NaN is kept). in == out is allowed.
+  void (*threshold[kDTypes])(const void* in, float threshold, void* out, std::uint8_t* bits, std::int64_t n);
+};
+
+namespace scalar {
+void install(KernelTable& table);
+}
+namespace avx2 {
+void install(KernelTable& table);
+}
+namespace avx512 {
+void install(KernelTable& table);
+}
+namespace avx512_bf16 {
+void install(KernelTable& table);
+}
+namespace amx {
+void install(KernelTable& table);
+}
+
+}  // namespace sparseprune

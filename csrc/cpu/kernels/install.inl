@@ -1,0 +1,28 @@
+// Fills the table with the algorithms above, for every value type. Last include of a level's table.cpp.
+
+inline std::size_t no_scratch(const LinearJob&) {
+  return 0;
+}
+
+template <typename T>
+void install_type(KernelTable& table) {
+  const int d = static_cast<int>(dtype_of<T>::value);
+  auto at = [&](Strategy s) -> LinearKernel& { return table.linear[static_cast<int>(s)][d]; };
+  at(Strategy::tile_rows) = {"tile_rows", Panel::rows_f32, kTileRows, no_scratch, tile_rows<T>};
+  at(Strategy::tile_batch) = {"tile_batch", Panel::lanes_f32, kTileRows, tile_batch_scratch, tile_batch<T>};
+  at(Strategy::csr_gather) = {"csr_gather", Panel::rows_f32, 1, no_scratch, csr_gather<T>};
+  at(Strategy::csr_batch) = {"csr_batch", Panel::lanes_f32, 1, no_scratch, csr_batch<T>};
+  table.panel[static_cast<int>(Panel::rows_f32)][d] = pack_rows_f32<T>;
+  table.panel[static_cast<int>(Panel::lanes_f32)][d] = pack_lanes_f32<T>;
+  table.threshold[d] = threshold<T>;
+}
+
+inline void install_all(KernelTable& table) {
+  install_type<float>(table);
+  install_type<bf16>(table);
+  install_type<f16>(table);
+  table.words16 = word_kernels<std::uint16_t>();
+  table.words32 = word_kernels<std::uint32_t>();
+  table.bf16_interleave = 1;
+  table.max_lanes = kMaxLanes;
+}

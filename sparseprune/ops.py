@@ -1,0 +1,504 @@
+"""The operations, as `torch.ops.sparseprune.*` and as functions of the same names.
+
+Each operation checks its arguments once, in a function shared by the real and the fake (shape-only) path. Values are
+float32, bfloat16 or float16 on the CPU; sums are float32. `bits` is a bitmask `uint8 [rows, ceil(cols / 8)]`: bit
+`c % 8` of byte `c // 8` says whether column `c` is kept, and the bits past the last column are zero. A zero is +0.0 or
+-0.0; NaN is not a zero.
+
+    mask_apply(input, mask)            input where the bool mask is True, else 0          mask_apply_: in place
+    mask_apply_packed(input, bits)     the same with a bitmask                            mask_apply_packed_: in place
+    threshold_mask_(input, t)          zero |input| <= t in place, return the bits of the rest
+    pack_mask(mask), unpack_mask(bits, cols)
+    dense_to_bitmap(dense)             (values, bits) of the non-zeros
+    dense_to_nm(dense, n, m)           (values, bits), exactly n of every m columns
+    bitmap_to_dense(values, bits, cols)   the inverse of both
+    dense_to_csr(dense), csr_to_dense(crow, col, values, cols)
+    pack(values, bits, cols, layout)   a blob for this process's kernels; unpack(packed) -> (values, bits)
+    linear(input, packed, bias, out_features)   input @ weight.T + bias
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparseprune import _native
+
+_lib = torch.library.Library("sparseprune", "DEF")
+_FLOATS = tuple(_native.DTYPES)
+
+
+def _check(ok: bool, message: Callable[[], str], error: type[Exception] = ValueError) -> None:
+    if not ok:
+        raise error(message())
+
+
+def _check_values(name: str, x: Tensor) -> None:
+    _check(
+        x.dtype in _native.DTYPES,
+        lambda: f"{name}: must be float32, bfloat16 or float16, got {x.dtype}; convert it with .to(dtype)",
+        TypeError,
+    )
+    _check(x.layout == torch.strided, lambda: f"{name}: must be a strided tensor, got layout {x.layout}")
+
+
+def _check_matrix(name: str, x: Tensor) -> None:
+    _check_values(name, x)
+    _check(x.dim() == 2, lambda: f"{name}: must be a matrix [rows, cols], got shape {tuple(x.shape)}")
+
+
+def _check_bits(bits: Tensor, rows: int | None, cols: int) -> None:
+    _check(cols >= 0, lambda: f"cols: must not be negative, got {cols}")
+    _check(bits.dtype == torch.uint8, lambda: f"bits: must be uint8, got {bits.dtype}", TypeError)
+    _check(
+        bits.dim() == 2 and bits.shape[1] == (cols + 7) // 8 and (rows is None or bits.shape[0] == rows),
+        lambda: f"bits: must have shape [{'rows' if rows is None else rows}, {(cols + 7) // 8}] for {cols} columns, "
+        f"got {tuple(bits.shape)}; make it with pack_mask",
+    )
+
+
+def _check_vector(name: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
+    _check(x.dim() == 1, lambda: f"{name}: must have one dimension, got shape {tuple(x.shape)}")
+    if dtype is not None:
+        _check(x.dtype == dtype, lambda: f"{name}: must be {dtype}, got {x.dtype}", TypeError)
+
+
+def _check_in_place(name: str, x: Tensor) -> None:
+    # A copy of a non-contiguous tensor would take the result away from the caller.
+    _check(
+        x.is_contiguous(),
+        lambda: f"{name}: must be contiguous to be changed in place, got strides {x.stride()}; "
+        "use the out-of-place operation",
+    )
+
+
+def _dynamic_size() -> torch.SymInt:
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+def _define(schema: str, real: Callable, fake: Callable) -> None:
+    name = schema.split("(", 1)[0]
+    _lib.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _lib.impl(name, real, "CPU")
+    torch.library.register_fake(f"sparseprune::{name}", fake, lib=_lib)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def _check_mask(x: Tensor, mask: Tensor) -> None:
+    _check_values("input", x)
+    _check(mask.dtype == torch.bool, lambda: f"mask: must be bool, got {mask.dtype}", TypeError)
+    _check(
+        mask.shape == x.shape,
+        lambda: f"mask: must have the input's shape {tuple(x.shape)}, got {tuple(mask.shape)}",
+    )
+
+
+def _mask_apply_fake(x: Tensor, mask: Tensor) -> Tensor:
+    _check_mask(x, mask)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _mask_apply(x: Tensor, mask: Tensor) -> Tensor:
+    out = _mask_apply_fake(x, mask)
+    _native.mask_bytes(x.contiguous(), mask.contiguous(), out)
+    return out
+
+
+def _mask_apply_in_fake(x: Tensor, mask: Tensor) -> None:
+    _check_mask(x, mask)
+    _check_in_place("input", x)
+
+
+def _mask_apply_in(x: Tensor, mask: Tensor) -> None:
+    _mask_apply_in_fake(x, mask)
+    _native.mask_bytes(x, mask.contiguous(), x)
+
+
+def _mask_packed_fake(x: Tensor, bits: Tensor) -> Tensor:
+    _check_matrix("input", x)
+    _check_bits(bits, x.shape[0], x.shape[1])
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _mask_packed(x: Tensor, bits: Tensor) -> Tensor:
+    out = _mask_packed_fake(x, bits)
+    _native.mask_bits(x.contiguous(), bits.contiguous(), out)
+    return out
+
+
+def _mask_packed_in_fake(x: Tensor, bits: Tensor) -> None:
+    _check_matrix("input", x)
+    _check_bits(bits, x.shape[0], x.shape[1])
+    _check_in_place("input", x)
+
+
+def _mask_packed_in(x: Tensor, bits: Tensor) -> None:
+    _mask_packed_in_fake(x, bits)
+    _native.mask_bits(x, bits.contiguous(), x)
+
+
+def _threshold_fake(x: Tensor, threshold: float) -> Tensor:
+    _check_matrix("input", x)
+    _check_in_place("input", x)
+    _check(threshold >= 0, lambda: f"threshold: must be a number of at least 0, got {threshold}")
+    return x.new_empty((x.shape[0], (x.shape[1] + 7) // 8), dtype=torch.uint8)
+
+
+def _threshold(x: Tensor, threshold: float) -> Tensor:
+    _threshold_fake(x, threshold)
+    return _native.threshold_(x, threshold)
+
+
+def _pack_mask_fake(mask: Tensor) -> Tensor:
+    _check(mask.dtype == torch.bool, lambda: f"mask: must be bool, got {mask.dtype}", TypeError)
+    _check(mask.dim() == 2, lambda: f"mask: must be a matrix [rows, cols], got shape {tuple(mask.shape)}")
+    return mask.new_empty((mask.shape[0], (mask.shape[1] + 7) // 8), dtype=torch.uint8)
+
+
+def _pack_mask(mask: Tensor) -> Tensor:
+    _pack_mask_fake(mask)
+    return _native.bytes_to_bits(mask.contiguous())
+
+
+def _unpack_mask_fake(bits: Tensor, cols: int) -> Tensor:
+    _check_bits(bits, None, cols)
+    return bits.new_empty((bits.shape[0], cols), dtype=torch.bool)
+
+
+def _unpack_mask(bits: Tensor, cols: int) -> Tensor:
+    _unpack_mask_fake(bits, cols)
+    return _native.bits_to_bytes(bits.contiguous(), cols)
+
+
+_define("mask_apply(Tensor input, Tensor mask) -> Tensor", _mask_apply, _mask_apply_fake)
+_define("mask_apply_(Tensor(a!) input, Tensor mask) -> ()", _mask_apply_in, _mask_apply_in_fake)
+_define("mask_apply_packed(Tensor input, Tensor bits) -> Tensor", _mask_packed, _mask_packed_fake)
+_define("mask_apply_packed_(Tensor(a!) input, Tensor bits) -> ()", _mask_packed_in, _mask_packed_in_fake)
+_define("threshold_mask_(Tensor(a!) input, float threshold) -> Tensor", _threshold, _threshold_fake)
+_define("pack_mask(Tensor mask) -> Tensor", _pack_mask, _pack_mask_fake)
+_define("unpack_mask(Tensor bits, int cols) -> Tensor", _unpack_mask, _unpack_mask_fake)
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def _bits_like(dense: Tensor) -> Tensor:
+    return dense.new_empty((dense.shape[0], (dense.shape[1] + 7) // 8), dtype=torch.uint8)
+
+
+def _bitmap_fake(dense: Tensor) -> tuple[Tensor, Tensor]:
+    _check_matrix("dense", dense)
+    return dense.new_empty(_dynamic_size()), _bits_like(dense)
+
+
+def _bitmap(dense: Tensor) -> tuple[Tensor, Tensor]:
+    _check_matrix("dense", dense)
+    dense = dense.contiguous()
+    bits, offsets = _native.scan(dense)
+    return _native.compress(dense, bits, offsets), bits
+
+
+def _check_nm(dense: Tensor, n: int, m: int) -> None:
+    _check_matrix("dense", dense)
+    _check(
+        1 <= n <= m <= 32, lambda: f"n, m: must satisfy 1 <= n <= m <= 32, got {n}:{m}; use the bitmap format"
+    )
+    _check(
+        dense.shape[1] % m == 0,
+        lambda: f"dense: columns must be a multiple of {m} for {n}:{m}, got {dense.shape[1]}; "
+        "pad them or use the bitmap format",
+    )
+
+
+def _nm_fake(dense: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    _check_nm(dense, n, m)
+    return dense.new_empty(dense.shape[0] * (dense.shape[1] // m) * n), _bits_like(dense)
+
+
+def _nm(dense: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    _check_nm(dense, n, m)
+    dense = dense.contiguous()
+    bits, _ = _native.scan(dense)
+    error = _native.fill_groups(bits, dense.shape[1], n, m)
+    if error is not None:
+        row, group, kept = error
+        raise ValueError(
+            f"dense: must hold at most {n} non-zeros in every {m} columns of a row for {n}:{m}, row {row} holds "
+            f"{kept} in columns {group * m} to {group * m + m - 1}; prune it to {n}:{m} or use the bitmap format"
+        )
+    return _native.compress(dense, bits, _native.count_bits(bits, dense.shape[1])), bits
+
+
+def _check_canonical(values: Tensor, bits: Tensor, cols: int) -> None:
+    _check_values("values", values)
+    _check_vector("values", values)
+    _check_bits(bits, None, cols)
+
+
+def _offsets(values: Tensor, bits: Tensor, cols: int) -> Tensor:
+    offsets = _native.count_bits(bits, cols)
+    _check(
+        int(offsets[-1]) == values.numel(),
+        lambda: f"values: must hold one value for each of the {int(offsets[-1])} bits set, got {values.numel()}; "
+        "values and bits are not of the same weight",
+    )
+    return offsets
+
+
+def _bitmap_dense_fake(values: Tensor, bits: Tensor, cols: int) -> Tensor:
+    _check_canonical(values, bits, cols)
+    return values.new_empty((bits.shape[0], cols))
+
+
+def _bitmap_dense(values: Tensor, bits: Tensor, cols: int) -> Tensor:
+    _check_canonical(values, bits, cols)
+    values, bits = values.contiguous(), bits.contiguous()
+    return _native.expand(values, bits, _offsets(values, bits, cols), cols)
+
+
+def _csr_fake(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_matrix("dense", dense)
+    nnz = _dynamic_size()
+    return (
+        dense.new_empty(dense.shape[0] + 1, dtype=torch.int64),
+        dense.new_empty(nnz, dtype=torch.int32),
+        dense.new_empty(nnz),
+    )
+
+
+def _csr(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_matrix("dense", dense)
+    _check(
+        dense.shape[1] < 2**31, lambda: f"dense: must have less than 2^31 columns, got {dense.shape[1]}"
+    )
+    return _native.dense_to_csr(dense.contiguous())
+
+
+def _csr_dense_fake(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor:
+    _check_vector("crow", crow, torch.int64)
+    _check_vector("col", col, torch.int32)
+    _check_values("values", values)
+    _check_vector("values", values)
+    _check(crow.numel() >= 1, lambda: "crow: must have rows + 1 entries, got none")
+    _check(
+        col.shape == values.shape,
+        lambda: f"col: must be as long as values ({values.shape[0]}), got {col.shape[0]}",
+    )
+    _check(0 <= cols < 2**31, lambda: f"cols: must be in [0, 2^31), got {cols}")
+    return values.new_empty((crow.numel() - 1, cols))
+
+
+def _csr_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor:
+    _csr_dense_fake(crow, col, values, cols)
+    return _native.csr_to_dense(crow.contiguous(), col.contiguous(), values.contiguous(), cols)
+
+
+def _pack_fake(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
+    _check_canonical(values, bits, cols)
+    _check(
+        layout in _native.LAYOUTS, lambda: f"layout: must be one of {list(_native.LAYOUTS)}, got {layout!r}"
+    )
+    return values.new_empty(_dynamic_size(), dtype=torch.uint8)
+
+
+def _pack(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
+    _check_canonical(values, bits, cols)
+    _check(
+        layout in _native.LAYOUTS, lambda: f"layout: must be one of {list(_native.LAYOUTS)}, got {layout!r}"
+    )
+    values, bits = values.contiguous(), bits.contiguous()
+    return _native.pack(values, bits, _offsets(values, bits, cols), cols, layout)
+
+
+def _check_packed(packed: Tensor) -> None:
+    _check_vector("packed", packed, torch.uint8)
+    _check(packed.is_contiguous(), lambda: "packed: must be contiguous, as ops.pack makes it")
+
+
+def _unpack_fake(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    _check_packed(packed)
+    return (
+        packed.new_empty(_dynamic_size(), dtype=dtype),
+        packed.new_empty((_dynamic_size(), _dynamic_size())),
+    )
+
+
+def _unpack(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    _check_packed(packed)
+    values, bits = _native.unpack(packed)
+    _check(values.dtype == dtype, lambda: f"dtype: packed holds {values.dtype}, got {dtype}", TypeError)
+    return values, bits
+
+
+_define("dense_to_bitmap(Tensor dense) -> (Tensor, Tensor)", _bitmap, _bitmap_fake)
+_define("dense_to_nm(Tensor dense, int n, int m) -> (Tensor, Tensor)", _nm, _nm_fake)
+_define("bitmap_to_dense(Tensor values, Tensor bits, int cols) -> Tensor", _bitmap_dense, _bitmap_dense_fake)
+_define("dense_to_csr(Tensor dense) -> (Tensor, Tensor, Tensor)", _csr, _csr_fake)
+_define("csr_to_dense(Tensor crow, Tensor col, Tensor values, int cols) -> Tensor", _csr_dense, _csr_dense_fake)
+_define("pack(Tensor values, Tensor bits, int cols, str layout) -> Tensor", _pack, _pack_fake)
+_define("unpack(Tensor packed, ScalarType dtype) -> (Tensor, Tensor)", _unpack, _unpack_fake)
+
+
+# --- linear -----------------------------------------------------------------------------------------------------------
+
+
+def _check_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> None:
+    if x.dtype not in _native.DTYPES or x.layout != torch.strided:
+        _check_values("input", x)
+    _check(x.dim() >= 1, lambda: "input: must have at least one dimension [..., in_features], got a scalar")
+    if bias is not None:
+        _check(
+            bias.dtype == x.dtype,
+            lambda: f"bias: must have the input's dtype {x.dtype}, got {bias.dtype}",
+            TypeError,
+        )
+        _check(
+            bias.dim() == 1 and bias.shape[0] == out_features,
+            lambda: f"bias: must have shape [{out_features}], got {tuple(bias.shape)}",
+        )
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or not packed.is_contiguous():
+        _check_packed(packed)
+
+
+def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    _check_linear(x, packed, bias, out_features)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    _check_linear(x, packed, bias, out_features)
+    return _native.linear(x, packed, None if bias is None else bias.contiguous(), out_features)
+
+
+def _grad_input_fake(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
+    _check_values("grad", grad)
+    _check_packed(packed)
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _grad_input(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
+    """grad @ weight: the weight is expanded to dense for the time of this call."""
+    _check_values("grad", grad)
+    _check_packed(packed)
+    values, bits = _native.unpack(packed)
+    dense = _native.expand(values, bits, _native.count_bits(bits, in_features), in_features)
+    return grad @ dense
+
+
+_define("linear(Tensor input, Tensor packed, Tensor? bias, int out_features) -> Tensor", _linear, _linear_fake)
+_define("linear_grad_input(Tensor grad, Tensor packed, int in_features) -> Tensor", _grad_input, _grad_input_fake)
+
+
+def _linear_setup(ctx, inputs, output) -> None:
+    x, packed, bias, _ = inputs
+    ctx.save_for_backward(packed)
+    ctx.in_features = x.shape[-1]
+    ctx.has_bias = bias is not None
+
+
+def _linear_backward(ctx, grad: Tensor):
+    (packed,) = ctx.saved_tensors
+    grad_input = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_input = torch.ops.sparseprune.linear_grad_input(grad, packed, ctx.in_features)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1)))
+    return grad_input, None, grad_bias, None
+
+
+torch.library.register_autograd(
+    "sparseprune::linear", _linear_backward, setup_context=_linear_setup, lib=_lib
+)
+
+
+# --- the functions ----------------------------------------------------------------------------------------------------
+
+_ops = torch.ops.sparseprune
+
+
+def mask_apply(input: Tensor, mask: Tensor) -> Tensor:
+    """`input` [any shape] where the bool `mask` (same shape) is True, +0.0 elsewhere, also where input is NaN."""
+    return _ops.mask_apply(input, mask)
+
+
+def mask_apply_(input: Tensor, mask: Tensor) -> None:
+    """mask_apply, in place. `input` must be contiguous."""
+    _ops.mask_apply_(input, mask)
+
+
+def mask_apply_packed(input: Tensor, bits: Tensor) -> Tensor:
+    """`input` [rows, cols] where the bitmask keeps it, +0.0 elsewhere."""
+    return _ops.mask_apply_packed(input, bits)
+
+
+def mask_apply_packed_(input: Tensor, bits: Tensor) -> None:
+    """mask_apply_packed, in place. `input` must be contiguous."""
+    _ops.mask_apply_packed_(input, bits)
+
+
+def threshold_mask_(input: Tensor, threshold: float) -> Tensor:
+    """Zero every |x| <= threshold of `input` [rows, cols] in place and return the bitmask of the rest. NaN is kept."""
+    return _ops.threshold_mask_(input, threshold)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """The bitmask of a bool mask [rows, cols]."""
+    return _ops.pack_mask(mask)
+
+
+def unpack_mask(bits: Tensor, cols: int) -> Tensor:
+    """The bool mask [rows, cols] of a bitmask."""
+    return _ops.unpack_mask(bits, cols)
+
+
+def dense_to_bitmap(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """(values [nnz], bits) of the non-zeros of `dense` [rows, cols], row-major."""
+    return _ops.dense_to_bitmap(dense)
+
+
+def dense_to_nm(dense: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """(values [rows * cols / m * n], bits) of a matrix with at most n non-zeros in every m columns of a row.
+
+    A group with fewer keeps zeros at its lowest free columns, so that every group holds exactly n values.
+    ValueError where a group holds more (the message says which), or m does not divide the columns.
+    """
+    return _ops.dense_to_nm(dense, n, m)
+
+
+def bitmap_to_dense(values: Tensor, bits: Tensor, cols: int) -> Tensor:
+    """The matrix [rows, cols] of (values, bits), from dense_to_bitmap or dense_to_nm."""
+    return _ops.bitmap_to_dense(values, bits, cols)
+
+
+def dense_to_csr(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(crow int64 [rows + 1], col int32 [nnz], values [nnz]) of `dense` [rows, cols]; columns ascend in a row."""
+    return _ops.dense_to_csr(dense)
+
+
+def csr_to_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor:
+    """The matrix [rows, cols] of a CSR triple. ValueError where crow or col is out of range or unsorted."""
+    return _ops.csr_to_dense(crow, col, values, cols)
+
+
+def pack(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
+    """A uint8 blob that this process's kernels read (docs/formats.md). layout: "tile" (N:M, bitmap) or "csr"."""
+    return _ops.pack(values, bits, cols, layout)
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The (values, bits) that were packed."""
+    _check_packed(packed)
+    return _ops.unpack(packed, _native.DTYPE_OF[_native.header(packed)["dtype"]])
+
+
+def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """input [..., in_features] @ weight.T + bias -> [..., out_features], float32 sums, for a packed weight.
+
+    Gradients flow to input and bias; the weight is frozen, and the backward pass expands it to dense for one call.
+    A pruned weight times NaN or Inf may count as 0 or as NaN.
+    """
+    return _ops.linear(input, packed, bias, out_features)
