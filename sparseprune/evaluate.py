@@ -189,7 +189,7 @@ def decode_speed(model: Any, prompt_length: int = 16, new_tokens: int = 64, warm
 
 
 def prompt_speed(model: Any, length: int = 512, repeats: int = 5, warmup: int = 1) -> SpeedResult:
-    """Reading a prompt of `length` random tokens at batch 1, logits included: the median of `repeats` passes."""
+    """Reading `length` random tokens at batch 1, logits included: the median of `repeats` passes."""
     _check_positive(length=length, repeats=repeats)
     _check_length(model, "length", length)
     times = []

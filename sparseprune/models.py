@@ -198,7 +198,7 @@ def _is_block_list(module: nn.Module) -> bool:
 
 
 def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the submodule `name`, and the attribute: `setattr(*parent_of(m, n), new)` swaps it.
+    """The module that holds submodule `name`, and its attribute: `setattr(*parent_of(m, n), new)` swaps it.
 
     Raises:
         ValueError: `model` has no submodule of that name, or `name` is empty (a model has no parent).

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from sparseprune.report import Column, Table, human_bytes
+from sparseprune.report import Column, Table, human_bytes, track
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,12 @@ def test_to_dict_is_json_with_raw_values():
 def test_a_short_row_is_an_error():
     with pytest.raises(ValueError, match=r"rows: .* \(2\), row 1 has 1"):
         Table("t", ["a", "b"], [(1, 2), (3,)])
+
+
+def test_track_yields_all_and_is_silent_unless_enabled(capfd):
+    assert list(track(range(5), "quiet", enabled=False)) == list(range(5))
+    assert capfd.readouterr() == ("", "")
+    assert list(track(iter("abc"), "loud", total=3)) == ["a", "b", "c"]
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "loud" in err

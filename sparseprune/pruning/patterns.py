@@ -40,7 +40,10 @@ class Pattern:
         match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text) if isinstance(text, str) else None
         if match is None:
             raise ValueError(f'pattern: must be "N:M" such as "2:4", or "unstructured", got {text!r}')
-        return cls(int(match[1]), int(match[2]))
+        n, m = int(match[1]), int(match[2])
+        if m == 0:  # 0:0 is how the unstructured pattern is stored, nobody means it by writing so
+            raise ValueError(f"pattern: N:M needs 1 <= N < M, got {text}; 2:4 keeps 2 of each 4 columns")
+        return cls(n, m)
 
     @property
     def structured(self) -> bool:
