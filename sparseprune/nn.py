@@ -16,7 +16,8 @@ from sparseprune.models import is_conv1d
 
 __all__ = ["SparseLinear", "dense_weight"]
 
-_linear = ops.linear
+_linear = torch.ops.sparseprune.linear.default
+_linear_undispatched = ops._linear
 _PARTS = ("values", "mask", "spec")
 
 
@@ -87,7 +88,10 @@ class SparseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         # Straight to the dictionaries: nn.Module.__getattr__ would cost two Python calls more per layer and token.
-        return _linear(input, self._buffers["packed"], self._parameters["bias"], self.out_features)
+        packed, bias = self._buffers["packed"], self._parameters["bias"]
+        if _needs_dispatcher(input):
+            return _linear(input, packed, bias, self.out_features)
+        return _linear_undispatched(input, packed, bias, self.out_features)
 
     def sparse_weight(self) -> SparseWeight:
         """The canonical weight, a copy."""
@@ -207,6 +211,30 @@ class SparseLinear(nn.Module):
         if weight is not None:
             weight.validate()
             self._set_weight(weight)
+
+
+def _needs_dispatcher(
+    input: Tensor,
+    # Bound here, because a look-up of each by name would double the price of this function (0.3 us).
+    is_compiling: Callable[[], bool] = torch.compiler.is_compiling,
+    is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled,
+    dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack,
+    functorch: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack,
+    jit_tracing: Callable[[], Any] = torch._C._get_tracing_state,
+) -> bool:
+    """Whether anything but the CPU kernel wants to see a call: autograd, a tracer, a transform, a tensor subclass.
+
+    torch's dispatcher takes 7 us on its way to an op that has a gradient, two calls of `nn.Linear`.
+    """
+    return bool(
+        is_compiling()
+        or is_grad_enabled()
+        or type(input) is not Tensor
+        or not input.is_cpu
+        or dispatch_modes()
+        or functorch() is not None
+        or jit_tracing() is not None
+    )
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

@@ -246,3 +246,57 @@ def test_repr_says_what_matters():
     ):
         assert part in text
     assert f"nbytes={SparseLinear.from_dense(dense_layer(dtype=torch.bfloat16)).nbytes} (" in text
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_same_numbers_with_and_without_the_dispatcher(mode, bias):
+    layer = SparseLinear.from_dense(dense_layer(bias=bias))
+    x = torch.randn(3, 40)
+    expected = torch.ops.sparseprune.linear(x, layer.packed, layer.bias, 24)
+    with mode():
+        assert torch.equal(layer(x), expected)
+
+
+def test_tracers_and_transforms_see_the_operation():
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    layer = SparseLinear.from_dense(dense_layer())
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        traced = make_fx(layer)(x)
+        assert "sparseprune.linear" in traced.code
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert layer(mode.from_tensor(x)).shape == (3, 24)
+
+        seen = []
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        with Recorder():
+            layer(x)
+        assert "sparseprune.linear.default" in seen
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_bad_input_is_refused_on_every_path(mode):
+    layer = SparseLinear.from_dense(dense_layer())
+    with mode():
+        for x, error in [
+            (torch.randn(2, 41), ValueError),
+            (torch.randn(2, 40).double(), TypeError),
+            (torch.randn(2, 40).half(), (TypeError, ValueError)),
+            (torch.tensor(1.0), ValueError),
+        ]:
+            with pytest.raises(error, match="input|weight|bias"):
+                layer(x)
+        layer.bias = nn.Parameter(torch.zeros(3))
+        with pytest.raises(ValueError, match=r"bias: must have shape \[24\], got \(3,\)"):
+            layer(torch.randn(2, 40))
