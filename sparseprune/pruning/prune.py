@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseprune import ops
 from sparseprune.calibration import Batch, CalibrationData, collect
-from sparseprune.models import LinearLayer, find_linears
+from sparseprune.models import LinearLayer, find_linears, is_conv1d
 from sparseprune.pruning.base import Method
 from sparseprune.pruning.methods import find_method
 from sparseprune.pruning.patterns import Pattern, Scope, check_scope, mask_from_scores
 from sparseprune.report import Column, Table, track
 
 __all__ = ["LayerPruned", "PruneReport", "prune"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def prune(
         scope: what "unstructured" ranks together, "row" or "layer"; by default what suits the method.
         progress: show bars on stderr.
 
-    Every argument, shape and weight is checked before the first weight changes.
+    An error leaves the model as it was: weights change last, when every mask is known.
 
     Raises:
         ValueError: an argument out of range, no layer to prune, a layer whose width N:M cannot divide, NaN or
@@ -157,7 +160,8 @@ def prune(
         source = data.source
         statistics = collect(model, layers, data, method.statistic, progress)
 
-    rows = []
+    # All masks first, as bits (a sixteenth of a bfloat16 model): what fails, fails with the model untouched.
+    bits = []
     for layer in track(layers, f"pruning ({method.name})", enabled=progress):
         weight = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
         scores = method.score(weight, statistics.get(layer.name))
@@ -165,7 +169,8 @@ def prune(
             mask = mask_from_scores(scores, pattern, sparsity, ranked)
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from error
-        rows.append(_apply(layer, mask))
+        bits.append(ops.pack_mask(_stored(layer, mask).cpu()))
+    rows = [_apply(layer, mask_bits) for layer, mask_bits in zip(layers, bits, strict=True)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     scope_name = "group" if pattern.structured else ranked
     return PruneReport(tuple(rows), method.name, str(pattern), sparsity, scope_name, source, parameters)
@@ -183,6 +188,11 @@ def _resolve_scope(pattern: Pattern, method: Method, scope: Scope | None) -> Sco
 def _check_layer(layer: LinearLayer, pattern: Pattern) -> None:
     weight = layer.weight
     pattern.check_columns(layer.in_features, layer.name)
+    if weight.dtype not in _DTYPES:
+        raise ValueError(
+            f"{layer.name}: weights must be float32, bfloat16, float16 or float64, got "
+            f"{weight.dtype}; convert the model with .to(dtype)"
+        )
     if weight.is_meta:
         raise ValueError(
             f"{layer.name}: its weights must be loaded, they are on the meta device; load the model first"
@@ -193,11 +203,17 @@ def _check_layer(layer: LinearLayer, pattern: Pattern) -> None:
         )
 
 
-def _apply(layer: LinearLayer, mask: Tensor) -> LayerPruned:
-    weight = layer.weight
+def _stored(layer: LinearLayer, matrix: Tensor) -> Tensor:
+    """A matrix [out, in] turned as the layer stores its weight."""
+    return matrix.t() if is_conv1d(layer.module) else matrix
+
+
+def _apply(layer: LinearLayer, bits: Tensor) -> LayerPruned:
+    weight = _stored(layer, layer.weight)
     before = weight.numel() - int(weight.count_nonzero())
-    # not a product with the mask: that would leave -0.0
-    with torch.no_grad():
-        weight.masked_fill_(~mask, 0)
+    if weight.is_cpu and weight.is_contiguous() and weight.dtype != torch.float64:
+        ops.mask_apply_packed_(weight, bits)
+    else:  # float64, or another device; not a product with the mask, that would leave -0.0
+        weight.masked_fill_(~ops.unpack_mask(bits, weight.shape[1]).to(weight.device), 0)
     after = weight.numel() - int(weight.count_nonzero())
     return LayerPruned(layer.name, (layer.out_features, layer.in_features), before, after)
