@@ -46,7 +46,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Tensors that are made together, at the moment they are written: ``make()`` gives one for each of ``infos``."""
+    """Tensors that are made together, at the moment they are written: `make()` gives one for each of `infos`."""
 
     infos: Sequence[TensorInfo]
     make: Callable[[], Sequence[Tensor]]
@@ -58,9 +58,9 @@ def write(
     metadata: Mapping[str, str],
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a safetensors file and flush it to the disk; ``progress`` is told the bytes written since the last call.
+    """Write a safetensors file and flush it to the disk; `progress` is told the bytes written since the last call.
 
-    OSError (a full disk) leaves a part of the file at ``path``: write aside and rename.
+    OSError (a full disk) leaves a part of the file at `path`: write aside and rename.
     """
     infos = [info for source in sources for info in source.infos]
     # Wide dtypes first keeps every tensor aligned to its own dtype, which a memory map needs.

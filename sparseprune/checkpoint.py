@@ -1,6 +1,6 @@
-"""Saving and loading sparse models: a folder with ``model.safetensors``, ``config.json`` and the tokenizer's files.
+"""Saving and loading sparse models: a folder with `model.safetensors`, `config.json` and the tokenizer's files.
 
-Sparse layers are stored in canonical form as ``<layer>.weight.values``, ``.mask`` and ``.spec`` (docs/formats.md), all
+Sparse layers are stored in canonical form as `<layer>.weight.values`, `.mask` and `.spec` (docs/formats.md), all
 else as it is, tied weights once. There is no pickle anywhere, and nothing from a file reaches a kernel unchecked.
 """
 
@@ -50,11 +50,11 @@ def save(
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write ``model`` into the folder ``directory`` (made if missing) and give the folder back.
+    """Write `model` into the folder `directory` (made if missing) and give the folder back.
 
     Every file is written aside and put in place at the end, so that a full disk, an error or Ctrl-C leaves what was
     there. Files of other names are left alone. A transformers model's config and generation config go along, and the
-    files of ``tokenizer`` if it is given. Memory: the canonical form of one layer at a time.
+    files of `tokenizer` if it is given. Memory: the canonical form of one layer at a time.
 
     Raises:
         ValueError: a tensor has no data (meta device) or a dtype that safetensors does not know, or a module keeps
@@ -86,7 +86,7 @@ def save(
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    """Makes ``folder`` with its parents; gives those that were not there, innermost first."""
+    """Makes `folder` with its parents; gives those that were not there, innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
@@ -203,7 +203,7 @@ def _identity(tensor: Tensor) -> Any:
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is a folder that :func:`save` wrote (False for a folder without weights or with dense ones)."""
+    """Whether `path` is a folder that `save` wrote (False for a folder without weights or with dense ones)."""
     weights = Path(path) / WEIGHTS_FILE
     if not weights.is_file():
         return False
@@ -217,11 +217,11 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 def load(
     directory: str | os.PathLike[str], model: nn.Module | None = None, progress: Progress | None = None
 ) -> Any:
-    """The model that :func:`save` wrote into ``directory``, in evaluation mode.
+    """The model that `save` wrote into `directory`, in evaluation mode.
 
     model: what to fill, for models that are not transformers' own: the dense model, on the CPU or (but for buffers that
         are no part of a state dict) on the meta device. It is changed in place, takes the file's dtypes, and stays as
-        it was if the checkpoint is refused. Without it, the model is built from ``config.json`` with no memory and
+        it was if the checkpoint is refused. Without it, the model is built from `config.json` with no memory and
         no time spent on weights that the file brings.
 
     Raises:
@@ -319,7 +319,7 @@ def _from_config(folder: Path) -> nn.Module:
 def _parameters_without_data() -> Iterator[None]:
     """Parameters made inside have no memory, and initialising them costs nothing; buffers are computed as ever.
 
-    ``torch.device("meta")`` would leave the buffers that no checkpoint holds (rotary frequencies) without values.
+    `torch.device("meta")` would leave the buffers that no checkpoint holds (rotary frequencies) without values.
     """
 
     def drop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:

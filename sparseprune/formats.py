@@ -1,8 +1,8 @@
 """Sparse weights independent of the machine: the canonical form that files, state dicts and pickles carry.
 
-A weight ``[rows, cols]`` is kept as ``values`` (the kept entries in row-major order) and ``mask``
-(``uint8 [rows, ceil(cols / 8)]``: bit ``c % 8`` of byte ``c // 8`` stands for column ``c``, padding bits are zero).
-The packed form that the kernels read is made from it by :meth:`SparseWeight.pack` and never leaves the process.
+A weight `[rows, cols]` is kept as `values` (the kept entries in row-major order) and `mask`
+(`uint8 [rows, ceil(cols / 8)]`: bit `c % 8` of byte `c // 8` stands for column `c`, padding bits are zero).
+The packed form that the kernels read is made from it by `SparseWeight.pack` and never leaves the process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes a sparse weight may have; the position is the code in the file."""
 
 SPEC_FIELDS = ("version", "kind", "n", "m", "rows", "cols", "dtype", "encoding", "group_size")
-"""What the nine integers of the ``spec`` tensor mean."""
+"""What the nine integers of the `spec` tensor mean."""
 
 _VERSION = 1
 _KIND_CODES = {"nm": 1, "bitmap": 2, "csr": 3}  # 0 is no kind: a spec of zeros is refused
@@ -33,7 +33,7 @@ _MAX_SIDE = 2**31 - 1  # the kernels count columns in 32 bits
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight is sparse: ``nm`` (N of every M columns kept), ``bitmap`` or ``csr`` (unstructured)."""
+    """How a weight is sparse: `nm` (N of every M columns kept), `bitmap` or `csr` (unstructured)."""
 
     kind: str
     n: int = 0
@@ -43,21 +43,21 @@ class Format:
         if self.kind not in _KIND_CODES:
             raise ValueError(f"format: kind must be one of {', '.join(_KIND_CODES)}, got {self.kind!r}")
         if self.kind == "nm":
-            if not 1 <= self.n <= self.m <= 256:
+            if not 1 <= self.n <= self.m <= 32:
                 raise ValueError(
-                    f"format: N:M needs 1 <= N <= M <= 256, got {self.n}:{self.m}; 2:4 is the usual one"
+                    f"format: N:M needs 1 <= N <= M <= 32, got {self.n}:{self.m}; 2:4 is the usual one"
                 )
         elif self.n or self.m:
             raise ValueError(f"format: {self.kind} takes no N and M, got {self.n}:{self.m}; leave them out")
 
     @classmethod
     def parse(cls, text: str | Format) -> Format:
-        """``"2:4"``, ``"4:8"``, ``"bitmap"`` or ``"csr"`` to a format (a :class:`Format` is given back as it is)."""
+        """`"2:4"`, `"4:8"`, `"bitmap"` or `"csr"` to a format (a `Format` is given back as it is)."""
         if isinstance(text, Format):
             return text
         if text in ("bitmap", "csr"):
             return cls(text)
-        match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"(\d{1,2}):(\d{1,2})", text) if isinstance(text, str) else None
         if match is None:
             raise ValueError(f'format: must be "N:M" such as "2:4", "bitmap" or "csr", got {text!r}')
         return cls("nm", int(match[1]), int(match[2]))
@@ -67,42 +67,43 @@ class Format:
 
     @property
     def layout(self) -> str:
-        """The packed layout that serves this format: ``"tile"`` (mask and values by tiles of rows) or ``"csr"``."""
+        """The packed layout that serves this format: `"tile"` (mask and values by tiles of rows) or `"csr"`."""
         return "csr" if self.kind == "csr" else "tile"
 
     def misfit(self, weight: Tensor) -> str | None:
-        """Why ``weight`` ``[rows, cols]`` cannot be held in this format, and where; None where it can."""
-        if self.kind != "nm":
-            return None
-        cols = weight.shape[1]
-        if cols % self.m:
-            return (
-                f"columns must be a multiple of {self.m} for {self}, got {cols}; "
-                "use the bitmap format or leave the layer dense"
-            )
-        counts = _group_counts(weight != 0, self.m)
-        over = (counts > self.n).flatten()
-        if not bool(over.any()):
-            return None
-        row, group = divmod(int(over.to(torch.uint8).argmax()), cols // self.m)
-        return (
-            f"not {self}: row {row}, columns {group * self.m} to {group * self.m + self.m - 1} hold "
-            f"{int(counts[row, group])} non-zeros; prune with pattern={str(self)!r} first or use the bitmap format"
-        )
+        """Why `weight` [rows, cols] cannot be held in this format, and where; None where it can."""
+        if self.kind == "nm":
+            try:
+                ops.dense_to_nm(weight.detach(), self.n, self.m)
+            except ValueError as error:
+                return str(error)
+        return None
 
 
-def _group_counts(kept: Tensor, m: int) -> Tensor:
-    """Kept entries in each group of ``m`` columns: bool ``[rows, cols]`` to int16 ``[rows, cols / m]``."""
-    rows, cols = kept.shape
-    return kept.reshape(rows, cols // m, m).sum(-1, dtype=torch.int16)
+def popcounts(mask: Tensor) -> Tensor:
+    """Number of 1 bits in each byte: uint8 to uint8, of the same shape."""
+    pairs = mask - ((mask >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (nibbles + (nibbles >> 4)) & 0x0F
+
+
+def group_counts(mask: Tensor, cols: int, m: int) -> Tensor:
+    """Kept entries in every `m` columns: canonical mask to integers [rows, cols / m]. `m` must divide `cols`."""
+    rows = mask.shape[0]
+    if m % 8 == 0:
+        return popcounts(mask).view(rows, cols // m, m // 8).sum(-1, dtype=torch.int16)
+    if 8 % m == 0:  # within a byte: ten times faster than by bools
+        parts = [popcounts((mask >> shift) & (2**m - 1)) for shift in range(0, 8, m)]
+        return torch.stack(parts, -1).view(rows, mask.shape[1] * len(parts))[:, : cols // m]
+    return ops.unpack_mask(mask, cols).view(rows, cols // m, m).sum(-1, dtype=torch.int16)
 
 
 @dataclass(frozen=True, eq=False)
 class SparseWeight:
     """A sparse weight in canonical form (see the module's docstring).
 
-    values: ``[nnz]``, float32, bfloat16 or float16; mask: ``uint8 [rows, ceil(cols / 8)]``; shape: ``(rows, cols)``.
-    Nothing is checked at construction; whatever comes from outside goes through :meth:`validate` first.
+    values: `[nnz]`, float32, bfloat16 or float16; mask: `uint8 [rows, ceil(cols / 8)]`; shape: `(rows, cols)`.
+    Nothing is checked at construction; whatever comes from outside goes through `validate` first.
     """
 
     values: Tensor
@@ -112,7 +113,7 @@ class SparseWeight:
 
     @classmethod
     def from_dense(cls, weight: Tensor, format: str | Format) -> SparseWeight:
-        """Canonical form of ``weight`` ``[rows, cols]``; ValueError says where a weight does not fit the format."""
+        """Canonical form of `weight` `[rows, cols]`; ValueError says where a weight does not fit the format."""
         form = Format.parse(format)
         if weight.dim() != 2:
             raise ValueError(f"weight: must have 2 dimensions [out, in], got shape {tuple(weight.shape)}")
@@ -120,9 +121,7 @@ class SparseWeight:
             raise ValueError(
                 f"weight: dtype must be float32, bfloat16 or float16, got {weight.dtype}; cast it first"
             )
-        if problem := form.misfit(weight):
-            raise ValueError(f"weight: {problem}")
-        weight = weight.detach().contiguous()
+        weight = weight.detach()
         if form.kind == "nm":
             values, mask = ops.dense_to_nm(weight, form.n, form.m)
         else:
@@ -149,16 +148,16 @@ class SparseWeight:
         return self.values.nbytes + self.mask.nbytes
 
     def dense(self) -> Tensor:
-        """The weight ``[rows, cols]``."""
+        """The weight `[rows, cols]`."""
         return ops.bitmap_to_dense(self.values, self.mask, self.shape[1])
 
     def pack(self) -> Tensor:
-        """``uint8`` blob for this process's kernels."""
+        """`uint8` blob for this process's kernels."""
         return ops.pack(self.values, self.mask, self.shape[1], self.format.layout)
 
     @classmethod
     def unpack(cls, blob: Tensor, format: str | Format, shape: tuple[int, int]) -> SparseWeight:
-        """Inverse of :meth:`pack`; the format and the shape are not read from the blob."""
+        """Inverse of `pack`; the format and the shape are not read from the blob."""
         values, mask = ops.unpack(blob)
         return cls(values, mask, shape, Format.parse(format))
 
@@ -169,7 +168,7 @@ class SparseWeight:
 
     @property
     def spec(self) -> Tensor:
-        """``int64 [9]``: see :data:`SPEC_FIELDS`."""
+        """`int64 [9]`: see `SPEC_FIELDS`."""
         form = self.format
         kind, dtype = _KIND_CODES[form.kind], DTYPES.index(self.dtype)
         return torch.tensor([_VERSION, kind, form.n, form.m, *self.shape, dtype, _FLOAT_ENCODING, 0])
@@ -213,14 +212,13 @@ class SparseWeight:
                 raise ValueError(f"mask: bits past column {cols - 1} must be 0, got a 1 in row {row}")
         if form.kind == "nm" and cols % form.m:
             raise ValueError(f"mask: columns must be a multiple of {form.m} for {form}, got {cols}")
-        kept = ops.unpack_mask(self.mask, cols)
-        count = int(kept.count_nonzero())
+        count = int(popcounts(self.mask).sum())
         if count != self.nnz:
             raise ValueError(
                 f"values: their number must be the number of 1 bits in mask ({count}), got {self.nnz}"
             )
         if form.kind == "nm":
-            counts = _group_counts(kept, form.m)
+            counts = group_counts(self.mask, cols, form.m)
             wrong = (counts != form.n).flatten()
             if bool(wrong.any()):
                 row, group = divmod(int(wrong.to(torch.uint8).argmax()), cols // form.m)
@@ -231,7 +229,7 @@ class SparseWeight:
 
 
 def parse_spec(spec: Tensor) -> tuple[Format, tuple[int, int], torch.dtype]:
-    """Format, shape and dtype that a ``spec`` tensor states; ValueError says which field is wrong."""
+    """Format, shape and dtype that a `spec` tensor states; ValueError says which field is wrong."""
     if spec.dtype != torch.int64 or tuple(spec.shape) != (len(SPEC_FIELDS),):
         raise ValueError(
             f"spec: must be int64 of shape ({len(SPEC_FIELDS)},), got {spec.dtype} of shape {tuple(spec.shape)}"

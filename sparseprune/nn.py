@@ -1,4 +1,4 @@
-"""``SparseLinear``: a linear layer whose frozen weight is kept sparse and packed for this process's kernels."""
+"""`SparseLinear`: a linear layer whose frozen weight is kept sparse and packed for this process's kernels."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _PARTS = ("values", "mask", "spec")
 
 
 class SparseLinear(nn.Module):
-    """``y = x W^T + b`` with ``W`` ``[out_features, in_features]`` in 2:4 (any N:M), bitmap or CSR form.
+    """`y = x W^T + b` with `W` `[out_features, in_features]` in 2:4 (any N:M), bitmap or CSR form.
 
-    Input ``[..., in_features]`` and output ``[..., out_features]`` have the weight's dtype (float32, bfloat16, float16);
+    Input `[..., in_features]` and output `[..., out_features]` have the weight's dtype (float32, bfloat16, float16);
     sums are kept in float32. The weight is frozen; gradients reach the input and the bias.
 
-    The weight is the non-persistent ``uint8`` buffer ``packed``. A state dict holds its canonical form instead, as
-    ``weight.values``, ``weight.mask`` and ``weight.spec`` (docs/formats.md), and so does a pickle: both move between
+    The weight is the non-persistent `uint8` buffer `packed`. A state dict holds its canonical form instead, as
+    `weight.values`, `weight.mask` and `weight.spec` (docs/formats.md), and so does a pickle: both move between
     machines. Loading a state dict takes over the format and casts the values to the module's dtype.
     """
 
@@ -44,7 +44,7 @@ class SparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """An all-zero layer, as a place for a state dict. :meth:`from_dense` makes one from a dense layer."""
+        """An all-zero layer, as a place for a state dict. `from_dense` makes one from a dense layer."""
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -64,7 +64,7 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_dense(cls, linear: nn.Module, format: str | Format = "2:4") -> SparseLinear:
-        """Sparse twin of an ``nn.Linear`` or a transformers ``Conv1D``; ValueError where the weight does not fit."""
+        """Sparse twin of an `nn.Linear` or a transformers `Conv1D`; ValueError where the weight does not fit."""
         bias = linear.bias
         return cls.from_weight(
             SparseWeight.from_dense(dense_weight(linear), format), bias, training=linear.training
@@ -74,7 +74,7 @@ class SparseLinear(nn.Module):
     def from_weight(
         cls, weight: SparseWeight, bias: Tensor | None = None, training: bool = False
     ) -> SparseLinear:
-        """A layer over a canonical weight; ``bias`` ``[rows]`` keeps its ``requires_grad`` and is not copied."""
+        """A layer over a canonical weight; `bias` `[rows]` keeps its `requires_grad` and is not copied."""
         rows, cols = weight.shape
         if bias is not None and tuple(bias.shape) != (rows,):
             raise ValueError(
@@ -103,7 +103,7 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight ``[out_features, in_features]``, made anew on every access: costly, and no Parameter."""
+        """The dense weight `[out_features, in_features]`, made anew on every access: costly, and no Parameter."""
         return self.sparse_weight().dense()
 
     def to_dense(self) -> nn.Linear:
@@ -238,7 +238,7 @@ def _needs_dispatcher(
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
-    """The weight ``[out, in]`` of an ``nn.Linear`` or a transformers ``Conv1D`` (a view: Conv1D keeps ``[in, out]``)."""
+    """The weight `[out, in]` of an `nn.Linear` or a transformers `Conv1D` (a view: Conv1D keeps `[in, out]`)."""
     if isinstance(linear, nn.Linear):
         return linear.weight
     if is_conv1d(linear):

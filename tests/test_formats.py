@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.formats import SPEC_FIELDS, Format, SparseWeight
+from sparseprune import ops
+from sparseprune.formats import SPEC_FIELDS, Format, SparseWeight, group_counts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = ["2:4", "4:8", "1:4", "bitmap", "csr"]
@@ -27,7 +28,7 @@ def test_format_text_round_trip(text):
     assert form.layout == ("csr" if text == "csr" else "tile")
 
 
-@pytest.mark.parametrize("text", ["2-4", "5:4", "0:4", "2:", "coo", "", "2:4 ", "2:999", None, 24])
+@pytest.mark.parametrize("text", ["2-4", "5:4", "0:4", "2:", "coo", "", "2:4 ", "2:64", "2:999", None, 24])
 def test_format_refuses_what_it_does_not_know(text):
     with pytest.raises(ValueError, match="format: "):
         Format.parse(text)
@@ -75,14 +76,20 @@ def test_bitmap_drops_negative_zero_and_keeps_nan():
 def test_misfit_says_where():
     dense = torch.zeros(5, 12)
     dense[3, 4:7] = 1.0
-    with pytest.raises(
-        ValueError, match=r"weight: not 2:4: row 3, columns 4 to 7 hold 3 non-zeros; prune with"
-    ):
+    with pytest.raises(ValueError, match=r"2:4, row 3 holds 3 in columns 4 to 7; prune it to 2:4"):
         SparseWeight.from_dense(dense, "2:4")
-    with pytest.raises(
-        ValueError, match=r"weight: columns must be a multiple of 8 for 4:8, got 12; use the bitmap"
-    ):
+    with pytest.raises(ValueError, match=r"columns must be a multiple of 8 for 4:8, got 12"):
         SparseWeight.from_dense(dense, "4:8")
+    assert "row 3 holds 3 in columns 4 to 7" in Format.parse("2:4").misfit(dense)
+    assert Format.parse("3:4").misfit(dense) is None
+    assert Format.parse("bitmap").misfit(dense) is None
+
+
+@given(rows=st.integers(0, 5), groups=st.integers(0, 9), m=st.integers(1, 32), seed=st.integers(0, 99))
+def test_group_counts(rows, groups, m, seed):
+    kept = torch.rand(rows, groups * m, generator=torch.Generator().manual_seed(seed)) < 0.5
+    counts = group_counts(ops.pack_mask(kept), groups * m, m)
+    assert torch.equal(counts.int(), kept.view(rows, groups, m).sum(-1).int())
 
 
 @pytest.mark.parametrize(

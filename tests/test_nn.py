@@ -68,7 +68,7 @@ def test_conv1d_of_transformers():
 def test_from_dense_refuses_other_modules_and_weights():
     with pytest.raises(TypeError, match="must be an nn.Linear or a transformers Conv1D, got Conv2d"):
         SparseLinear.from_dense(nn.Conv2d(1, 1, 1))
-    with pytest.raises(ValueError, match="not 2:4: row 0, columns 0 to 3 hold 4 non-zeros"):
+    with pytest.raises(ValueError, match="row 0 holds 4 in columns 0 to 3; prune it to 2:4"):
         SparseLinear.from_dense(nn.Linear(8, 8), "2:4")
     weight = SparseWeight.from_dense(torch.zeros(3, 4), "2:4")
     with pytest.raises(ValueError, match=r"bias: shape must be \(3,\) for a weight of 3 x 4, got \(4,\)"):

@@ -1,0 +1,363 @@
+"""`sparsify()`: which of a model's pruned linears become sparse, and the swap."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseprune import ops
+from sparseprune._native import isa
+from sparseprune.benchmark import ROTATED_BYTES, LayerTiming, time_layer
+from sparseprune.formats import DTYPES, Format, SparseWeight, group_counts
+from sparseprune.models import LinearLayer, find_linears
+from sparseprune.nn import SparseLinear
+from sparseprune.report import Column, Table, human_bytes, track
+
+__all__ = ["LayerSparsified", "SparsifyReport", "detect_nm", "sparsify"]
+
+_GROUP_SIZES = (4, 8, 16, 32)
+_WASTE = (
+    0.05  # of the weights: what N:M may keep in explicit zeros and still be taken for the pattern pruned to
+)
+_CSR_DENSITY = 0.35  # above it CSR, a column number for each value, is never the smaller or the faster
+_BUCKET = 0.05  # layers of one shape share a measurement if their sparsity is this close
+
+
+@dataclass(frozen=True)
+class LayerSparsified:
+    """What became of a layer. `format` is None where it stayed dense, and `reason` says why in either case."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    sparsity: float
+    format: str | None
+    bytes_before: int
+    bytes_after: int
+    reason: str
+    speedups: dict[int, float]
+    """Dense time over sparse time by batch size; empty where nothing was measured."""
+
+
+@dataclass(frozen=True)
+class SparsifyReport:
+    """What `sparsify` did, layer by layer; `print(report)` shows it as a table, like layers in one row."""
+
+    layers: tuple[LayerSparsified, ...]
+    policy: str
+    batches: tuple[int, ...]
+    isa: str
+    threads: int
+
+    @property
+    def swapped(self) -> int:
+        """Number of layers that are sparse now."""
+        return sum(layer.format is not None for layer in self.layers)
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the same layers' weights now, those that stayed dense among them."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    def table(self, full: bool = False) -> Table:
+        """One row for layers that differ in a number of their name only; `full` for a row each."""
+        speed_columns = [Column(f"speed-up, batch {batch}", ".2f") for batch in self.batches]
+        columns: list[Column | str] = [
+            "layers", "count", "shape", Column("sparsity", ".1%"), "format",
+            Column("before", human_bytes), Column("after", human_bytes),
+            *(speed_columns if self.policy == "auto" else []), "why",
+        ]  # fmt: skip
+        rows = []
+        for name, group in self._groups(full):
+            first = group[0]
+            speeds = [_mean([layer.speedups.get(batch) for layer in group]) for batch in self.batches]
+            rows.append(
+                (
+                    name, len(group), first.shape, _mean([layer.sparsity for layer in group]), first.format or "dense",
+                    sum(layer.bytes_before for layer in group), sum(layer.bytes_after for layer in group),
+                    *(speeds if self.policy == "auto" else []), first.reason,
+                )
+            )  # fmt: skip
+        share = self.bytes_after / max(1, self.bytes_before)
+        footer = [
+            f"{self.swapped} of {len(self.layers)} layers are sparse; their weights took "
+            f"{human_bytes(self.bytes_before)} and take {human_bytes(self.bytes_after)} ({share:.2f})"
+        ]
+        if self.policy == "auto":
+            footer.append(
+                f"speed-up: dense time over sparse time here, {self.threads} threads, {self.isa} kernels"
+            )
+        return Table("Sparse layers", columns, rows, footer)
+
+    def _groups(self, full: bool) -> list[tuple[str, list[LayerSparsified]]]:
+        groups: dict[Any, list[LayerSparsified]] = {}
+        for layer in self.layers:
+            pattern = layer.name if full else re.sub(r"\d+", "*", layer.name)
+            groups.setdefault((pattern, layer.shape, layer.format, layer.reason), []).append(layer)
+        return [(key[0] if len(group) > 1 else group[0].name, group) for key, group in groups.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy,
+            "batches": list(self.batches),
+            "isa": self.isa,
+            "threads": self.threads,
+            "swapped": self.swapped,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "layers": [{**vars(layer), "shape": list(layer.shape)} for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        return self.table().render()
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def sparsify(
+    model: nn.Module,
+    format: str | Format = "auto",
+    policy: str = "auto",
+    batch: int | Iterable[int] = 1,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    lm_head: bool = False,
+    seconds: float = 20.0,
+    progress: bool = False,
+) -> SparsifyReport:
+    """Swap the pruned linears (`nn.Linear`, transformers' `Conv1D`) of a model for `SparseLinear`, in place.
+
+    Args:
+        format: "2:4" (any "N:M"), "bitmap", "csr"; "auto" takes N:M where the weights have it, else bitmap or CSR,
+            whichever is faster (under policy "always": smaller).
+        policy: "auto" times dense against sparse for each distinct shape, dtype, format and sparsity, and leaves a
+            layer dense where dense is faster at any of the batch sizes. "always" swaps every layer whose weight
+            the format can hold, and measures nothing.
+        batch: the batch sizes (rows of activations: 1 for decoding) that count, one or several.
+        include, exclude, lm_head: which layers, see `sparseprune.models.find_linears`. Weights shared by several
+            layers are left alone.
+        seconds: to spend on measuring, about, over the whole model.
+        progress: show bars on stderr.
+
+    At any time the dense and the packed weights of one layer at most exist side by side (while measuring: copies of one
+    layer, 64 MiB of dense ones).
+
+    Raises:
+        ValueError: an argument out of range, a model without linear layers.
+    """
+    form = None if format == "auto" else Format.parse(format)
+    batches = _check_batches(batch)
+    if policy not in ("auto", "always"):
+        raise ValueError(f'policy: must be "auto" or "always", got {policy!r}')
+    if not seconds > 0:
+        raise ValueError(f"seconds: must be above 0, got {seconds}")
+    layers = find_linears(model, include, exclude, lm_head)
+    if not layers:
+        raise ValueError(
+            f"model: {type(model).__name__} has no linear layer to convert under include={include!r}, "
+            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.find_linears(model)"
+        )
+    choose = _Measured(layers, form, batches, seconds, progress) if policy == "auto" else _Smallest(form)
+    rows = []
+    for layer in track(layers, "to sparse layers", enabled=progress):
+        rows.append(_convert(model, layer, choose))
+    return SparsifyReport(tuple(rows), policy, batches, isa(), torch.get_num_threads())
+
+
+def _check_batches(batch: int | Iterable[int]) -> tuple[int, ...]:
+    batches = (batch,) if isinstance(batch, int) else tuple(batch)
+    if not batches or not all(isinstance(size, int) and size >= 1 for size in batches):
+        raise ValueError(f"batch: must be one or several whole numbers of at least 1, got {batch!r}")
+    return tuple(dict.fromkeys(batches))
+
+
+def detect_nm(weight: Tensor) -> Format | None:
+    """The N:M pattern that `weight` [out, in] was pruned to (2:4, 4:8, ...), None if there is none to be seen.
+
+    N is the most that any group of M holds. A pattern that would keep many more zeros than the weight's sparsity asks
+    for is a coincidence, and not taken.
+    """
+    rows, cols = weight.shape
+    values, mask = ops.dense_to_bitmap(weight.detach())
+    density = values.numel() / max(1, weight.numel())
+    for m in _GROUP_SIZES:
+        if not rows * cols or cols % m:
+            continue
+        n = int(group_counts(mask, cols, m).max())
+        if 0 < n < m and n / m <= density + _WASTE:
+            return Format("nm", n, m)
+    return None
+
+
+@dataclass(frozen=True)
+class _Choice:
+    format: Format | None
+    reason: str
+    speedups: dict[int, float]
+
+
+def _candidates(weight: Tensor, form: Format | None, sparsity: float) -> list[Format] | str:
+    """The formats worth a try, or why the layer stays dense."""
+    if weight.is_meta:
+        return "on the meta device: no data"
+    if weight.device.type != "cpu":
+        return f"on {weight.device}: the kernels are for the CPU"
+    if weight.dtype not in DTYPES:
+        return f"dtype {weight.dtype} has no kernels"
+    if weight.numel() == 0:
+        return "empty"
+    if form is not None:
+        problem = form.misfit(weight)
+        return [form] if problem is None else problem
+    if (found := detect_nm(weight)) is not None:
+        return [found]
+    formats = [Format("bitmap")]
+    if 1 - sparsity <= _CSR_DENSITY:
+        formats.append(Format("csr"))
+    bits = weight.dtype.itemsize * 8
+    if sparsity <= 1 / bits:  # a bitmap spends one bit a weight to save `bits` for each zero
+        return f"too few zeros ({sparsity:.1%}): no sparse format would be smaller"
+    return formats
+
+
+class _Smallest:
+    """Takes the smallest format, without measuring."""
+
+    def __init__(self, form: Format | None) -> None:
+        self.form = form
+
+    def __call__(self, layer: LinearLayer, weight: Tensor, sparsity: float) -> _Choice:
+        formats = _candidates(weight, self.form, sparsity)
+        if isinstance(formats, str):
+            return _Choice(None, formats, {})
+        if len(formats) == 1:
+            return _Choice(formats[0], "asked for" if self.form else "found in the weights", {})
+        sizes = {form: SparseWeight.from_dense(weight, form).pack().numel() for form in formats}
+        best = min(sizes, key=lambda form: sizes[form])
+        others = ", ".join(f"{form} {human_bytes(size)}" for form, size in sizes.items() if form != best)
+        return _Choice(best, f"smallest ({others})", {})
+
+
+class _Measured:
+    """Takes the fastest format, or none, by measuring one layer of each kind."""
+
+    def __init__(
+        self,
+        layers: Sequence[LinearLayer],
+        form: Format | None,
+        batches: tuple[int, ...],
+        seconds: float,
+        progress: bool,
+    ) -> None:
+        self.form, self.batches = form, batches
+        self.known: dict[Any, _Choice] = {}
+        kinds: dict[Any, LinearLayer] = {}
+        for layer in track(layers, "looking at the weights", enabled=progress):
+            weight = layer.weight
+            sparsity = _sparsity(weight)
+            formats = _candidates(weight, form, sparsity)
+            if not isinstance(formats, str):
+                kinds.setdefault(self._kind(layer, weight, formats, sparsity), layer)
+        model_bytes = sum(layer.weight.nbytes for layer in layers)
+        share = seconds / max(1, len(kinds))
+        for kind, layer in track(list(kinds.items()), "timing dense against sparse", enabled=progress):
+            timings = time_layer(
+                layer.module,
+                kind[0],
+                batches,
+                min(share, 0.5 * len(batches)),
+                min(model_bytes, ROTATED_BYTES),
+            )
+            self.known[kind] = _fastest(kind[0], timings)
+
+    def __call__(self, layer: LinearLayer, weight: Tensor, sparsity: float) -> _Choice:
+        formats = _candidates(weight, self.form, sparsity)
+        if isinstance(formats, str):
+            return _Choice(None, formats, {})
+        return self.known[self._kind(layer, weight, formats, sparsity)]
+
+    @staticmethod
+    def _kind(layer: LinearLayer, weight: Tensor, formats: list[Format], sparsity: float) -> Any:
+        bucket = round(sparsity / _BUCKET)
+        return (
+            tuple(formats),
+            tuple(weight.shape),
+            weight.dtype,
+            bucket,
+            type(layer.module),
+            layer.bias is None,
+        )
+
+
+def _fastest(formats: Sequence[Format], timings: Sequence[LayerTiming]) -> _Choice:
+    """The fastest on the whole of the formats that lose to dense at no batch size."""
+
+    def speedups(form: Format) -> dict[int, float]:
+        return {timing.batch: timing.speedup(form) for timing in timings}
+
+    def overall(form: Format) -> float:
+        return math.prod(speedups(form).values())
+
+    winners = [form for form in formats if min(speedups(form).values()) >= 1]
+    if winners:
+        best = max(winners, key=overall)
+        others = [f"{form} {_ratios(speedups(form))}" for form in formats if form != best]
+        return _Choice(
+            best, "faster than dense" + (f" and than {', '.join(others)}" if others else ""), speedups(best)
+        )
+    best = max(formats, key=overall)
+    slower = [batch for batch, ratio in speedups(best).items() if ratio < 1]
+    return _Choice(
+        None, f"dense is faster than {best} at batch {', '.join(map(str, slower))}", speedups(best)
+    )
+
+
+def _ratios(speedups: dict[int, float]) -> str:
+    return "/".join(f"{ratio:.2f}" for ratio in speedups.values())
+
+
+def _sparsity(weight: Tensor) -> float:
+    if weight.is_meta or weight.numel() == 0:
+        return 0.0
+    return 1.0 - int(weight.count_nonzero()) / weight.numel()
+
+
+def _convert(model: nn.Module, layer: LinearLayer, choose: _Smallest | _Measured) -> LayerSparsified:
+    weight = layer.weight
+    sparsity = _sparsity(weight)
+    sharing = [name for name, module in layer.tied if module is not layer.module]
+    if sharing:
+        choice = _Choice(None, f"weight shared with {sharing[0]}", {})
+    else:
+        choice = choose(layer, weight, sparsity)
+    before = after = weight.nbytes
+    shape, dtype = (weight.shape[0], weight.shape[1]), str(weight.dtype).removeprefix("torch.")
+    if choice.format is not None:
+        sparse = SparseLinear.from_dense(layer.module, choice.format)
+        after = sparse.nbytes
+        _swap(model, layer.module, sparse)
+    form = None if choice.format is None else str(choice.format)
+    return LayerSparsified(
+        layer.name, shape, dtype, sparsity, form, before, after, choice.reason, choice.speedups
+    )
+
+
+def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is old:
+                parent._modules[attribute] = new
