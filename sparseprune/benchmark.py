@@ -17,16 +17,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sparseprune.formats import Format
+from sparseprune._native import isa
+from sparseprune.evaluate import SpeedResult, decode_speed, prompt_speed
+from sparseprune.formats import DTYPES, Format, detect_nm
+from sparseprune.models import find_linears
 from sparseprune.nn import SparseLinear, dense_weight
+from sparseprune.report import Column, Table, track
 
-__all__ = ["LayerTiming", "alternating_medians", "time_layer"]
+__all__ = [
+    "KindTiming", "LayerTiming", "ModelTiming", "alternating_medians", "candidate_formats", "time_layer", "time_model",
+]  # fmt: skip
 
 ROTATED_BYTES = 64 << 20
 """Copies of a weight are made up to this size in all: more than the caches near a core, less than a model."""
 
+_CSR_DENSITY = 0.35  # above it CSR, a column number for each value, is never the smaller or the faster
 _MAX_COPIES = 64
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 400
@@ -68,6 +75,31 @@ def alternating_medians(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def candidate_formats(weight: Tensor, form: Format | None = None) -> list[Format] | str:
+    """The formats worth a try for `weight` [out, in] (`form`: only this one), or why the layer stays dense."""
+    if weight.is_meta:
+        return "on the meta device: no data"
+    if weight.device.type != "cpu":
+        return f"on {weight.device}: the kernels are for the CPU"
+    if weight.dtype not in DTYPES:
+        return f"dtype {weight.dtype} has no kernels"
+    if weight.numel() == 0:
+        return "empty"
+    if form is not None:
+        problem = form.misfit(weight)
+        return [form] if problem is None else problem
+    if (found := detect_nm(weight)) is not None:
+        return [found]
+    density = int(weight.count_nonzero()) / weight.numel()
+    formats = [Format("bitmap")]
+    if density <= _CSR_DENSITY:
+        formats.append(Format("csr"))
+    bits = weight.dtype.itemsize * 8
+    if 1 - density <= 1 / bits:  # a bitmap spends one bit a weight to save `bits` for each zero
+        return f"too few zeros ({1 - density:.1%}): no sparse format would be smaller"
+    return formats
+
+
 @torch.no_grad()
 def time_layer(
     linear: nn.Module,
@@ -101,3 +133,120 @@ def time_layer(
 
 def _copies(module: nn.Module, count: int) -> list[nn.Module]:
     return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+
+
+@dataclass(frozen=True)
+class KindTiming:
+    """The layers of one shape, dtype and sparsity: how many, and the timings of one of them."""
+
+    example: str
+    count: int
+    shape: tuple[int, int]
+    dtype: str
+    sparsity: float
+    format: str | None
+    timings: tuple[LayerTiming, ...]
+
+
+@dataclass(frozen=True)
+class ModelTiming:
+    """What `time_model` measured; `print(report)` shows tables."""
+
+    kinds: tuple[KindTiming, ...]
+    decode: SpeedResult | None
+    prompt: SpeedResult | None
+    machine: str
+
+    def table(self) -> Table:
+        """One row for each kind of layer and batch size."""
+        columns: list[Column | str] = [
+            "example", "count", "shape", "dtype", Column("sparsity", ".1%"), "format", "batch",
+            Column("dense, us", ".1f"), Column("sparse, us", ".1f"), Column("speed-up", ".2f"),
+        ]  # fmt: skip
+        rows = []
+        for kind in self.kinds:
+            for timing in kind.timings:
+                sparse = timing.sparse.get(kind.format) if kind.format else None
+                rows.append(
+                    (
+                        kind.example, kind.count, kind.shape, kind.dtype, kind.sparsity, kind.format or "dense",
+                        timing.batch, timing.dense * 1e6, sparse and sparse * 1e6,
+                        timing.speedup(kind.format) if kind.format else None,
+                    )
+                )  # fmt: skip
+        footer = [str(speed) for speed in (self.decode, self.prompt) if speed is not None]
+        return Table("Dense against sparse, medians of calls in turn", columns, rows, [*footer, self.machine])
+
+    def to_dict(self) -> dict[str, Any]:
+        kinds = []
+        for kind in self.kinds:
+            timings = [
+                {"batch": timing.batch, "dense_seconds": timing.dense, "sparse_seconds": dict(timing.sparse)}
+                for timing in kind.timings
+            ]
+            kinds.append({**vars(kind), "shape": list(kind.shape), "timings": timings})
+        speeds = {
+            name: speed.to_dict()
+            for name, speed in (("decode", self.decode), ("prompt", self.prompt))
+            if speed
+        }
+        return {"kinds": kinds, **speeds, "machine": self.machine}
+
+    def __str__(self) -> str:
+        return self.table().render()
+
+
+def time_model(
+    model: nn.Module,
+    batches: Sequence[int] = (1,),
+    format: str | Format = "auto",
+    seconds: float = 20.0,
+    tokens: bool = True,
+    progress: bool = False,
+) -> ModelTiming:
+    """Time each kind of linear of a model, dense against sparse, and the model's tokens per second.
+
+    Sparse layers are timed in the format they have, pruned dense ones in `format` (or the best that "auto" finds),
+    others dense only. `tokens=False` leaves the whole model out, which must be a causal language model else.
+    """
+    form = None if format == "auto" else Format.parse(format)
+    groups: dict[Any, list[tuple[str, nn.Module]]] = {}
+    for name, module in _linears(model):
+        groups.setdefault(_kind(module, form), []).append((name, module))
+    kinds = []
+    share = seconds / max(1, len(groups))
+    for kind, members in track(list(groups.items()), "timing layers", enabled=progress):
+        formats, shape, dtype, zeros = kind
+        name, module = members[0]
+        dense = module.to_dense() if isinstance(module, SparseLinear) else module
+        timings = tuple(time_layer(dense, formats, batches, min(share, 0.5 * len(batches))))
+        best = max(formats, key=lambda it: math.prod(timing.speedup(it) for timing in timings), default=None)
+        dtype_text = str(dtype).removeprefix("torch.")
+        kinds.append(KindTiming(name, len(members), shape, dtype_text, zeros, best and str(best), timings))
+    decode = decode_speed(model) if tokens else None
+    prompt = prompt_speed(model) if tokens else None
+    machine = f"{torch.get_num_threads()} threads, {isa()} kernels, torch {torch.__version__}"
+    return ModelTiming(tuple(kinds), decode, prompt, machine)
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    dense = {layer.name: layer.module for layer in find_linears(model)}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLinear) or name in dense
+    ]
+
+
+def _kind(module: nn.Module, form: Format | None) -> Any:
+    if isinstance(module, SparseLinear):
+        return (
+            (module.format,),
+            (module.out_features, module.in_features),
+            module.dtype,
+            round(module.sparsity, 2),
+        )
+    weight = dense_weight(module).detach()
+    found = candidate_formats(weight, form)
+    zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+    return () if isinstance(found, str) else tuple(found), tuple(weight.shape), weight.dtype, round(zeros, 2)

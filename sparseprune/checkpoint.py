@@ -203,14 +203,18 @@ def _identity(tensor: Tensor) -> Any:
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a folder that `save` wrote (False for a folder without weights or with dense ones)."""
-    weights = Path(path) / WEIGHTS_FILE
-    if not weights.is_file():
-        return False
+    """Whether `path` is a folder that `save` wrote (also if its weights are damaged)."""
+    folder = Path(path)
     try:
-        with safe_open(weights, framework="pt") as file:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             return (file.metadata() or {}).get("format") == _FORMAT
     except (SafetensorError, OSError):
+        pass
+    # The weights are missing or damaged: whose they were, the config tells, and load() then says what is wrong.
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == _FORMAT
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,21 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune import ops
 from sparseprune._native import isa
-from sparseprune.benchmark import ROTATED_BYTES, LayerTiming, time_layer
-from sparseprune.formats import DTYPES, Format, SparseWeight, group_counts
+from sparseprune.benchmark import ROTATED_BYTES, LayerTiming, candidate_formats, time_layer
+from sparseprune.formats import Format, SparseWeight
 from sparseprune.models import LinearLayer, find_linears
 from sparseprune.nn import SparseLinear
 from sparseprune.report import Column, Table, human_bytes, track
 
-__all__ = ["LayerSparsified", "SparsifyReport", "detect_nm", "sparsify"]
+__all__ = ["LayerSparsified", "SparsifyReport", "sparsify"]
 
-_GROUP_SIZES = (4, 8, 16, 32)
-_WASTE = (
-    0.05  # of the weights: what N:M may keep in explicit zeros and still be taken for the pattern pruned to
-)
-_CSR_DENSITY = 0.35  # above it CSR, a column number for each value, is never the smaller or the faster
 _BUCKET = 0.05  # layers of one shape share a measurement if their sparsity is this close
 
 
@@ -185,53 +178,11 @@ def _check_batches(batch: int | Iterable[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(batches))
 
 
-def detect_nm(weight: Tensor) -> Format | None:
-    """The N:M pattern that `weight` [out, in] was pruned to (2:4, 4:8, ...), None if there is none to be seen.
-
-    N is the most that any group of M holds. A pattern that would keep many more zeros than the weight's sparsity asks
-    for is a coincidence, and not taken.
-    """
-    rows, cols = weight.shape
-    values, mask = ops.dense_to_bitmap(weight.detach())
-    density = values.numel() / max(1, weight.numel())
-    for m in _GROUP_SIZES:
-        if not rows * cols or cols % m:
-            continue
-        n = int(group_counts(mask, cols, m).max())
-        if 0 < n < m and n / m <= density + _WASTE:
-            return Format("nm", n, m)
-    return None
-
-
 @dataclass(frozen=True)
 class _Choice:
     format: Format | None
     reason: str
     speedups: dict[int, float]
-
-
-def _candidates(weight: Tensor, form: Format | None, sparsity: float) -> list[Format] | str:
-    """The formats worth a try, or why the layer stays dense."""
-    if weight.is_meta:
-        return "on the meta device: no data"
-    if weight.device.type != "cpu":
-        return f"on {weight.device}: the kernels are for the CPU"
-    if weight.dtype not in DTYPES:
-        return f"dtype {weight.dtype} has no kernels"
-    if weight.numel() == 0:
-        return "empty"
-    if form is not None:
-        problem = form.misfit(weight)
-        return [form] if problem is None else problem
-    if (found := detect_nm(weight)) is not None:
-        return [found]
-    formats = [Format("bitmap")]
-    if 1 - sparsity <= _CSR_DENSITY:
-        formats.append(Format("csr"))
-    bits = weight.dtype.itemsize * 8
-    if sparsity <= 1 / bits:  # a bitmap spends one bit a weight to save `bits` for each zero
-        return f"too few zeros ({sparsity:.1%}): no sparse format would be smaller"
-    return formats
 
 
 class _Smallest:
@@ -241,7 +192,7 @@ class _Smallest:
         self.form = form
 
     def __call__(self, layer: LinearLayer, weight: Tensor, sparsity: float) -> _Choice:
-        formats = _candidates(weight, self.form, sparsity)
+        formats = candidate_formats(weight, self.form)
         if isinstance(formats, str):
             return _Choice(None, formats, {})
         if len(formats) == 1:
@@ -269,7 +220,7 @@ class _Measured:
         for layer in track(layers, "looking at the weights", enabled=progress):
             weight = layer.weight
             sparsity = _sparsity(weight)
-            formats = _candidates(weight, form, sparsity)
+            formats = candidate_formats(weight, form)
             if not isinstance(formats, str):
                 kinds.setdefault(self._kind(layer, weight, formats, sparsity), layer)
         model_bytes = sum(layer.weight.nbytes for layer in layers)
@@ -285,7 +236,7 @@ class _Measured:
             self.known[kind] = _fastest(kind[0], timings)
 
     def __call__(self, layer: LinearLayer, weight: Tensor, sparsity: float) -> _Choice:
-        formats = _candidates(weight, self.form, sparsity)
+        formats = candidate_formats(weight, self.form)
         if isinstance(formats, str):
             return _Choice(None, formats, {})
         return self.known[self._kind(layer, weight, formats, sparsity)]

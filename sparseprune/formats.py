@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparseprune import ops
 
-__all__ = ["DTYPES", "SPEC_FIELDS", "Format", "SparseWeight"]
+__all__ = ["DTYPES", "SPEC_FIELDS", "Format", "SparseWeight", "detect_nm"]
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes a sparse weight may have; the position is the code in the file."""
@@ -28,6 +28,10 @@ SPEC_FIELDS = ("version", "kind", "n", "m", "rows", "cols", "dtype", "encoding",
 _VERSION = 1
 _KIND_CODES = {"nm": 1, "bitmap": 2, "csr": 3}  # 0 is no kind: a spec of zeros is refused
 _FLOAT_ENCODING = 0  # int8 and int4 values with group scales are to follow
+_GROUP_SIZES = (4, 8, 16, 32)
+_WASTE = (
+    0.05  # of the weights: what N:M may keep in explicit zeros and still be taken for the pattern pruned to
+)
 _MAX_SIDE = 2**31 - 1  # the kernels count columns in 32 bits
 
 
@@ -96,6 +100,24 @@ def group_counts(mask: Tensor, cols: int, m: int) -> Tensor:
         parts = [popcounts((mask >> shift) & (2**m - 1)) for shift in range(0, 8, m)]
         return torch.stack(parts, -1).view(rows, mask.shape[1] * len(parts))[:, : cols // m]
     return ops.unpack_mask(mask, cols).view(rows, cols // m, m).sum(-1, dtype=torch.int16)
+
+
+def detect_nm(weight: Tensor) -> Format | None:
+    """The N:M pattern that `weight` [out, in] was pruned to (2:4, 4:8, ...), None if there is none to be seen.
+
+    N is the most that any group of M holds. A pattern that would keep many more zeros than the weight's sparsity asks
+    for is a coincidence, and not taken.
+    """
+    rows, cols = weight.shape
+    values, mask = ops.dense_to_bitmap(weight.detach())
+    density = values.numel() / max(1, weight.numel())
+    for m in _GROUP_SIZES:
+        if not rows * cols or cols % m:
+            continue
+        n = int(group_counts(mask, cols, m).max())
+        if 0 < n < m and n / m <= density + _WASTE:
+            return Format("nm", n, m)
+    return None
 
 
 @dataclass(frozen=True, eq=False)

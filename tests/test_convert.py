@@ -6,8 +6,8 @@ from torch import nn
 
 from sparseprune import convert
 from sparseprune.benchmark import LayerTiming, alternating_medians, time_layer
-from sparseprune.convert import detect_nm, sparsify
-from sparseprune.formats import Format
+from sparseprune.convert import sparsify
+from sparseprune.formats import Format, detect_nm
 from sparseprune.nn import SparseLinear
 
 

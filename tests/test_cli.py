@@ -1,0 +1,230 @@
+import json
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sparseprune import demo
+from sparseprune.checkpoint import load
+from sparseprune.cli import app
+from sparseprune.nn import SparseLinear
+
+TEXT = "the cat sat on the mat and the dog ran to the house of the king " * 40
+WORDS = sorted(set(TEXT.split()))
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + result.stderr
+    return result
+
+
+def run_json(*arguments):
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["[UNK]", "[EOS]", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    return tokenizer
+
+
+def tiny_llama(dtype=torch.float32):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense Hugging Face folder, a text, and the sparse folder that `prune` makes of them."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny_llama().save_pretrained(root / "dense")
+    tiny_tokenizer().save_pretrained(root / "dense")
+    (root / "text.txt").write_text(TEXT)
+    run("prune", root / "dense", root / "sparse", "--policy", "always")
+    return root
+
+
+def test_prune_wanda_unstructured(folders, tmp_path):
+    result = run_json(
+        "prune", folders / "dense", tmp_path / "out", "--pattern", "unstructured", "--sparsity", 0.5, "--method",
+        "wanda", "--calibration", folders / "text.txt", "--samples", 2, "--length", 32, "--policy", "always",
+    )  # fmt: skip
+    assert result["pruned"]["sparsity_after"] == 0.5
+    assert result["converted"]["swapped"] == 14
+    assert {layer["format"] for layer in result["converted"]["layers"]} == {"bitmap"}
+    model = load(tmp_path / "out")
+    assert sum(isinstance(module, SparseLinear) for module in model.modules()) == 14
+
+
+def test_prune_prints_what_it_did(folders, tmp_path):
+    output = run(
+        "prune", folders / "dense", tmp_path / "out", "--policy", "always", "--exclude", "*mlp*"
+    ).stdout
+    assert "model.layers.*.self_attn.q_proj" in output
+    assert "mlp" not in output
+    assert "8 of 8 layers are sparse" in output
+    assert "pruned by magnitude" in output
+    assert f"saved in {tmp_path / 'out'}" in output
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_prune_auto_measures(folders, tmp_path):
+    result = run_json("prune", folders / "dense", tmp_path / "out", "--batch", 1, "--batch", 4)
+    assert result["converted"]["policy"] == "auto"
+    assert all(set(layer["speedups"]) == {"1", "4"} for layer in result["converted"]["layers"])
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_eval(folders, kind):
+    arguments = ("eval", folders / kind, "--text", folders / "text.txt", "--window", 64, "--max-windows", 3)
+    data = run_json(*arguments)
+    assert data["windows"] == 3
+    assert 1 < data["value"] < 200
+    output = run(*arguments).stdout
+    assert f"{data['value']:.3f}" in output
+    assert data["protocol"] in output
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_bench(folders, kind):
+    arguments = ("bench", folders / kind, "--batch", 1, "--batch", 2, "--seconds", 0.1, "--no-tokens")
+    data = run_json(*arguments)
+    assert sum(group["count"] for group in data["kinds"]) == 14
+    for group in data["kinds"]:
+        assert [timing["batch"] for timing in group["timings"]] == [1, 2]
+        assert group["format"] == ("2:4" if kind == "sparse" else None)
+    output = run(*arguments).stdout
+    assert "speed-up" in output
+    assert "tokens/s" not in output
+
+
+def test_bench_tokens(folders, monkeypatch):
+    from sparseprune import benchmark
+    from sparseprune.evaluate import SpeedResult
+
+    speed = SpeedResult(12.5, 1.0, 1, 1, 2, "decode, batch 1, float32")
+    monkeypatch.setattr(benchmark, "decode_speed", lambda model: speed)
+    monkeypatch.setattr(benchmark, "prompt_speed", lambda model: speed)
+    assert "12.5 tokens/s" in run("bench", folders / "sparse", "--batch", 1, "--seconds", 0.1).stdout
+
+
+def test_inspect(folders):
+    dense, sparse = run_json("inspect", folders / "dense"), run_json("inspect", folders / "sparse")
+    assert dense["architecture"] == sparse["architecture"] == "LlamaForCausalLM"
+    assert len(dense["layers"]) == len(sparse["layers"]) == 15
+    assert {layer["format"] for layer in dense["layers"]} == {None}
+    by_format = {layer["name"]: (layer["format"], layer["pattern"]) for layer in sparse["layers"]}
+    assert by_format.pop("lm_head") == (None, None)
+    assert set(by_format.values()) == {("2:4", "2:4")}
+    assert sum(layer["nbytes"] for layer in sparse["layers"]) > 0
+    output = run("inspect", folders / "sparse").stdout
+    assert "model.layers.*.mlp.down_proj" in output
+    assert "14 of 15 linears are sparse" in output
+
+
+def bad(folders, tmp_path):
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    short = tmp_path / "short.txt"
+    short.write_text("the cat")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in (folders / "sparse").iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    dense, sparse, text = folders / "dense", folders / "sparse", folders / "text.txt"
+    return [
+        (("inspect", tmp_path / "nowhere"), "no model at .*nowhere"),
+        (("inspect", damaged), "model.safetensors: must be a whole safetensors file"),
+        (("eval", dense, "--text", tmp_path / "nowhere.txt"), "No such file"),
+        (("eval", dense, "--text", binary), "--text: must be UTF-8 text"),
+        (("eval", dense, "--text", short, "--window", 64), "text: must hold at least one window"),
+        (("eval", sparse, "--text", text, "--dtype", "float16"), "--dtype: .* holds float32, got float16"),
+        (("prune", sparse, tmp_path / "out"), "MODEL: must be dense, .* is sparse already"),
+        (("prune", dense, tmp_path / "out", "--pattern", "5:4"), "pattern: "),
+        (("prune", dense, tmp_path / "out", "--pattern", "unstructured"), "sparsity: "),
+        (("prune", dense, tmp_path / "out", "--method", "wanda"), "calibration: method wanda needs some"),
+        (("prune", dense, tmp_path / "out", "--format", "coo"), "format: must be"),
+        (("prune", dense, dense), "OUT: .* holds a model that is not of sparseprune; name another"),
+        (("prune", dense, text), "OUT: must be a folder, got the file"),
+        (("bench", dense, "--format", "coo"), "format: must be"),
+        (("prune", dense, tmp_path / "out", "--include", "nothing"), "has no linear layer to prune"),
+    ]
+
+
+def test_mistakes_are_one_line_and_exit_code_2(folders, tmp_path):
+    for arguments, message in bad(folders, tmp_path):
+        result = run(*arguments, code=2)
+        line = result.stderr.strip().splitlines()[-1]
+        assert re.match(rf"error: .*{message}", line), (arguments, result.stderr)
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert (folders / "dense" / "model.safetensors").exists()
+
+
+def test_a_traceback_on_request(folders, monkeypatch):
+    monkeypatch.setenv("SPARSEPRUNE_TRACEBACK", "1")
+    result = CliRunner().invoke(app, ["inspect", "/nowhere"])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_help_and_version_name_everything():
+    output = run("--help").output
+    for command in ("demo", "prune", "eval", "bench", "inspect"):
+        assert command in output
+        assert "Usage" in run(command, "--help").output
+    assert re.match(r"sparseprune \d+\.\d+\.\d+, \w+ kernels", run("--version").output)
+
+
+def test_demo_texts_are_apart_and_long_enough():
+    calibration, evaluation = demo.demo_texts()
+    shared = set(calibration.split("\n\n")) & set(evaluation.split("\n\n"))
+    assert not shared
+    assert len(calibration) > 100_000
+    assert len(evaluation) > 80_000
+
+
+def test_demo_on_a_tiny_model(tmp_path, monkeypatch):
+    source = tmp_path / "tiny.gguf"
+    source.write_bytes(b"GGUF")
+    monkeypatch.setattr(demo, "demo_model_path", lambda: source)
+    monkeypatch.setattr(demo, "load_dense", lambda path, dtype: (tiny_llama(dtype), tiny_tokenizer()))
+    monkeypatch.setattr(demo, "demo_texts", lambda: (TEXT, TEXT))
+    monkeypatch.setattr(demo, "QUESTION", "the cat sat")
+    protocol = demo.Protocol(
+        calibration_windows=2, calibration_length=32, evaluation_windows=2, evaluation_length=32, prompt_length=16,
+        new_tokens=2, rounds=1, sentence_tokens=3,
+    )  # fmt: skip
+    said = []
+    report = demo.run(tmp_path / "keep", protocol=protocol, say=said.append)
+    dense, *sparse = report.columns
+    assert dense.zeros == dense.sparse_layers == 0
+    assert len(sparse) == len(demo.RECIPES)
+    for column, conversion in zip(sparse, report.conversions, strict=True):
+        assert column.zeros == pytest.approx(0.5, abs=0.02)
+        assert column.sparse_layers == conversion.swapped
+        assert column.perplexity > 1
+        assert column.decode > 0
+        assert column.prompt > 0
+    assert len([path for path in (tmp_path / "keep").iterdir() if (path / "model.safetensors").exists()]) == 3
+    text = str(report)
+    assert "weights in memory" in text
+    assert "Asked: the cat sat" in text
+    assert "2 windows of 32" in text
+    assert json.loads(json.dumps(report.to_dict()))["columns"][0]["name"] == "dense"
+    assert any("Saving and loading again" in line for line in said)
