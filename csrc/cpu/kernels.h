@@ -12,29 +12,30 @@
 
 namespace sparseprune {
 
-// How activations are laid out for a kernel. k runs over kpad columns; what is not in x is zero.
+// How activations are laid out for a kernel. k runs over kpad columns; what is not in x is zero. A block is `block`
+// batch rows (the last one fewer), its width those rows rounded up to `round`; blocks follow each other.
 enum class Panel : std::uint8_t {
-  rows_f32,   // float [batch][kpad]
-  rows_bf16,  // bf16 [batch][kpad]
-  lanes_f32,  // blocks of lane_block batch rows, width w rounded up to 16: float [kpad][w]
-  tiles_bf16  // bf16 [ceil(batch/16)][kpad/32][16][32]: the A operand of tdpbf16ps
+  rows_f32,    // float [batch][kpad]
+  blocks_f32,  // blocks of float [kpad][width]
+  pairs_bf16,  // blocks of bf16 [kpad/2][width][2]
+  tiles_bf16   // bf16 [ceil(batch/16)][kpad/32][16][32]: the A operand of tdpbf16ps
 };
 constexpr int kPanels = 4;
 
 struct PanelJob {
   const void* x;
   std::int64_t batch, cols, kpad;
-  std::int64_t stride;      // elements between rows of x; columns are contiguous
-  std::int64_t lane_block;  // lanes_f32: batch rows a block holds
+  std::int64_t stride;  // elements between rows of x; columns are contiguous
+  std::int64_t block, round;
   void* panel;
 };
-// Units: rows of x (rows_*), tiles of 16 columns (lanes_f32), tiles of 32 columns (tiles_bf16).
+// Units: rows of x (rows_f32), 16 columns (blocks_f32, pairs_bf16), 32 columns (tiles_bf16).
 using PanelFn = void (*)(const PanelJob& job, std::int64_t begin, std::int64_t end);
 
 // out[b, r] = bias[r] + sum_k w[r, k] * x[b, k]
 struct LinearJob {
   std::int64_t rows, cols, kpad, batch;
-  std::int64_t lane_block;
+  std::int64_t block;  // of the panel
   const std::int64_t* offsets;
   const void* index;
   int column_bytes;
@@ -47,22 +48,23 @@ struct LinearJob {
 using LinearFn = void (*)(const LinearJob& job, std::int64_t begin, std::int64_t end, void* scratch);
 
 struct LinearKernel {
-  const char* name;
   Panel panel;
   std::int64_t unit_rows;
+  std::int64_t max_block, round;  // of the panel
   std::size_t (*scratch_bytes)(const LinearJob& job);
   LinearFn run;
 };
 
 // The ways to multiply; which one serves a call is decided in plan.cpp.
 enum class Strategy : std::uint8_t {
-  tile_rows,   // lanes are output rows: each weight vector is expanded once for a few batch rows
+  tile_rows,   // lanes are output rows: each weight vector is expanded in a register for a few batch rows
+  tile_dense,  // lanes are output rows: weights are expanded to L1 once for all batch rows
   tile_batch,  // lanes are batch rows: zeros cost nothing
   tile_amx,    // expand to AMX tiles, multiply as dense
   csr_gather,  // one dot product a row, activations gathered
   csr_batch    // lanes are batch rows
 };
-constexpr int kStrategies = 5;
+constexpr int kStrategies = 6;
 
 // Operations on rows of raw words (W bytes an element): a zero is +0.0 or -0.0, NaN is not.
 struct WordKernels {
@@ -86,7 +88,6 @@ struct KernelTable {
   LinearKernel linear[kStrategies][kDTypes];  // run == nullptr: not at this level
   PanelFn panel[kPanels][kDTypes];
   std::uint8_t bf16_interleave;  // column order of packed bf16 tiles
-  int max_lanes;                 // vectors of 16 batch rows a lanes_f32 block may hold
   WordKernels words16, words32;
   // bits[i] = |in[i]| > threshold, out = bits ? in : 0 (NaN is kept). in == out is allowed.
   void (*threshold[kDTypes])(const void* in, float threshold, void* out, std::uint8_t* bits, std::int64_t n);

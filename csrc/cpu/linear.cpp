@@ -38,30 +38,25 @@ class Buffer {
 // Work below this is done before a second thread has woken up.
 constexpr std::int64_t kSerialProducts = 64 * 1024;
 
-std::int64_t panel_bytes(Panel panel, std::int64_t batch, std::int64_t kpad) {
-  switch (panel) {
-    case Panel::rows_f32: return batch * kpad * 4;
-    case Panel::rows_bf16: return batch * kpad * 2;
-    case Panel::lanes_f32: return round_up(batch, 16) * kpad * 4;
-    case Panel::tiles_bf16: return round_up(batch, 16) * kpad * 2;
-  }
-  return 0;
+std::int64_t panel_bytes(const LinearKernel& kernel, std::int64_t batch, std::int64_t kpad) {
+  const bool floats = kernel.panel == Panel::rows_f32 || kernel.panel == Panel::blocks_f32;
+  return round_up(batch, kernel.round) * kpad * (floats ? 4 : 2);
 }
 
 std::int64_t panel_units(Panel panel, std::int64_t batch, std::int64_t kpad) {
   switch (panel) {
-    case Panel::rows_f32:
-    case Panel::rows_bf16: return batch;
-    case Panel::lanes_f32: return kpad / 16;
+    case Panel::rows_f32: return batch;
+    case Panel::blocks_f32:
+    case Panel::pairs_bf16: return kpad / 16;
     case Panel::tiles_bf16: return kpad / kTileK;
   }
   return 0;
 }
 
-// Rows that already are what the kernel reads.
+// Whether x already is what the kernel reads: one row of full width.
 bool is_panel(Panel panel, const LinearCall& call, std::int64_t kpad) {
-  const bool same = (panel == Panel::rows_f32 && call.dtype == DType::f32) || panel == Panel::rows_bf16;
-  return same && call.cols == kpad && (call.stride == kpad || call.batch == 1);
+  if (call.batch != 1 || call.cols != kpad || panel == Panel::tiles_bf16) return false;
+  return call.dtype == DType::f32 || panel == Panel::pairs_bf16;
 }
 
 }  // namespace
@@ -110,24 +105,19 @@ void linear(const LinearCall& call) {
   }
   if (call.batch == 0 || call.rows == 0) return;
 
-  Plan plan = choose_plan(table, h, call.batch);
-  if (call.strategy >= 0) plan.strategy = static_cast<Strategy>(call.strategy);
+  const Plan plan = choose_plan(table, h, call.batch, call.strategy);
   const int d = static_cast<int>(h.dtype);
   const LinearKernel& kernel = table.linear[static_cast<int>(plan.strategy)][d];
-  const bool csr = plan.strategy == Strategy::csr_gather || plan.strategy == Strategy::csr_batch;
-  if (!kernel.run || csr != (h.layout == Layout::csr)) {
-    throw std::invalid_argument(std::string("strategy: ") + strategy_name(plan.strategy) +
-                                " does not serve this weight at level '" + table.isa + "'");
-  }
 
   static thread_local Buffer shared_panel;
   const std::int64_t kpad = w.geometry.kpad;
   const bool ready = is_panel(kernel.panel, call, kpad);
-  const void* panel = ready ? call.x : shared_panel.reserve(panel_bytes(kernel.panel, call.batch, kpad) + 64);
+  const void* panel = ready ? call.x : shared_panel.reserve(static_cast<std::size_t>(panel_bytes(kernel, call.batch, kpad)));
 
-  const PanelJob pack{call.x, call.batch, call.cols, kpad, call.stride, plan.lane_block, const_cast<void*>(panel)};
+  const PanelJob pack{call.x, call.batch, call.cols, kpad, call.stride,
+                      plan.block, kernel.round, const_cast<void*>(panel)};
   const PanelFn pack_fn = table.panel[static_cast<int>(kernel.panel)][d];
-  const LinearJob job{call.rows,  call.cols,      kpad,     call.batch, plan.lane_block, w.offsets,
+  const LinearJob job{call.rows,  call.cols,      kpad,     call.batch, plan.block, w.offsets,
                       w.index,    h.column_bytes, w.values, panel,      call.bias,       call.out};
   const std::int64_t units = ceil_div(call.rows, kernel.unit_rows);
   const std::int64_t pack_units = ready ? 0 : panel_units(kernel.panel, call.batch, kpad);

@@ -36,9 +36,10 @@ void linear(const LinearCall& call);
 // plan.cpp
 struct Plan {
   Strategy strategy;
-  std::int64_t lane_block;  // batch rows of a lanes_f32 block
+  std::int64_t block;  // batch rows of a block of the panel
 };
-Plan choose_plan(const KernelTable& table, const PackedHeader& header, std::int64_t batch);
+// forced: a Strategy, or -1 for the plan's choice. Throws std::invalid_argument where it does not serve.
+Plan choose_plan(const KernelTable& table, const PackedHeader& header, std::int64_t batch, int forced = -1);
 const char* strategy_name(Strategy strategy);
 
 }  // namespace sparseprune

@@ -1,5 +1,6 @@
 #include "cpu/parallel.h"
 
+#include <omp.h>
 #include <pthread.h>
 
 namespace sparseprune {
@@ -17,7 +18,12 @@ const ForkWatch g_watch;
 }  // namespace
 
 int usable_threads(int n) {
-  return n <= 1 || g_forked.load(std::memory_order_relaxed) ? 1 : n;
+  if (n <= 1 || g_forked.load(std::memory_order_relaxed)) return 1;
+  return n < kMaxThreads ? n : kMaxThreads;
+}
+
+int thread_index() {
+  return omp_get_thread_num();
 }
 
 }  // namespace sparseprune

@@ -6,26 +6,48 @@
 
 namespace sparseprune {
 
+constexpr int kMaxThreads = 256;
+
 // How many threads a region may use: n, or 1 in a forked child, where the parent's pool does not exist.
 int usable_threads(int n);
+// This thread's number in the region.
+int thread_index();
 
-// Hands out [0, units) in chunks to the threads of the region it is shared by. Chunks are contiguous and few, so that
-// each thread streams memory, but more than the threads, so that a slowed core does not hold up the others.
+// Hands out [0, units) to the threads of a region. Each thread owns a contiguous share, the same in every call, so
+// that its part of a cached weight stays in its core's cache; it takes its share in few large chunks, so that it
+// streams memory, and then helps the others, so that a slowed core does not hold up the rest.
 class WorkQueue {
  public:
-  WorkQueue(std::int64_t units, int threads)
-      : units_(units), grain_(threads <= 1 ? units : 1 + (units - 1) / (std::int64_t{8} * threads)) {}
+  WorkQueue(std::int64_t units, int threads) : units_(units), threads_(threads) {
+    share_ = (units + threads - 1) / threads;
+    grain_ = threads == 1 ? share_ : (share_ + kChunks - 1) / kChunks;
+    for (int t = 0; t < threads; ++t) next_[t].value.store(0, std::memory_order_relaxed);
+  }
 
   bool next(std::int64_t* begin, std::int64_t* end) {
-    *begin = next_.fetch_add(grain_, std::memory_order_relaxed);
-    if (*begin >= units_) return false;
-    *end = *begin + grain_ < units_ ? *begin + grain_ : units_;
-    return true;
+    const int self = thread_index();
+    for (int i = 0; i < threads_; ++i) {
+      const std::int64_t owner = (self + i) % threads_;
+      std::atomic<std::int64_t>& taken = next_[owner].value;
+      if (taken.load(std::memory_order_relaxed) >= share_) continue;
+      const std::int64_t offset = taken.fetch_add(grain_, std::memory_order_relaxed);
+      if (offset >= share_) continue;
+      *begin = owner * share_ + offset;
+      *end = owner * share_ + (offset + grain_ < share_ ? offset + grain_ : share_);
+      if (*end > units_) *end = units_;
+      if (*begin < *end) return true;
+    }
+    return false;
   }
 
  private:
-  std::int64_t units_, grain_;
-  std::atomic<std::int64_t> next_{0};
+  static constexpr std::int64_t kChunks = 4;
+  struct alignas(64) Counter {
+    std::atomic<std::int64_t> value;
+  };
+  std::int64_t units_, share_, grain_;
+  int threads_;
+  Counter next_[kMaxThreads];
 };
 
 template <typename Body>

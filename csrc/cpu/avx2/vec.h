@@ -17,6 +17,8 @@ struct Vec {
 
 constexpr int kMaxBatch = 6;  // 12 accumulators, 2 weights, 1 broadcast: 15 of 16 registers
 constexpr int kMaxLanes = 4;  // 8 accumulators
+constexpr int kDenseTiles = 1;
+constexpr int kDenseBatch = 6;
 
 // permutation[m][i]: which packed value lane i takes when m's bits say which lanes are kept.
 struct ExpandTable {

@@ -15,6 +15,8 @@ using Vec = __m512;
 
 constexpr int kMaxBatch = 24;  // of 32 registers; broadcasts are memory operands
 constexpr int kMaxLanes = 8;
+constexpr int kDenseTiles = 2;
+constexpr int kDenseBatch = 12;
 
 constexpr std::int64_t kPrefetchBytes = 1024;
 

@@ -7,68 +7,93 @@ namespace {
 
 // As tile_rows.inl, with k in steps of two: acc[b][lane] += w[lane][2p] x[b][2p] + w[lane][2p+1] x[b][2p+1].
 // vdpbf16ps flushes subnormal inputs and results to zero.
-template <int NB>
+template <int NB, int NT>
 inline void dot_block(const LinearJob& job, std::int64_t tile, std::int64_t b0) {
-  constexpr int kUnroll = NB == 1 ? 4 : NB <= 3 ? 2 : 1;
-  const auto* masks = static_cast<const std::uint16_t*>(job.index) + tile * job.kpad;
-  const bf16* values = static_cast<const bf16*>(job.values) + job.offsets[tile];
+  constexpr int kUnroll = NB * NT == 1 ? 4 : NB * NT <= 3 ? 2 : 1;
   const std::int64_t pairs = job.kpad / 2;
+  const std::uint16_t* masks[NT];
+  const bf16* values[NT];
+  for (int t = 0; t < NT; ++t) {
+    masks[t] = static_cast<const std::uint16_t*>(job.index) + (tile + t) * job.kpad;
+    values[t] = static_cast<const bf16*>(job.values) + job.offsets[tile + t];
+  }
   const auto* x = static_cast<const std::int32_t*>(job.panel) + b0 * pairs;
 
-  __m512 acc[kUnroll][NB];
+  __m512 acc[kUnroll][NT][NB];
   for (auto& part : acc) {
-    for (auto& a : part) a = zero();
+    for (auto& rows : part) {
+      for (auto& a : rows) a = zero();
+    }
   }
   for (std::int64_t p = 0; p < pairs; p += 4) {
-    prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
+#pragma GCC unroll 2
+    for (int t = 0; t < NT; ++t) {
+      prefetch(reinterpret_cast<const char*>(values[t]) + kPrefetchBytes);
+      if (p % 16 == 0) prefetch(reinterpret_cast<const char*>(masks[t] + 2 * p) + kPrefetchBytes);
 #pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) {
-      const std::uint32_t mask = pair_mask(masks, p + u);
-      const auto w = (__m512bh)expand_pairs(values, mask);
-      values += popcount(mask);
+      for (int u = 0; u < 4; ++u) {
+        const std::uint32_t mask = pair_mask(masks[t], p + u);
+        const auto w = (__m512bh)expand_pairs(values[t], mask);
+        values[t] += popcount(mask);
 #pragma GCC unroll 24
-      for (int b = 0; b < NB; ++b) {
-        const auto pair = (__m512bh)_mm512_set1_epi32(x[b * pairs + p + u]);
-        acc[u % kUnroll][b] = _mm512_dpbf16_ps(acc[u % kUnroll][b], w, pair);
+        for (int b = 0; b < NB; ++b) {
+          __m512& sum = acc[u % kUnroll][t][b];
+          sum = _mm512_dpbf16_ps(sum, w, (__m512bh)_mm512_set1_epi32(x[(p + u) * NB + b]));
+        }
       }
     }
   }
-  const std::int64_t row = tile * kTileRows;
-  const int n = static_cast<int>(job.rows - row < kTileRows ? job.rows - row : kTileRows);
-  const Vec bias = job.bias ? load_n(static_cast<const bf16*>(job.bias) + row, n) : zero();
-  for (int b = 0; b < NB; ++b) {
-    Vec sum = add(acc[0][b], bias);
-    for (int u = 1; u < kUnroll; ++u) sum = add(sum, acc[u][b]);
-    store_n(static_cast<bf16*>(job.out) + (b0 + b) * job.rows + row, sum, n);
+  for (int t = 0; t < NT; ++t) {
+    const std::int64_t row = (tile + t) * kTileRows;
+    const int n = static_cast<int>(job.rows - row < kTileRows ? job.rows - row : kTileRows);
+    const Vec bias = job.bias ? load_n(static_cast<const bf16*>(job.bias) + row, n) : zero();
+    for (int b = 0; b < NB; ++b) {
+      Vec sum = add(acc[0][t][b], bias);
+      for (int u = 1; u < kUnroll; ++u) sum = add(sum, acc[u][t][b]);
+      store_n(static_cast<bf16*>(job.out) + (b0 + b) * job.rows + row, sum, n);
+    }
   }
 }
 
-template <int NB>
+template <int NB, int NT>
 inline void dot_sized(const LinearJob& job, std::int64_t tile, std::int64_t b0, std::int64_t nb) {
   if (nb == NB) {
-    dot_block<NB>(job, tile, b0);
+    dot_block<NB, NT>(job, tile, b0);
   } else if constexpr (NB > 1) {
-    dot_sized<NB - 1>(job, tile, b0, nb);
+    dot_sized<NB - 1, NT>(job, tile, b0, nb);
   }
 }
 
 void tile_rows_dot(const LinearJob& job, std::int64_t begin, std::int64_t end, void*) {
-  const std::int64_t blocks = ceil_div(job.batch, kMaxBatch);
-  const std::int64_t size = ceil_div(job.batch, blocks);
-  for (std::int64_t tile = begin; tile < end; ++tile) {
-    for (std::int64_t b = 0; b < job.batch; b += size) {
-      dot_sized<kMaxBatch>(job, tile, b, size < job.batch - b ? size : job.batch - b);
+  constexpr int kPairBatch = 4;
+  std::int64_t tile = begin;
+  if (job.batch <= kPairBatch) {
+    for (; tile + 2 <= end; tile += 2) dot_sized<kPairBatch, 2>(job, tile, 0, job.batch);
+  }
+  for (; tile < end; ++tile) {
+    for (std::int64_t b = 0; b < job.batch; b += job.block) {
+      dot_sized<kMaxBatch, 1>(job, tile, b, job.block < job.batch - b ? job.block : job.batch - b);
     }
   }
 }
 
-void pack_rows_bf16(const PanelJob& job, std::int64_t begin, std::int64_t end) {
-  for (std::int64_t b = begin; b < end; ++b) {
-    const bf16* x = static_cast<const bf16*>(job.x) + b * job.stride;
-    bf16* out = static_cast<bf16*>(job.panel) + b * job.kpad;
-    std::memcpy(out, x, static_cast<std::size_t>(job.cols) * 2);
-    std::memset(out + job.cols, 0, static_cast<std::size_t>(job.kpad - job.cols) * 2);
+void pack_pairs_bf16(const PanelJob& job, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t b0 = 0; b0 < job.batch; b0 += job.block) {
+    const std::int64_t width = job.batch - b0 < job.block ? job.batch - b0 : job.block;
+    auto* block = static_cast<bf16*>(job.panel) + b0 * job.kpad;
+    for (std::int64_t b = 0; b < width; ++b) {
+      const bf16* x = static_cast<const bf16*>(job.x) + (b0 + b) * job.stride;
+      for (std::int64_t k = begin * 16; k < end * 16; k += 2) {
+        bf16* out = block + (k / 2 * width + b) * 2;
+        out[0] = k < job.cols ? x[k] : bf16{};
+        out[1] = k + 1 < job.cols ? x[k + 1] : bf16{};
+      }
+    }
   }
+}
+
+std::size_t no_scratch(const LinearJob&) {
+  return 0;
 }
 
 // 16-bit words, 32 at a time.
@@ -126,11 +151,12 @@ void install(KernelTable& table) {
   table.isa = "avx512_bf16";
   table.bf16_interleave = 2;
   constexpr int d = static_cast<int>(DType::bf16);
-  LinearKernel& rows = table.linear[static_cast<int>(Strategy::tile_rows)][d];
-  rows.panel = Panel::rows_bf16;
-  rows.run = tile_rows_dot;
-  table.linear[static_cast<int>(Strategy::tile_batch)][d].run = nullptr;  // reads single columns, not pairs
-  table.panel[static_cast<int>(Panel::rows_bf16)][d] = pack_rows_bf16;
+  table.linear[static_cast<int>(Strategy::tile_rows)][d] = {Panel::pairs_bf16, kTileRows, kMaxBatch, 1, no_scratch,
+                                                            tile_rows_dot};
+  // These read single columns, not pairs.
+  table.linear[static_cast<int>(Strategy::tile_dense)][d].run = nullptr;
+  table.linear[static_cast<int>(Strategy::tile_batch)][d].run = nullptr;
+  table.panel[static_cast<int>(Panel::pairs_bf16)][d] = pack_pairs_bf16;
   table.words16.compress = compress16;
   table.words16.expand = expand16;
   table.words16.csr_row = csr_row16;

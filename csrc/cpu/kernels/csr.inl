@@ -1,8 +1,8 @@
 // Linear over `csr` weights: columns [nnz] (2 or 4 bytes), values [nnz], offsets [rows + 1].
 //
 // csr_gather  out[b, r] = dot(values of row r, x[b] at their columns). Panel: rows_f32. For one batch row.
-// csr_batch   lanes are batch rows: acc[lanes] += value * x[lanes][column]. Panel: lanes_f32. A row runs over all of K
-//             at once, so the plan chooses the lane block such that a panel stays in the L2 cache.
+// csr_batch   lanes are batch rows: acc[lanes] += value * x[lanes][column]. Panel: blocks_f32. A row runs over all of K
+//             at once, so the plan chooses the block such that a panel stays in the L2 cache.
 
 template <typename T, typename C>
 inline void csr_gather_columns(const LinearJob& job, std::int64_t begin, std::int64_t end) {
@@ -80,8 +80,8 @@ inline void csr_batch_sized(const LinearJob& job, std::int64_t begin, std::int64
 
 template <typename T>
 void csr_batch(const LinearJob& job, std::int64_t begin, std::int64_t end, void*) {
-  for (std::int64_t b = 0; b < job.batch; b += job.lane_block) {
-    const std::int64_t rows = job.batch - b < job.lane_block ? job.batch - b : job.lane_block;
+  for (std::int64_t b = 0; b < job.batch; b += job.block) {
+    const std::int64_t rows = job.batch - b < job.block ? job.batch - b : job.block;
     const float* panel = static_cast<const float*>(job.panel) + b * job.kpad;
     const std::int64_t lanes = ceil_div(rows, 16);
     if (job.column_bytes == 2) {

@@ -8,12 +8,14 @@ template <typename T>
 void install_type(KernelTable& table) {
   const int d = static_cast<int>(dtype_of<T>::value);
   auto at = [&](Strategy s) -> LinearKernel& { return table.linear[static_cast<int>(s)][d]; };
-  at(Strategy::tile_rows) = {"tile_rows", Panel::rows_f32, kTileRows, no_scratch, tile_rows<T>};
-  at(Strategy::tile_batch) = {"tile_batch", Panel::lanes_f32, kTileRows, tile_batch_scratch, tile_batch<T>};
-  at(Strategy::csr_gather) = {"csr_gather", Panel::rows_f32, 1, no_scratch, csr_gather<T>};
-  at(Strategy::csr_batch) = {"csr_batch", Panel::lanes_f32, 1, no_scratch, csr_batch<T>};
+  constexpr std::int64_t kLanes = 16 * kMaxLanes;
+  at(Strategy::tile_rows) = {Panel::blocks_f32, kTileRows, kMaxBatch, 1, no_scratch, tile_rows<T>};
+  at(Strategy::tile_dense) = {Panel::blocks_f32, kTileRows, kDenseBatch, 1, tile_dense_scratch, tile_dense<T>};
+  at(Strategy::tile_batch) = {Panel::blocks_f32, kTileRows, kLanes, 16, tile_batch_scratch, tile_batch<T>};
+  at(Strategy::csr_gather) = {Panel::rows_f32, 1, 1, 1, no_scratch, csr_gather<T>};
+  at(Strategy::csr_batch) = {Panel::blocks_f32, 1, kLanes, 16, no_scratch, csr_batch<T>};
   table.panel[static_cast<int>(Panel::rows_f32)][d] = pack_rows_f32<T>;
-  table.panel[static_cast<int>(Panel::lanes_f32)][d] = pack_lanes_f32<T>;
+  table.panel[static_cast<int>(Panel::blocks_f32)][d] = pack_blocks_f32<T>;
   table.threshold[d] = threshold<T>;
 }
 
@@ -24,5 +26,4 @@ inline void install_all(KernelTable& table) {
   table.words16 = word_kernels<std::uint16_t>();
   table.words32 = word_kernels<std::uint32_t>();
   table.bf16_interleave = 1;
-  table.max_lanes = kMaxLanes;
 }

@@ -1,4 +1,4 @@
-// Packs activations for the kernels: float rows, or float lanes of batch rows. What lies past x is zero.
+// Packs activations for the kernels as float: rows, or blocks of batch rows with k outermost. Past x lie zeros.
 
 template <typename T>
 void pack_rows_f32(const PanelJob& job, std::int64_t begin, std::int64_t end) {
@@ -12,24 +12,30 @@ void pack_rows_f32(const PanelJob& job, std::int64_t begin, std::int64_t end) {
   }
 }
 
-// Units are tiles of 16 columns.
 template <typename T>
-void pack_lanes_f32(const PanelJob& job, std::int64_t begin, std::int64_t end) {
-  for (std::int64_t b0 = 0; b0 < job.batch; b0 += job.lane_block) {
-    const std::int64_t rows = job.batch - b0 < job.lane_block ? job.batch - b0 : job.lane_block;
-    const std::int64_t width = round_up(rows, 16);
+void pack_blocks_f32(const PanelJob& job, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t b0 = 0; b0 < job.batch; b0 += job.block) {
+    const std::int64_t rows = job.batch - b0 < job.block ? job.batch - b0 : job.block;
+    const std::int64_t width = round_up(rows, job.round);
     float* block = static_cast<float*>(job.panel) + b0 * job.kpad;
     for (std::int64_t k = begin * 16; k < end * 16; k += 16) {
       const int n = static_cast<int>(job.cols - k < 0 ? 0 : job.cols - k < 16 ? job.cols - k : 16);
       for (std::int64_t b = 0; b < width; b += 16) {
         float tile[16][16];
-        for (std::int64_t i = 0; i < 16; ++i) {
+        const int lanes = static_cast<int>(width - b < 16 ? width - b : 16);
+        for (int i = 0; i < lanes; ++i) {
           const T* x = static_cast<const T*>(job.x) + (b0 + b + i) * job.stride + k;
           store(tile[i], n > 0 && b + i < rows ? load_n(x, n) : zero());
         }
-        for (int i = 0; i < 16; ++i) {
-          float* out = block + (k + i) * width + b;
-          for (int lane = 0; lane < 16; ++lane) out[lane] = tile[lane][i];
+        float* out = block + k * width + b;
+        if (lanes == 16) {
+          for (int i = 0; i < 16; ++i) {
+            for (int lane = 0; lane < 16; ++lane) out[i * width + lane] = tile[lane][i];
+          }
+        } else {
+          for (int i = 0; i < 16; ++i) {
+            for (int lane = 0; lane < lanes; ++lane) out[i * width + lane] = tile[lane][i];
+          }
         }
       }
     }

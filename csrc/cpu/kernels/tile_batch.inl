@@ -2,8 +2,8 @@
 //
 //   acc[row][lanes] += w[row][k] * x[lanes][k]     for the kept k of a row only
 //
-// Panel: lanes_f32, blocks of [kpad][width] floats, width = 16 * NV batch rows.
-// Work partition: a tile's 16 rows x one lane block. K goes in chunks of kChunk columns, whose panel rows (kChunk x
+// Panel: blocks_f32 of width 16 * NV.
+// Work partition: a tile's 16 rows x one block. K goes in chunks of kChunk columns, whose panel rows (kChunk x
 // width x 4 bytes) stay in L1 while the 16 rows pass over them. Per chunk, the tile is expanded to floats [kChunk][16]
 // and its masks are transposed to one word a row and 32 columns; the set bits of that word drive the inner loop.
 // One weight costs NV fused multiply-adds and NV + 1 loads.
@@ -79,8 +79,8 @@ inline void tile_batch_sized(const LinearJob& job, std::int64_t tile, std::int64
 template <typename T>
 void tile_batch(const LinearJob& job, std::int64_t begin, std::int64_t end, void* scratch) {
   auto& s = *static_cast<TileBatchScratch*>(scratch);
-  for (std::int64_t b = 0; b < job.batch; b += job.lane_block) {
-    const std::int64_t rows = job.batch - b < job.lane_block ? job.batch - b : job.lane_block;
+  for (std::int64_t b = 0; b < job.batch; b += job.block) {
+    const std::int64_t rows = job.batch - b < job.block ? job.batch - b : job.block;
     const float* panel = static_cast<const float*>(job.panel) + b * job.kpad;
     for (std::int64_t tile = begin; tile < end; ++tile) {
       tile_batch_sized<T, kMaxLanes>(job, tile, b, panel, ceil_div(rows, 16), s);

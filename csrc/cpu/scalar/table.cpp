@@ -6,6 +6,8 @@ namespace {
 
 #include "cpu/kernels/tile_rows.inl"
 
+#include "cpu/kernels/tile_dense.inl"
+
 #include "cpu/kernels/tile_batch.inl"
 
 #include "cpu/kernels/csr.inl"

@@ -15,6 +15,8 @@ struct Vec {
 
 constexpr int kMaxBatch = 4;   // batch rows whose accumulators a kernel keeps
 constexpr int kMaxLanes = 4;   // vectors of batch lanes a kernel keeps
+constexpr int kDenseTiles = 1;
+constexpr int kDenseBatch = 4;
 
 inline float bits_to_float(std::uint32_t bits) {
   float f;
