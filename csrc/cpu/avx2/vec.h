@@ -15,7 +15,8 @@ struct Vec {
   __m256 lo, hi;
 };
 
-constexpr int kMaxBatch = 6;  // 12 accumulators, 2 weights, 1 broadcast: 15 of 16 registers
+constexpr int kMaxBatch = 6;   // 12 sums, 2 weights, 1 broadcast: 15 of 16 registers
+constexpr int kPairBatch = 2;  // 8 sums of two tiles
 constexpr int kMaxLanes = 4;  // 8 accumulators
 constexpr int kDenseTiles = 1;
 constexpr int kDenseBatch = 6;
@@ -40,6 +41,8 @@ inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
 inline int popcount(std::uint32_t bits) {
+  // GCC would count a 16-bit mask with the 16-bit popcnt, whose partial result chains each step to the one before.
+  __asm__("" : "+r"(bits));
   return __builtin_popcount(bits);
 }
 inline Vec zero() {

@@ -13,7 +13,8 @@ namespace {
 
 using Vec = __m512;
 
-constexpr int kMaxBatch = 24;  // of 32 registers; broadcasts are memory operands
+constexpr int kMaxBatch = 12;   // 24 sums of two tiles, of 32 registers
+constexpr int kPairBatch = 12;  // always two tiles: a broadcast serves both
 constexpr int kMaxLanes = 8;
 constexpr int kDenseTiles = 2;
 constexpr int kDenseBatch = 12;
@@ -24,6 +25,8 @@ inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
 inline int popcount(std::uint32_t bits) {
+  // GCC would count a 16-bit mask with the 16-bit popcnt, whose partial result chains each step to the one before.
+  __asm__("" : "+r"(bits));
   return __builtin_popcount(bits);
 }
 inline Vec zero() {

@@ -25,20 +25,28 @@ inline void dot_block(const LinearJob& job, std::int64_t tile, std::int64_t b0) 
       for (auto& a : rows) a = zero();
     }
   }
-  for (std::int64_t p = 0; p < pairs; p += 4) {
-#pragma GCC unroll 2
+  for (std::int64_t p0 = 0; p0 < pairs; p0 += 4) {
     for (int t = 0; t < NT; ++t) {
       prefetch(reinterpret_cast<const char*>(values[t]) + kPrefetchBytes);
-      if (p % 16 == 0) prefetch(reinterpret_cast<const char*>(masks[t] + 2 * p) + kPrefetchBytes);
+      if (p0 % 16 == 0) prefetch(reinterpret_cast<const char*>(masks[t] + 2 * p0) + kPrefetchBytes);
+    }
+#pragma GCC unroll 1
+    for (std::int64_t p1 = p0; p1 < p0 + 4; p1 += kUnroll) {
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) {
-        const std::uint32_t mask = pair_mask(masks[t], p + u);
-        const auto w = (__m512bh)expand_pairs(values[t], mask);
-        values[t] += popcount(mask);
-#pragma GCC unroll 24
+      for (int u = 0; u < kUnroll; ++u) {
+        const std::int64_t p = p1 + u;
+        __m512bh w[NT];
+#pragma GCC unroll 2
+        for (int t = 0; t < NT; ++t) {
+          const std::uint32_t mask = pair_mask(masks[t], p);
+          w[t] = (__m512bh)expand_pairs(values[t], mask);
+          values[t] += popcount(mask);
+        }
+#pragma GCC unroll 12
         for (int b = 0; b < NB; ++b) {
-          __m512& sum = acc[u % kUnroll][t][b];
-          sum = _mm512_dpbf16_ps(sum, w, (__m512bh)_mm512_set1_epi32(x[(p + u) * NB + b]));
+          const auto pair = (__m512bh)_mm512_set1_epi32(x[p * NB + b]);
+#pragma GCC unroll 2
+          for (int t = 0; t < NT; ++t) acc[u][t][b] = _mm512_dpbf16_ps(acc[u][t][b], w[t], pair);
         }
       }
     }
@@ -65,10 +73,13 @@ inline void dot_sized(const LinearJob& job, std::int64_t tile, std::int64_t b0, 
 }
 
 void tile_rows_dot(const LinearJob& job, std::int64_t begin, std::int64_t end, void*) {
-  constexpr int kPairBatch = 4;
   std::int64_t tile = begin;
-  if (job.batch <= kPairBatch) {
-    for (; tile + 2 <= end; tile += 2) dot_sized<kPairBatch, 2>(job, tile, 0, job.batch);
+  if (job.block <= kPairBatch) {
+    for (; tile + 2 <= end; tile += 2) {
+      for (std::int64_t b = 0; b < job.batch; b += job.block) {
+        dot_sized<kPairBatch, 2>(job, tile, b, job.block < job.batch - b ? job.block : job.batch - b);
+      }
+    }
   }
   for (; tile < end; ++tile) {
     for (std::int64_t b = 0; b < job.batch; b += job.block) {

@@ -29,7 +29,7 @@ inline std::size_t tile_dense_scratch(const LinearJob& job) {
 
 template <int NB>
 inline void dense_block(const float (*weights)[kDenseTiles][kTileRows], std::int64_t size, const float* x, float* sums,
-                        bool first) {
+                        bool first, const char* ahead, std::int64_t lines) {
   Vec acc[kDenseTiles][NB];
 #pragma GCC unroll 12
   for (int b = 0; b < NB; ++b) {
@@ -37,6 +37,7 @@ inline void dense_block(const float (*weights)[kDenseTiles][kTileRows], std::int
     for (int t = 0; t < kDenseTiles; ++t) acc[t][b] = first ? zero() : load(sums + (b * kDenseTiles + t) * kTileRows);
   }
   for (std::int64_t k = 0; k < size; ++k) {
+    if (k < lines) prefetch(ahead + 64 * k);
     Vec w[kDenseTiles];
 #pragma GCC unroll 2
     for (int t = 0; t < kDenseTiles; ++t) w[t] = load(weights[k][t]);
@@ -56,11 +57,11 @@ inline void dense_block(const float (*weights)[kDenseTiles][kTileRows], std::int
 
 template <int NB>
 inline void dense_sized(const float (*weights)[kDenseTiles][kTileRows], std::int64_t size, const float* x, float* sums,
-                        bool first, std::int64_t nb) {
+                        bool first, const char* ahead, std::int64_t lines, std::int64_t nb) {
   if (nb == NB) {
-    dense_block<NB>(weights, size, x, sums, first);
+    dense_block<NB>(weights, size, x, sums, first, ahead, lines);
   } else if constexpr (NB > 1) {
-    dense_sized<NB - 1>(weights, size, x, sums, first, nb);
+    dense_sized<NB - 1>(weights, size, x, sums, first, ahead, lines, nb);
   }
 }
 
@@ -88,11 +89,19 @@ void tile_dense_group_run(const LinearJob& job, std::int64_t begin, std::int64_t
           next += popcount(mask);
         }
       }
+      // Products leave memory idle: block i fetches what tile i of the next step expands.
+      const std::int64_t next_tile = tile + kDenseTiles < end ? tile + kDenseTiles : begin;
+      int ahead_tile = 0;
       for (std::int64_t b = 0; b < job.batch; b += job.block) {
+        const bool fetch = ahead_tile < kDenseTiles && next_tile + ahead_tile < end;
+        const std::int64_t from = fetch ? next_tile + ahead_tile : begin;
+        const std::int64_t kept = job.offsets[from + 1] - job.offsets[from];
+        const std::int64_t lines = fetch ? kept * size * static_cast<std::int64_t>(sizeof(T)) / job.kpad / 64 + 1 : 0;
+        ++ahead_tile;
         const std::int64_t nb = job.batch - b < job.block ? job.batch - b : job.block;
         const float* x = static_cast<const float*>(job.panel) + b * job.kpad + k0 * nb;
         float* out = sums + (tile - begin) / kDenseTiles * sums_stride + b * kDenseTiles * kTileRows;
-        dense_sized<kDenseBatch>(s.weights, size, x, out, k0 == 0, nb);
+        dense_sized<kDenseBatch>(s.weights, size, x, out, k0 == 0, reinterpret_cast<const char*>(values[from - begin]), lines, nb);
       }
     }
   }

@@ -27,20 +27,28 @@ inline void tile_rows_block(const LinearJob& job, std::int64_t tile, std::int64_
       for (auto& a : rows) a = zero();
     }
   }
-  for (std::int64_t k = 0; k < kpad; k += 4) {
-#pragma GCC unroll 2
+  for (std::int64_t k0 = 0; k0 < kpad; k0 += 4) {
     for (int t = 0; t < NT; ++t) {
       prefetch(reinterpret_cast<const char*>(values[t]) + kPrefetchBytes);
-      if (k % 32 == 0) prefetch(reinterpret_cast<const char*>(masks[t] + k) + kPrefetchBytes);
+      if (k0 % 32 == 0) prefetch(reinterpret_cast<const char*>(masks[t] + k0) + kPrefetchBytes);
+    }
+#pragma GCC unroll 1
+    for (std::int64_t k1 = k0; k1 < k0 + 4; k1 += kUnroll) {
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) {
-        const std::uint32_t mask = masks[t][k + u];
-        const Vec w = expand(values[t], mask);
-        values[t] += popcount(mask);
-#pragma GCC unroll 24
+      for (int u = 0; u < kUnroll; ++u) {
+        const std::int64_t k = k1 + u;
+        Vec w[NT];
+#pragma GCC unroll 2
+        for (int t = 0; t < NT; ++t) {
+          const std::uint32_t mask = masks[t][k];
+          w[t] = expand(values[t], mask);
+          values[t] += popcount(mask);
+        }
+#pragma GCC unroll 12
         for (int b = 0; b < NB; ++b) {
-          Vec& sum = acc[u % kUnroll][t][b];
-          sum = fma(w, broadcast(x[(k + u) * NB + b]), sum);
+          const auto scale = broadcast(x[k * NB + b]);
+#pragma GCC unroll 2
+          for (int t = 0; t < NT; ++t) acc[u][t][b] = fma(w[t], scale, acc[u][t][b]);
         }
       }
     }
@@ -68,10 +76,13 @@ inline void tile_rows_sized(const LinearJob& job, std::int64_t tile, std::int64_
 
 template <typename T>
 void tile_rows(const LinearJob& job, std::int64_t begin, std::int64_t end, void*) {
-  constexpr int kPairBatch = kMaxBatch / 2 < 4 ? kMaxBatch / 2 : 4;  // batch rows for which two tiles' sums fit
   std::int64_t tile = begin;
-  if (job.batch <= kPairBatch) {
-    for (; tile + 2 <= end; tile += 2) tile_rows_sized<T, kPairBatch, 2>(job, tile, 0, job.batch);
+  if (job.block <= kPairBatch) {
+    for (; tile + 2 <= end; tile += 2) {
+      for (std::int64_t b = 0; b < job.batch; b += job.block) {
+        tile_rows_sized<T, kPairBatch, 2>(job, tile, b, job.block < job.batch - b ? job.block : job.batch - b);
+      }
+    }
   }
   for (; tile < end; ++tile) {
     for (std::int64_t b = 0; b < job.batch; b += job.block) {
