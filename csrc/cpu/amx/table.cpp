@@ -17,13 +17,15 @@ using namespace sparseprune::avx512_bf16;
 constexpr std::int64_t kUnitRows = 2 * kTileRows;
 constexpr std::int64_t kTileElements = 512;  // bf16 of a tile: 1 KiB
 constexpr std::int64_t kPairSums = 4 * 256;  // floats of a block
-constexpr std::int64_t kChunkTiles = 16;     // 32 KiB of expanded weights: they stay in L1 while the batch passes
+constexpr std::int64_t kChunkTiles = 32;     // 64 KiB of expanded weights; longer chunks spare traffic of sums
 constexpr std::int64_t kRing = 4;            // buffers between expansion and product
-constexpr std::int64_t kGroupBytes = 1 << 20;  // sums of a group, beside the panel's chunk in L2
+constexpr std::int64_t kPanelInL2 = 1 << 20;   // a panel up to this stays in L2 whole
+constexpr std::int64_t kGroupBytes = 3 << 19;  // sums of a group, beside the panel's chunk in L2
 constexpr std::int64_t kMaxGroup = 32;
 constexpr std::int64_t kPrefetchLines = 8;  // a column tile's values at 50 % (a guess that serves the others)
 
-constexpr std::int64_t group_size(std::int64_t batch) {
+constexpr std::int64_t group_size(std::int64_t batch, std::int64_t kpad) {
+  if (batch * kpad * 2 <= kPanelInL2) return 1;  // nothing to keep: stream each unit's weights front to back
   const std::int64_t fits = kGroupBytes / (ceil_div(batch, 32) * kPairSums * 4);
   return fits < 1 ? 1 : fits < kMaxGroup ? fits : kMaxGroup;
 }
@@ -44,7 +46,7 @@ struct Scratch {
 };
 
 std::size_t scratch_bytes(const LinearJob& job) {
-  const std::int64_t blocks = job.batch <= 32 ? 0 : group_size(job.batch) * ceil_div(job.batch, 32);
+  const std::int64_t blocks = job.batch <= 32 ? 0 : group_size(job.batch, job.kpad) * ceil_div(job.batch, 32);
   return sizeof(Scratch) + static_cast<std::size_t>(blocks * kPairSums) * sizeof(float);
 }
 
@@ -175,7 +177,7 @@ void unit_small(const LinearJob& job, std::int64_t u, Scratch& s) {
 }
 
 // More batch rows: groups of units x chunks of K. The chunk's panel stays in L2 while the group's units pass over it;
-// each unit's chunk is expanded once to L1 and meets every batch row. Sums of a chunk wait in scratch for the next.
+// each unit's chunk is expanded once and meets every batch row. Sums of a chunk wait in scratch for the next.
 void group_large(const LinearJob& job, std::int64_t begin, std::int64_t end, Scratch& s) {
   const auto* panel = static_cast<const bf16*>(job.panel);
   const std::int64_t k_tiles = job.kpad / kTileK;
@@ -226,7 +228,7 @@ void tile_amx(const LinearJob& job, std::int64_t begin, std::int64_t end, void* 
   if (job.batch <= 32) {
     for (std::int64_t u = begin; u < end; ++u) unit_small(job, u, s);
   } else {
-    const std::int64_t group = group_size(job.batch);
+    const std::int64_t group = group_size(job.batch, job.kpad);
     for (std::int64_t u = begin; u < end; u += group) group_large(job, u, u + group < end ? u + group : end, s);
   }
   _tile_release();

@@ -124,6 +124,9 @@ inline float gather_dot(const T* values, const C* columns, std::int64_t n, const
   __m512 acc[2] = {zero(), zero()};
   std::int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
+    prefetch(reinterpret_cast<const char*>(values + i) + kPrefetchBytes);
+    prefetch(reinterpret_cast<const char*>(columns + i) + kPrefetchBytes);
+    if (sizeof(T) == 4) prefetch(reinterpret_cast<const char*>(values + i) + kPrefetchBytes + 64);
     for (int u = 0; u < 2; ++u) {
       const __m512i c = load_columns(columns + i + 16 * u, 0xffff);
       acc[u] = _mm512_fmadd_ps(load_n(values + i + 16 * u, 16), _mm512_i32gather_ps(c, x, 4), acc[u]);
