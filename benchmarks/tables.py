@@ -1,0 +1,190 @@
+"""The tables of a run, for the terminal and for the results page, from its JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from layers import describe
+from targets import BATCHES
+
+from sparseprune.report import Column, Table
+
+Run = Mapping[str, Any]
+
+
+def _mark(reached: bool | None) -> str | None:
+    return None if reached is None else ("yes" if reached else "NO")
+
+
+def summary(run: Run, model: str) -> Table:
+    """A row a case and batch size: the speed-up of each shape beside the target."""
+    records = [it for it in run["linears"] if it["model"] == model]
+    layers = list(dict.fromkeys(it["layer"] for it in records))
+    columns: list[Column | str] = ["case", "B"]
+    columns += [Column(f"{layer} {'x'.join(map(str, _shape(records, layer)))}", ".2f") for layer in layers]
+    columns += [Column("target", ".1f"), "also", "reached"]
+    rows = []
+    for case in dict.fromkeys(it["case"] for it in records):
+        for batch in BATCHES:
+            cells = {it["layer"]: it for it in records if (it["case"], it["batch"]) == (case, batch)}
+            if not cells:
+                continue
+            some = next(iter(cells.values()))
+            rows.append(
+                [
+                    case, batch, *(cells[layer]["speedup"] if layer in cells else None for layer in layers),
+                    some.get("targets", {}).get("speedup"), _also(list(cells.values())), _reached(list(cells.values())),
+                ]
+            )  # fmt: skip
+    return Table(f"{model}: times as fast as torch dense of the same dtype", columns, rows)
+
+
+def _shape(records: list[dict[str, Any]], layer: str) -> list[int]:
+    return next(it["shape"] for it in records if it["layer"] == layer)
+
+
+def _also(cells: list[dict[str, Any]]) -> str | None:
+    """What else a row has to reach, and does at its worst."""
+    words = {
+        "read_share": "{:.0%} of read bandwidth ({:.0%})",
+        "over_torch_csr": "{:.1f}x torch.sparse ({:.1f}x)",
+    }
+    parts = [
+        text.format(min(it[key] for it in cells), cells[0]["targets"][key])
+        for key, text in words.items()
+        if key in cells[0].get("targets", {})
+    ]
+    return ", ".join(parts) or None
+
+
+def _reached(cells: list[dict[str, Any]]) -> str | None:
+    marks = [it["reached"] for it in cells if "reached" in it]
+    if not marks:
+        return None
+    return "yes" if all(marks) else f"{sum(marks)} of {len(marks)}" if any(marks) else "NO"
+
+
+def details(run: Run, model: str) -> Table:
+    """A row a measurement."""
+    columns: list[Column | str] = [
+        "case", "shape", "B", Column("dense ms", ".3f"), Column("ours ms", ".3f"), Column("speed-up", ".2f"),
+        Column("target", ".1f"), "reached", Column("GB/s", ".1f"), Column("of read", ".0%"),
+        Column("dense of read", ".0%"), Column("GFLOP/s", ".0f"), Column("dense-eq. GFLOP/s", ".0f"),
+        Column("dense GFLOP/s", ".0f"), Column("torch.sparse ms", ".3f"), "strategy",
+    ]  # fmt: skip
+    rows = []
+    for it in run["linears"]:
+        if it["model"] != model:
+            continue
+        peers = [peer["median"] for peer in it.get("torch_csr_seconds", {}).values()]
+        rows.append(
+            (
+                it["case"], tuple(it["shape"]), it["batch"], it["dense_seconds"]["median"] * 1e3,
+                it["sparse_seconds"]["median"] * 1e3, it["speedup"], it.get("targets", {}).get("speedup"),
+                _mark(it.get("reached")), it["gb_s"], it["read_share"], it["dense_read_share"], it["gflop_s"],
+                it["dense_equivalent_gflop_s"], it["dense_gflop_s"], min(peers) * 1e3 if peers else None,
+                it["strategy"],
+            )
+        )  # fmt: skip
+    return Table(f"{model}: every measurement (medians)", columns, rows, [describe(run["machine"])])
+
+
+def losses(run: Run) -> Table:
+    """Where dense wins, worst first."""
+    columns: list[Column | str] = [
+        "case", "model", "layer", "shape", "B", Column("speed-up", ".2f"), "strategy",
+    ]  # fmt: skip
+    rows = [
+        (it["case"], it["model"], it["layer"], tuple(it["shape"]), it["batch"], it["speedup"], it["strategy"])
+        for it in sorted(run["linears"], key=lambda it: it["speedup"])
+        if it["speedup"] < 1
+    ]
+    return Table(
+        "Slower than torch dense", columns, rows, [f"{len(rows)} of {len(run['linears'])} measurements"]
+    )
+
+
+def masks(run: Run) -> Table:
+    names = ("w.mul_(mask)", "mask_apply_", "mask_apply_packed_", "copy_")
+    columns: list[Column | str] = ["dtype", "shape", *(Column(f"{name} ms", ".1f") for name in names)]
+    columns += [
+        Column("bool over mul_", ".2f"), Column("packed over mul_", ".2f"), Column("target", ".1f"),
+        Column("packed of copy", ".0%"), Column("target of copy", ".0%"), "reached",
+    ]  # fmt: skip
+    rows = [
+        (
+            it["dtype"], tuple(it["shape"]), *(it["seconds"][name]["median"] * 1e3 for name in names),
+            it["bool_over_mul"], it["packed_over_mul"], it["targets"]["packed_over_mul"], it["copy_share"],
+            it["targets"]["copy_share"], _mark(it["reached"]),
+        )
+        for it in run["masks"]
+    ]  # fmt: skip
+    return Table("Mask application in place", columns, rows)
+
+
+def conversions(run: Run) -> Table:
+    columns: list[Column | str] = [
+        "dtype", Column("sparsity", ".0%"), "shape", Column("ours ms", ".1f"), Column("over to_sparse_csr", ".1f"),
+        Column("over scipy", ".1f"), Column("target", ".0f"), "reached",
+    ]  # fmt: skip
+    rows = [
+        (
+            it["dtype"], it["sparsity"], tuple(it["shape"]), it["seconds"]["dense_to_csr"]["median"] * 1e3,
+            it["over"]["to_sparse_csr"], it["over"].get("scipy"), it["targets"]["over"], _mark(it["reached"]),
+        )
+        for it in run["conversions"]
+    ]  # fmt: skip
+    return Table("Dense to CSR", columns, rows)
+
+
+def sizes(run: Run) -> Table:
+    columns: list[Column | str] = [
+        "format", Column("sparsity", ".0%"), "dtype", "shape", Column("in memory", ".3f"), Column("saved", ".3f"),
+        Column("target", ".2f"), "reached",
+    ]  # fmt: skip
+    rows = [
+        (
+            it["format"], it["sparsity"], it["dtype"], tuple(it["shape"]), it["memory"], it["saved"],
+            it.get("targets", {}).get("memory"), _mark(it.get("reached")),
+        )
+        for it in run["sizes"]
+    ]  # fmt: skip
+    return Table("Bytes over dense bytes", columns, rows)
+
+
+def calls(run: Run) -> Table:
+    columns: list[Column | str] = [
+        "dtype", "shape", "grad mode", Column("nn.Linear us", ".2f"), Column("SparseLinear us", ".2f"),
+        Column("of nn.Linear", ".2f"), Column("target", ".1f"), "reached",
+    ]  # fmt: skip
+    rows = [
+        (
+            it["dtype"], tuple(it["shape"]), it["grad_mode"], it["seconds"]["nn.Linear"]["median"] * 1e6,
+            it["seconds"]["SparseLinear"]["median"] * 1e6, it["of_dense"], it.get("targets", {}).get("of_dense"),
+            _mark(it.get("reached")),
+        )
+        for it in run["calls"]
+    ]  # fmt: skip
+    return Table("One call of a small layer", columns, rows)
+
+
+def score(run: Run) -> str:
+    """How many targets a run reaches."""
+    records = [it for part in ("linears", "masks", "conversions", "sizes", "calls") for it in run[part]]
+    marks = [it["reached"] for it in records if "reached" in it]
+    return f"{sum(marks)} of {len(marks)} targets reached; rotated weights, calls in turn, medians"
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def markdown(table: Table) -> str:
+    """The table for a page; its title is the page's business."""
+    columns = [it if isinstance(it, Column) else Column(it) for it in table.columns]
+    lines = ["| " + " | ".join(it.name for it in columns) + " |", "|" + "---|" * len(columns)]
+    for row in table.rows:
+        lines.append("| " + " | ".join(col.text(cell) for col, cell in zip(columns, row, strict=True)) + " |")
+    return "\n".join(lines)
