@@ -1,6 +1,32 @@
-"""Prune a Transformer, and get a model that is measurably smaller and faster, and that reloads in one call."""
+"""Prune a Transformer, and get a model that is measurably smaller and faster, and that reloads in one call.
 
+>>> import sparseprune as sp
+>>> sp.prune(model, pattern="2:4", method="wanda", calibration=windows)
+>>> sp.sparsify(model, batch=1)
+>>> sp.save(model, "out/")
+>>> model = sp.load("out/")
+"""
+
+from sparseprune import ops
 from sparseprune._native import isa, isas_available
+from sparseprune.checkpoint import load, save
+from sparseprune.convert import sparsify
+from sparseprune.evaluate import perplexity
+from sparseprune.formats import Format, SparseWeight
+from sparseprune.nn import SparseLinear
+from sparseprune.pruning import prune
 
 __version__ = "0.1.0"
-__all__ = ["isa", "isas_available"]
+__all__ = [
+    "Format",
+    "SparseLinear",
+    "SparseWeight",
+    "isa",
+    "isas_available",
+    "load",
+    "ops",
+    "perplexity",
+    "prune",
+    "save",
+    "sparsify",
+]

@@ -182,16 +182,12 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_bytes(x: Tensor, mask: Tensor, out: Tensor) -> None:
-    _core.mask_bytes(
-        x.data_ptr(), mask.data_ptr(), out.data_ptr(), x.numel(), DTYPES[x.dtype], _threads()
-    )
+    _core.mask_bytes(x.data_ptr(), mask.data_ptr(), out.data_ptr(), x.numel(), DTYPES[x.dtype], _threads())
 
 
 def mask_bits(x: Tensor, bits: Tensor, out: Tensor) -> None:
     rows, cols = x.shape
-    _core.mask_bits(
-        x.data_ptr(), bits.data_ptr(), out.data_ptr(), rows, cols, DTYPES[x.dtype], _threads()
-    )
+    _core.mask_bits(x.data_ptr(), bits.data_ptr(), out.data_ptr(), rows, cols, DTYPES[x.dtype], _threads())
 
 
 def threshold_(x: Tensor, limit: float) -> Tensor:

@@ -54,8 +54,10 @@ def _check_bits(bits: Tensor, rows: int | None, cols: int) -> None:
     _check(bits.dtype == torch.uint8, lambda: f"bits: must be uint8, got {bits.dtype}", TypeError)
     _check(
         bits.dim() == 2 and bits.shape[1] == (cols + 7) // 8 and (rows is None or bits.shape[0] == rows),
-        lambda: f"bits: must have shape [{'rows' if rows is None else rows}, {(cols + 7) // 8}] for {cols} columns, "
-        f"got {tuple(bits.shape)}; make it with pack_mask",
+        lambda: (
+            f"bits: must have shape [{'rows' if rows is None else rows}, {(cols + 7) // 8}] for {cols} columns, "
+            f"got {tuple(bits.shape)}; make it with pack_mask"
+        ),
     )
 
 
@@ -69,8 +71,10 @@ def _check_in_place(name: str, x: Tensor) -> None:
     # A copy of a non-contiguous tensor would take the result away from the caller.
     _check(
         x.is_contiguous(),
-        lambda: f"{name}: must be contiguous to be changed in place, got strides {x.stride()}; "
-        "use the out-of-place operation",
+        lambda: (
+            f"{name}: must be contiguous to be changed in place, got strides {x.stride()}; "
+            "use the out-of-place operation"
+        ),
     )
 
 
@@ -209,8 +213,10 @@ def _check_nm(dense: Tensor, n: int, m: int) -> None:
     )
     _check(
         dense.shape[1] % m == 0,
-        lambda: f"dense: columns must be a multiple of {m} for {n}:{m}, got {dense.shape[1]}; "
-        "pad them or use the bitmap format",
+        lambda: (
+            f"dense: columns must be a multiple of {m} for {n}:{m}, got {dense.shape[1]}; "
+            "pad them or use the bitmap format"
+        ),
     )
 
 
@@ -243,8 +249,10 @@ def _offsets(values: Tensor, bits: Tensor, cols: int) -> Tensor:
     offsets = _native.count_bits(bits, cols)
     _check(
         int(offsets[-1]) == values.numel(),
-        lambda: f"values: must hold one value for each of the {int(offsets[-1])} bits set, got {values.numel()}; "
-        "values and bits are not of the same weight",
+        lambda: (
+            f"values: must hold one value for each of the {int(offsets[-1])} bits set, got {values.numel()}; "
+            "values and bits are not of the same weight"
+        ),
     )
     return offsets
 
@@ -272,9 +280,7 @@ def _csr_fake(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _csr(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_matrix("dense", dense)
-    _check(
-        dense.shape[1] < 2**31, lambda: f"dense: must have less than 2^31 columns, got {dense.shape[1]}"
-    )
+    _check(dense.shape[1] < 2**31, lambda: f"dense: must have less than 2^31 columns, got {dense.shape[1]}")
     return _native.dense_to_csr(dense.contiguous())
 
 
@@ -338,7 +344,9 @@ _define("dense_to_bitmap(Tensor dense) -> (Tensor, Tensor)", _bitmap, _bitmap_fa
 _define("dense_to_nm(Tensor dense, int n, int m) -> (Tensor, Tensor)", _nm, _nm_fake)
 _define("bitmap_to_dense(Tensor values, Tensor bits, int cols) -> Tensor", _bitmap_dense, _bitmap_dense_fake)
 _define("dense_to_csr(Tensor dense) -> (Tensor, Tensor, Tensor)", _csr, _csr_fake)
-_define("csr_to_dense(Tensor crow, Tensor col, Tensor values, int cols) -> Tensor", _csr_dense, _csr_dense_fake)
+_define(
+    "csr_to_dense(Tensor crow, Tensor col, Tensor values, int cols) -> Tensor", _csr_dense, _csr_dense_fake
+)
 _define("pack(Tensor values, Tensor bits, int cols, str layout) -> Tensor", _pack, _pack_fake)
 _define("unpack(Tensor packed, ScalarType dtype) -> (Tensor, Tensor)", _unpack, _unpack_fake)
 
@@ -389,8 +397,12 @@ def _grad_input(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
     return grad @ dense
 
 
-_define("linear(Tensor input, Tensor packed, Tensor? bias, int out_features) -> Tensor", _linear, _linear_fake)
-_define("linear_grad_input(Tensor grad, Tensor packed, int in_features) -> Tensor", _grad_input, _grad_input_fake)
+_define(
+    "linear(Tensor input, Tensor packed, Tensor? bias, int out_features) -> Tensor", _linear, _linear_fake
+)
+_define(
+    "linear_grad_input(Tensor grad, Tensor packed, int in_features) -> Tensor", _grad_input, _grad_input_fake
+)
 
 
 def _linear_setup(ctx, inputs, output) -> None:

@@ -57,31 +57,33 @@ PYBIND11_MODULE(_core, m) {
   m.def("isas_built", &isas_built);
   m.def("isas_available", &isas_available);
 
-  m.def("linear",
-        [](Address packed, std::int64_t packed_bytes, Address x, std::int64_t batch, std::int64_t cols, std::int64_t stride,
-           Address bias, Address out, std::int64_t rows, int dtype, int threads, int strategy) {
-          linear({ptr<const std::uint8_t>(packed), packed_bytes, ptr<const void>(x), batch, cols, stride,
-                  ptr<const void>(bias), ptr<void>(out), rows, to_dtype(dtype), threads, strategy});
-        },
-        nogil);
-  m.def("strategy",
-        [](Address packed, std::int64_t packed_bytes, std::int64_t batch) {
-          const PackedView v = view_packed(ptr<const std::uint8_t>(packed), packed_bytes);
-          return std::string(strategy_name(choose_plan(kernels(), v.header, batch).strategy));
-        });
+  m.def(
+      "linear",
+      [](Address packed, std::int64_t packed_bytes, Address x, std::int64_t batch, std::int64_t cols, std::int64_t stride,
+         Address bias, Address out, std::int64_t rows, int dtype, int threads, int strategy) {
+        linear({ptr<const std::uint8_t>(packed), packed_bytes, ptr<const void>(x), batch, cols, stride,
+                ptr<const void>(bias), ptr<void>(out), rows, to_dtype(dtype), threads, strategy});
+      },
+      nogil);
+  m.def("strategy", [](Address packed, std::int64_t packed_bytes, std::int64_t batch) {
+    const PackedView v = view_packed(ptr<const std::uint8_t>(packed), packed_bytes);
+    return std::string(strategy_name(choose_plan(kernels(), v.header, batch).strategy));
+  });
   m.def("header", &header_dict);
 
-  m.def("scan_dense",
-        [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address bits, Address offsets, int threads) {
-          return scan_dense(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<std::uint8_t>(bits),
-                            ptr<std::int64_t>(offsets), threads);
-        },
-        nogil);
-  m.def("count_dense",
-        [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address offsets, int threads) {
-          return count_dense(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<std::int64_t>(offsets), threads);
-        },
-        nogil);
+  m.def(
+      "scan_dense",
+      [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address bits, Address offsets, int threads) {
+        return scan_dense(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<std::uint8_t>(bits),
+                          ptr<std::int64_t>(offsets), threads);
+      },
+      nogil);
+  m.def(
+      "count_dense",
+      [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address offsets, int threads) {
+        return count_dense(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<std::int64_t>(offsets), threads);
+      },
+      nogil);
   // None, or (row, group, kept) of the first group that holds more than n.
   m.def("fill_groups",
         [](std::int64_t rows, std::int64_t cols, int n, int m_group, Address bits, int threads) -> py::object {
@@ -94,82 +96,95 @@ PYBIND11_MODULE(_core, m) {
           if (ok) return py::none();
           return py::make_tuple(error.row, error.group, error.kept);
         });
-  m.def("count_bits",
-        [](std::int64_t rows, std::int64_t cols, Address bits, Address offsets, int threads) {
-          return count_bits(rows, cols, ptr<const std::uint8_t>(bits), ptr<std::int64_t>(offsets), threads);
-        },
-        nogil);
-  m.def("compress_dense",
-        [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address bits, Address offsets, Address values,
-           int threads) {
-          compress_dense(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<const std::uint8_t>(bits),
-                         ptr<const std::int64_t>(offsets), ptr<void>(values), threads);
-        },
-        nogil);
-  m.def("expand_dense",
-        [](Address values, Address bits, Address offsets, Address dense, std::int64_t rows, std::int64_t cols, int dtype,
-           int threads) {
-          expand_dense(matrix(rows, cols, dtype), ptr<const void>(values), ptr<const std::uint8_t>(bits),
-                       ptr<const std::int64_t>(offsets), ptr<void>(dense), threads);
-        },
-        nogil);
-  m.def("dense_to_csr",
-        [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address crow, Address col, Address values,
-           int threads) {
-          dense_to_csr(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<const std::int64_t>(crow),
-                       ptr<std::int32_t>(col), ptr<void>(values), threads);
-        },
-        nogil);
-  m.def("csr_to_dense",
-        [](Address crow, Address col, std::int64_t nnz, Address values, Address dense, std::int64_t rows, std::int64_t cols,
-           int dtype, int threads) {
-          csr_to_dense(matrix(rows, cols, dtype), ptr<const std::int64_t>(crow), ptr<const std::int32_t>(col), nnz,
-                       ptr<const void>(values), ptr<void>(dense), threads);
-        },
-        nogil);
+  m.def(
+      "count_bits",
+      [](std::int64_t rows, std::int64_t cols, Address bits, Address offsets, int threads) {
+        return count_bits(rows, cols, ptr<const std::uint8_t>(bits), ptr<std::int64_t>(offsets), threads);
+      },
+      nogil);
+  m.def(
+      "compress_dense",
+      [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address bits, Address offsets, Address values,
+         int threads) {
+        compress_dense(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<const std::uint8_t>(bits),
+                       ptr<const std::int64_t>(offsets), ptr<void>(values), threads);
+      },
+      nogil);
+  m.def(
+      "expand_dense",
+      [](Address values, Address bits, Address offsets, Address dense, std::int64_t rows, std::int64_t cols, int dtype,
+         int threads) {
+        expand_dense(matrix(rows, cols, dtype), ptr<const void>(values), ptr<const std::uint8_t>(bits),
+                     ptr<const std::int64_t>(offsets), ptr<void>(dense), threads);
+      },
+      nogil);
+  m.def(
+      "dense_to_csr",
+      [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address crow, Address col, Address values,
+         int threads) {
+        dense_to_csr(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<const std::int64_t>(crow),
+                     ptr<std::int32_t>(col), ptr<void>(values), threads);
+      },
+      nogil);
+  m.def(
+      "csr_to_dense",
+      [](Address crow, Address col, std::int64_t nnz, Address values, Address dense, std::int64_t rows, std::int64_t cols,
+         int dtype, int threads) {
+        csr_to_dense(matrix(rows, cols, dtype), ptr<const std::int64_t>(crow), ptr<const std::int32_t>(col), nnz,
+                     ptr<const void>(values), ptr<void>(dense), threads);
+      },
+      nogil);
   m.def("packed_bytes", [](std::int64_t rows, std::int64_t cols, int dtype, int layout, std::int64_t nnz) {
     return packed_bytes(matrix(rows, cols, dtype), to_layout(layout), nnz);
   });
-  m.def("pack",
-        [](Address values, Address bits, Address offsets, Address blob, std::int64_t rows, std::int64_t cols, int dtype,
-           int layout, int threads) {
-          pack(matrix(rows, cols, dtype), to_layout(layout), ptr<const void>(values), ptr<const std::uint8_t>(bits),
-               ptr<const std::int64_t>(offsets), ptr<std::uint8_t>(blob), threads);
-        },
-        nogil);
-  m.def("unpack_bits",
-        [](Address blob, std::int64_t size, Address bits, int threads) {
-          unpack_bits(ptr<const std::uint8_t>(blob), size, ptr<std::uint8_t>(bits), threads);
-        },
-        nogil);
-  m.def("unpack_values",
-        [](Address blob, std::int64_t size, Address offsets, Address values, int threads) {
-          unpack_values(ptr<const std::uint8_t>(blob), size, ptr<const std::int64_t>(offsets), ptr<void>(values), threads);
-        },
-        nogil);
-  m.def("mask_bytes",
-        [](Address in, Address mask, Address out, std::int64_t n, int dtype, int threads) {
-          mask_bytes(to_dtype(dtype), ptr<const void>(in), ptr<const std::uint8_t>(mask), ptr<void>(out), n, threads);
-        },
-        nogil);
-  m.def("mask_bits",
-        [](Address in, Address bits, Address out, std::int64_t rows, std::int64_t cols, int dtype, int threads) {
-          mask_bits(matrix(rows, cols, dtype), ptr<const void>(in), ptr<const std::uint8_t>(bits), ptr<void>(out), threads);
-        },
-        nogil);
-  m.def("threshold",
-        [](Address in, float limit, Address out, Address bits, std::int64_t rows, std::int64_t cols, int dtype, int threads) {
-          threshold(matrix(rows, cols, dtype), ptr<const void>(in), limit, ptr<void>(out), ptr<std::uint8_t>(bits), threads);
-        },
-        nogil);
-  m.def("bytes_to_bits",
-        [](std::int64_t rows, std::int64_t cols, Address mask, Address bits, int threads) {
-          bytes_to_bits(rows, cols, ptr<const std::uint8_t>(mask), ptr<std::uint8_t>(bits), threads);
-        },
-        nogil);
-  m.def("bits_to_bytes",
-        [](std::int64_t rows, std::int64_t cols, Address bits, Address mask, int threads) {
-          bits_to_bytes(rows, cols, ptr<const std::uint8_t>(bits), ptr<std::uint8_t>(mask), threads);
-        },
-        nogil);
+  m.def(
+      "pack",
+      [](Address values, Address bits, Address offsets, Address blob, std::int64_t rows, std::int64_t cols, int dtype,
+         int layout, int threads) {
+        pack(matrix(rows, cols, dtype), to_layout(layout), ptr<const void>(values), ptr<const std::uint8_t>(bits),
+             ptr<const std::int64_t>(offsets), ptr<std::uint8_t>(blob), threads);
+      },
+      nogil);
+  m.def(
+      "unpack_bits",
+      [](Address blob, std::int64_t size, Address bits, int threads) {
+        unpack_bits(ptr<const std::uint8_t>(blob), size, ptr<std::uint8_t>(bits), threads);
+      },
+      nogil);
+  m.def(
+      "unpack_values",
+      [](Address blob, std::int64_t size, Address offsets, Address values, int threads) {
+        unpack_values(ptr<const std::uint8_t>(blob), size, ptr<const std::int64_t>(offsets), ptr<void>(values), threads);
+      },
+      nogil);
+  m.def(
+      "mask_bytes",
+      [](Address in, Address mask, Address out, std::int64_t n, int dtype, int threads) {
+        mask_bytes(to_dtype(dtype), ptr<const void>(in), ptr<const std::uint8_t>(mask), ptr<void>(out), n, threads);
+      },
+      nogil);
+  m.def(
+      "mask_bits",
+      [](Address in, Address bits, Address out, std::int64_t rows, std::int64_t cols, int dtype, int threads) {
+        mask_bits(matrix(rows, cols, dtype), ptr<const void>(in), ptr<const std::uint8_t>(bits), ptr<void>(out), threads);
+      },
+      nogil);
+  m.def(
+      "threshold",
+      [](Address in, float limit, Address out, Address bits, std::int64_t rows, std::int64_t cols, int dtype, int threads) {
+        threshold(matrix(rows, cols, dtype), ptr<const void>(in), limit, ptr<void>(out), ptr<std::uint8_t>(bits), threads);
+      },
+      nogil);
+  m.def(
+      "bytes_to_bits",
+      [](std::int64_t rows, std::int64_t cols, Address mask, Address bits, int threads) {
+        bytes_to_bits(rows, cols, ptr<const std::uint8_t>(mask), ptr<std::uint8_t>(bits), threads);
+      },
+      nogil);
+  m.def(
+      "bits_to_bytes",
+      [](std::int64_t rows, std::int64_t cols, Address bits, Address mask, int threads) {
+        bits_to_bytes(rows, cols, ptr<const std::uint8_t>(bits), ptr<std::uint8_t>(mask), threads);
+      },
+      nogil);
 }

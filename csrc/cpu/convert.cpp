@@ -65,7 +65,8 @@ std::int64_t count_dense(const Matrix& m, const void* dense, std::int64_t* offse
   return running_sum(m.rows, offsets);
 }
 
-bool fill_groups(std::int64_t rows, std::int64_t cols, int n, int m_group, std::uint8_t* bits, GroupError* error, int threads) {
+bool fill_groups(std::int64_t rows, std::int64_t cols, int n, int m_group, std::uint8_t* bits, GroupError* error,
+                 int threads) {
   const std::int64_t stride = ceil_div(cols, 8), groups = cols / m_group;
   std::atomic<std::int64_t> bad{kNone};
   parallel_for(rows, threads, [&](std::int64_t begin, std::int64_t end) {
@@ -134,7 +135,8 @@ void expand_dense(const Matrix& m, const void* values, const std::uint8_t* bits,
   });
 }
 
-void dense_to_csr(const Matrix& m, const void* dense, const std::int64_t* crow, std::int32_t* col, void* values, int threads) {
+void dense_to_csr(const Matrix& m, const void* dense, const std::int64_t* crow, std::int32_t* col, void* values,
+                  int threads) {
   const WordKernels& w = words_of(m.dtype);
   parallel_for(m.rows, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {

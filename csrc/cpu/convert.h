@@ -22,7 +22,8 @@ std::int64_t count_dense(const Matrix& m, const void* dense, std::int64_t* offse
 struct GroupError {
   std::int64_t row, group, kept;
 };
-bool fill_groups(std::int64_t rows, std::int64_t cols, int n, int m_group, std::uint8_t* bits, GroupError* error, int threads);
+bool fill_groups(std::int64_t rows, std::int64_t cols, int n, int m_group, std::uint8_t* bits, GroupError* error,
+                 int threads);
 // offsets of given bits; returns their number, or -1 - row for the first row with a padding bit set.
 std::int64_t count_bits(std::int64_t rows, std::int64_t cols, const std::uint8_t* bits, std::int64_t* offsets, int threads);
 void compress_dense(const Matrix& m, const void* dense, const std::uint8_t* bits, const std::int64_t* offsets, void* values,
@@ -30,7 +31,8 @@ void compress_dense(const Matrix& m, const void* dense, const std::uint8_t* bits
 void expand_dense(const Matrix& m, const void* values, const std::uint8_t* bits, const std::int64_t* offsets, void* dense,
                   int threads);
 
-void dense_to_csr(const Matrix& m, const void* dense, const std::int64_t* crow, std::int32_t* col, void* values, int threads);
+void dense_to_csr(const Matrix& m, const void* dense, const std::int64_t* crow, std::int32_t* col, void* values,
+                  int threads);
 // Throws std::invalid_argument where crow or col is no sorted CSR of this shape.
 void csr_to_dense(const Matrix& m, const std::int64_t* crow, const std::int32_t* col, std::int64_t nnz, const void* values,
                   void* dense, int threads);

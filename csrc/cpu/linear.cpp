@@ -74,8 +74,8 @@ PackedView view_packed(const std::uint8_t* blob, std::int64_t size) {
                                 "; make packed weights with ops.pack");
   }
   constexpr std::int64_t kMax = std::int64_t{1} << 40;
-  const bool sane = static_cast<int>(h.dtype) < kDTypes && static_cast<int>(h.layout) < 2 && h.rows >= 0 &&
-                    h.cols >= 0 && h.nnz >= 0 && h.rows < kMax && h.cols < kMax && h.nnz < kMax &&
+  const bool sane = static_cast<int>(h.dtype) < kDTypes && static_cast<int>(h.layout) < 2 && h.rows >= 0 && h.cols >= 0 &&
+                    h.nnz >= 0 && h.rows < kMax && h.cols < kMax && h.nnz < kMax &&
                     (h.interleave == 1 || h.interleave == 2) && (h.column_bytes == 2 || h.column_bytes == 4) &&
                     (h.cols == 0 || h.rows < kMax / h.cols);
   if (sane) v.geometry = geometry_of(h);
@@ -114,11 +114,10 @@ void linear(const LinearCall& call) {
   const bool ready = is_panel(kernel.panel, call, kpad);
   const void* panel = ready ? call.x : shared_panel.reserve(static_cast<std::size_t>(panel_bytes(kernel, call.batch, kpad)));
 
-  const PanelJob pack{call.x, call.batch, call.cols, kpad, call.stride,
-                      plan.block, kernel.round, const_cast<void*>(panel)};
+  const PanelJob pack{call.x, call.batch, call.cols, kpad, call.stride, plan.block, kernel.round, const_cast<void*>(panel)};
   const PanelFn pack_fn = table.panel[static_cast<int>(kernel.panel)][d];
-  const LinearJob job{call.rows,  call.cols,      kpad,     call.batch, plan.block, w.offsets,
-                      w.index,    h.column_bytes, w.values, panel,      call.bias,       call.out};
+  const LinearJob job{call.rows, call.cols,      kpad,     call.batch, plan.block, w.offsets,
+                      w.index,   h.column_bytes, w.values, panel,      call.bias,  call.out};
   const std::int64_t units = ceil_div(call.rows, kernel.unit_rows);
   const std::int64_t pack_units = ready ? 0 : panel_units(kernel.panel, call.batch, kpad);
   const std::size_t scratch_bytes = kernel.scratch_bytes(job);

@@ -71,8 +71,8 @@ int rows_in_tile(std::int64_t rows, std::int64_t tile) {
 }
 
 template <typename W>
-void pack_tiles(const PackedHeader& h, const Geometry& g, const W* values, const std::uint8_t* bits, const std::int64_t* offsets,
-                std::uint8_t* blob, int threads) {
+void pack_tiles(const PackedHeader& h, const Geometry& g, const W* values, const std::uint8_t* bits,
+                const std::int64_t* offsets, std::uint8_t* blob, int threads) {
   auto* tile_offsets = reinterpret_cast<std::int64_t*>(blob + g.offsets);
   auto* all_masks = reinterpret_cast<std::uint16_t*>(blob + g.index);
   W* out = reinterpret_cast<W*>(blob + g.values);

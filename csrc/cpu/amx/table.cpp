@@ -15,10 +15,10 @@ using namespace sparseprune::avx512_bf16;
 // Panel: tiles_bf16, so that A tiles are contiguous.
 // A unit is 32 output rows; a block of 32 x 32 sums takes four accumulators, two A and two B tiles: one load a product.
 constexpr std::int64_t kUnitRows = 2 * kTileRows;
-constexpr std::int64_t kTileElements = 512;  // bf16 of a tile: 1 KiB
-constexpr std::int64_t kPairSums = 4 * 256;  // floats of a block
-constexpr std::int64_t kChunkTiles = 32;     // 64 KiB of expanded weights; longer chunks spare traffic of sums
-constexpr std::int64_t kRing = 4;            // buffers between expansion and product
+constexpr std::int64_t kTileElements = 512;    // bf16 of a tile: 1 KiB
+constexpr std::int64_t kPairSums = 4 * 256;    // floats of a block
+constexpr std::int64_t kChunkTiles = 32;       // 64 KiB of expanded weights; longer chunks spare traffic of sums
+constexpr std::int64_t kRing = 4;              // buffers between expansion and product
 constexpr std::int64_t kPanelInL2 = 1 << 20;   // a panel up to this stays in L2 whole
 constexpr std::int64_t kGroupBytes = 3 << 19;  // sums of a group, beside the panel's chunk in L2
 constexpr std::int64_t kMaxGroup = 32;
@@ -157,7 +157,8 @@ void write_unit(const LinearJob& job, std::int64_t u, std::int64_t batch_tile, b
 
 // Expands `tiles` column tiles and multiplies each by one pair of batch tiles. Expansion runs one tile ahead of the
 // product, so that the product reads what has reached the cache and memory is read while products run.
-inline void expand_multiply(UnitReader& reader, const bf16* a0, const bf16* a1, std::int64_t tiles, std::int64_t ring, Scratch& s) {
+inline void expand_multiply(UnitReader& reader, const bf16* a0, const bf16* a1, std::int64_t tiles, std::int64_t ring,
+                            Scratch& s) {
   reader.expand(s.weights[0][0]);
   for (std::int64_t t = 0; t < tiles; ++t) {
     if (t + 1 < tiles) reader.expand(s.weights[(t + 1) % ring][0]);
@@ -257,8 +258,7 @@ void pack_tiles_bf16(const PanelJob& job, std::int64_t begin, std::int64_t end) 
 void install(KernelTable& table) {
   table.isa = "amx";
   constexpr int d = static_cast<int>(DType::bf16);
-  table.linear[static_cast<int>(Strategy::tile_amx)][d] = {Panel::tiles_bf16, kUnitRows, 16, 16, scratch_bytes,
-                                                           tile_amx};
+  table.linear[static_cast<int>(Strategy::tile_amx)][d] = {Panel::tiles_bf16, kUnitRows, 16, 16, scratch_bytes, tile_amx};
   table.panel[static_cast<int>(Panel::tiles_bf16)][d] = pack_tiles_bf16;
 }
 

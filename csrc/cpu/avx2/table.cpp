@@ -1,5 +1,5 @@
-#include "cpu/kernels.h"
 #include "cpu/avx2/vec.h"
+#include "cpu/kernels.h"
 
 namespace sparseprune::avx2 {
 namespace {

@@ -17,7 +17,7 @@ struct Vec {
 
 constexpr int kMaxBatch = 6;   // 12 sums, 2 weights, 1 broadcast: 15 of 16 registers
 constexpr int kPairBatch = 2;  // 8 sums of two tiles
-constexpr int kMaxLanes = 4;  // 8 accumulators
+constexpr int kMaxLanes = 4;   // 8 accumulators
 constexpr int kDenseTiles = 1;
 constexpr int kDenseBatch = 6;
 

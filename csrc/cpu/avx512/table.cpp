@@ -1,5 +1,5 @@
-#include "cpu/kernels.h"
 #include "cpu/avx512/vec.h"
+#include "cpu/kernels.h"
 
 namespace sparseprune::avx512 {
 namespace {

@@ -162,8 +162,8 @@ void install(KernelTable& table) {
   table.isa = "avx512_bf16";
   table.bf16_interleave = 2;
   constexpr int d = static_cast<int>(DType::bf16);
-  table.linear[static_cast<int>(Strategy::tile_rows)][d] = {Panel::pairs_bf16, kTileRows, kMaxBatch, 1, no_scratch,
-                                                            tile_rows_dot};
+  table.linear[static_cast<int>(Strategy::tile_rows)][d] = {Panel::pairs_bf16, kTileRows,    kMaxBatch, 1,
+                                                            no_scratch,        tile_rows_dot};
   // These read single columns, not pairs.
   table.linear[static_cast<int>(Strategy::tile_dense)][d].run = nullptr;
   table.linear[static_cast<int>(Strategy::tile_batch)][d].run = nullptr;

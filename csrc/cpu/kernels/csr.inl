@@ -69,8 +69,8 @@ inline void csr_batch_row(const LinearJob& job, std::int64_t r, std::int64_t b0,
 }
 
 template <typename T, typename C, int NV>
-inline void csr_batch_sized(const LinearJob& job, std::int64_t begin, std::int64_t end, std::int64_t b0,
-                            const float* panel, std::int64_t lanes) {
+inline void csr_batch_sized(const LinearJob& job, std::int64_t begin, std::int64_t end, std::int64_t b0, const float* panel,
+                            std::int64_t lanes) {
   if (lanes == NV) {
     for (std::int64_t r = begin; r < end; ++r) csr_batch_row<T, C, NV>(job, r, b0, panel);
   } else if constexpr (NV > 1) {

@@ -101,7 +101,8 @@ void tile_dense_group_run(const LinearJob& job, std::int64_t begin, std::int64_t
         const std::int64_t nb = job.batch - b < job.block ? job.batch - b : job.block;
         const float* x = static_cast<const float*>(job.panel) + b * job.kpad + k0 * nb;
         float* out = sums + (tile - begin) / kDenseTiles * sums_stride + b * kDenseTiles * kTileRows;
-        dense_sized<kDenseBatch>(s.weights, size, x, out, k0 == 0, reinterpret_cast<const char*>(values[from - begin]), lines, nb);
+        dense_sized<kDenseBatch>(s.weights, size, x, out, k0 == 0, reinterpret_cast<const char*>(values[from - begin]),
+                                 lines, nb);
       }
     }
   }

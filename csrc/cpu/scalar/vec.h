@@ -13,8 +13,8 @@ struct Vec {
   float v[16];
 };
 
-constexpr int kMaxBatch = 4;    // batch rows whose sums a kernel keeps
-constexpr int kPairBatch = 1;   // the same where it walks two tiles at once
+constexpr int kMaxBatch = 4;   // batch rows whose sums a kernel keeps
+constexpr int kPairBatch = 1;  // the same where it walks two tiles at once
 constexpr int kMaxLanes = 4;   // vectors of batch lanes a kernel keeps
 constexpr int kDenseTiles = 1;
 constexpr int kDenseBatch = 4;
