@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +117,17 @@ def _put_in_place(aside: Path, folder: Path) -> None:
 
 
 def _save_config(model: nn.Module, aside: Path) -> None:
-    config = getattr(model, "config", None)
+    config: Any = copy.deepcopy(getattr(model, "config", None))
     if not hasattr(config, "to_json_file"):
         return
-    config = copy.deepcopy(config)
     config.architectures = [type(model).__name__]
     config.dtype = getattr(model, "dtype", None)
     # Without this, transformers' from_pretrained would not miss the dense weights and run on random ones.
     config.quantization_config = {"quant_method": _FORMAT, "version": int(_VERSION)}
     config.to_json_file(aside / CONFIG_FILE, use_diff=True)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(aside)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(aside)
 
 
 def _sources(model: nn.Module) -> tuple[list[TensorSource], dict[str, str]]:
@@ -157,7 +158,7 @@ def _sources(model: nn.Module) -> tuple[list[TensorSource], dict[str, str]]:
                     f"model: {key} has dtype {tensor.dtype}, which the file cannot hold; cast it first"
                 )
             info = TensorInfo(key, tensor.dtype, tuple(tensor.shape))
-            sources.append(TensorSource([info], lambda tensor=tensor: [tensor]))
+            sources.append(TensorSource([info], partial(list, [tensor])))
     return sources, tied
 
 
@@ -235,15 +236,15 @@ def load(
     weights = folder / WEIGHTS_FILE
     with _reading(weights) as file:
         tied = _tied(weights, file.metadata() or {})
-        skeleton = _from_config(folder) if model is None else model
+        skeleton: Any = _from_config(folder) if model is None else model
         plan = _Plan(weights, file, skeleton, tied)
         modules, state = plan.read(progress)
-    skeleton = plan.fill(modules, state)
+    filled: Any = plan.fill(modules, state)
     if model is None and (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        skeleton.generation_config = GenerationConfig.from_pretrained(folder)
-    return skeleton.eval()
+        filled.generation_config = GenerationConfig.from_pretrained(folder)
+    return filled.eval()
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Any | None:
@@ -304,7 +305,7 @@ def _from_config(folder: Path) -> nn.Module:
     except Exception as error:  # whatever transformers meets in a damaged config
         raise CheckpointError(f"{path}: transformers cannot read it: {error}") from error
     names = config.architectures or []
-    architecture = getattr(transformers, names[0], None) if len(names) == 1 else None
+    architecture: Any = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not hasattr(architecture, "_from_config"):
         raise CheckpointError(
             f"{path}: architectures must name one model class of transformers {transformers.__version__}, got {names}; "
@@ -326,7 +327,7 @@ def _parameters_without_data() -> Iterator[None]:
     `torch.device("meta")` would leave the buffers that no checkpoint holds (rotary frequencies) without values.
     """
 
-    def drop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def drop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
             return parameter
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -422,15 +423,17 @@ class _Plan:
                     )
         return state
 
-    def _find_sources(self) -> dict[str, str | None]:
-        """For each tensor of the skeleton the file's name for it: its own, the one it is tied to, or a twin's."""
+    def _find_sources(self) -> dict[str, str]:
+        """The file's names for the skeleton's tensors: the own one, the one it is tied to, or a twin's."""
         twins: dict[int, list[str]] = {}
         for key, tensor in self.state.items():
             twins.setdefault(id(tensor), []).append(key)
-        sources: dict[str, str | None] = {}
+        sources: dict[str, str] = {}
         for key, tensor in self.state.items():
             candidates = (key, self.tied.get(key), *twins[id(tensor)])
-            sources[key] = next((name for name in candidates if name in self.keys), None)
+            found = next((name for name in candidates if name in self.keys), None)
+            if found is not None:
+                sources[key] = found
         return sources
 
     def _check_sparse(self) -> None:
@@ -455,7 +458,7 @@ class _Plan:
                 self._fail(alias, f"the model must have a layer here, tied to {first}, and has none")
 
     def _check_dense(self) -> None:
-        missing = sorted(key for key, source in self.sources.items() if source is None)
+        missing = sorted(self.state.keys() - self.sources.keys())
         if missing:
             self._fail(missing[0], f"missing ({len(missing)} missing in all); {_OTHER_MODEL}")
         parts = {

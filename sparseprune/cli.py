@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class _Group(TyperGroup):
     """Turns the errors that name an argument, a rule and a remedy into one line each."""
 
-    def invoke(self, context: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(context)
+            return super().invoke(ctx)
         except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
             if os.environ.get("SPARSEPRUNE_TRACEBACK"):
                 raise
@@ -162,7 +162,7 @@ def prune(
         from sparseprune.calibration import windows
 
         data = windows(_read_text("--calibration", calibration), tokenizer, length, samples, seed)
-    layers = {"include": include or None, "exclude": exclude or None, "lm_head": lm_head}
+    layers: dict[str, Any] = {"include": include or None, "exclude": exclude or None, "lm_head": lm_head}
     pruned = prune_model(loaded, pattern, method.value, sparsity, data, progress=True, **layers)
     converted = sparsify(loaded, format, policy.value, batch, progress=True, **layers)
     with _bar("saving") as update:

@@ -165,9 +165,12 @@ def sparsify(
             f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.find_linears(model)"
         )
     choose = _Measured(layers, form, batches, seconds, progress) if policy == "auto" else _Smallest(form)
-    rows = []
-    for layer in track(layers, "to sparse layers", enabled=progress):
-        rows.append(_convert(model, layer, choose))
+    layers.reverse()
+    # Popped, not iterated over: a layer that was swapped must not live on in a list.
+    rows = [
+        _convert(model, layers.pop(), choose)
+        for _ in track(range(len(layers)), "to sparse layers", enabled=progress)
+    ]
     return SparsifyReport(tuple(rows), policy, batches, isa(), torch.get_num_threads())
 
 

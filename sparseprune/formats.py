@@ -183,7 +183,7 @@ class SparseWeight:
         values, mask = ops.unpack(blob)
         return cls(values, mask, shape, Format.parse(format))
 
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> SparseWeight:
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> SparseWeight:
         """The weight with its values cast and both tensors moved; the mask stays although a value may round to 0."""
         values, mask = self.values.to(device=device, dtype=dtype), self.mask.to(device=device)
         return SparseWeight(values, mask, self.shape, self.format)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparseprune.formats import detect_nm
+from sparseprune.formats import DTYPES, detect_nm
 from sparseprune.models import find_linears
 from sparseprune.nn import SparseLinear
 from sparseprune.report import Column, Table, human_bytes
@@ -49,7 +49,7 @@ class ModelFacts:
             sparsity = sum(layer.sparsity for layer in group) / len(group)
             nbytes = sum(layer.nbytes for layer in group)
             rows.append((name, len(group), shape, dtype, format or "dense", pattern, sparsity, nbytes))
-        columns = [
+        columns: list[Column | str] = [
             "layers", "count", "shape", "dtype", "format", "pattern", Column("sparsity", ".1%"),
             Column("bytes", human_bytes),
         ]  # fmt: skip
@@ -76,14 +76,17 @@ def inspect_model(model: nn.Module) -> ModelFacts:
         if isinstance(module, SparseLinear):
             shape = (module.out_features, module.in_features)
             pattern = str(module.format) if module.format.kind == "nm" else None
-            facts = str(module.format), pattern, module.sparsity, module.nbytes
-            layers.append(LayerFacts(name, shape, _name(module.dtype), *facts))
+            form, sparsity, nbytes = str(module.format), module.sparsity, module.nbytes
+            layers.append(LayerFacts(name, shape, _name(module.dtype), form, pattern, sparsity, nbytes))
         elif name in dense:
             weight = dense[name].weight
-            pattern_found = detect_nm(weight) if weight.dtype.itemsize <= 4 else None
+            found = detect_nm(weight) if weight.dtype in DTYPES else None
+            pattern = None if found is None else str(found)
             sparsity = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
-            facts = None, pattern_found and str(pattern_found), sparsity, weight.nbytes
-            layers.append(LayerFacts(name, (weight.shape[0], weight.shape[1]), _name(weight.dtype), *facts))
+            shape = (weight.shape[0], weight.shape[1])
+            layers.append(
+                LayerFacts(name, shape, _name(weight.dtype), None, pattern, sparsity, weight.nbytes)
+            )
     return ModelFacts(type(model).__name__, tuple(layers), memory_bytes(model))
 
 

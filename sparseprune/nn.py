@@ -33,7 +33,7 @@ class SparseLinear(nn.Module):
     """
 
     packed: Tensor
-    bias: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class SparseLinear(nn.Module):
     @classmethod
     def from_dense(cls, linear: nn.Module, format: str | Format = "2:4") -> SparseLinear:
         """Sparse twin of an `nn.Linear` or a transformers `Conv1D`; ValueError where the weight does not fit."""
-        bias = linear.bias
+        bias: Any = linear.bias
         return cls.from_weight(
             SparseWeight.from_dense(dense_weight(linear), format), bias, training=linear.training
         )
@@ -88,7 +88,8 @@ class SparseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         # Straight to the dictionaries: nn.Module.__getattr__ would cost two Python calls more per layer and token.
-        packed, bias = self._buffers["packed"], self._parameters["bias"]
+        packed: Any = self._buffers["packed"]
+        bias = self._parameters["bias"]
         if _needs_dispatcher(input):
             return _linear(input, packed, bias, self.out_features)
         return _linear_undispatched(input, packed, bias, self.out_features)
@@ -110,7 +111,7 @@ class SparseLinear(nn.Module):
         """The dense twin; it shares the bias."""
         dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         dense.weight = nn.Parameter(self.weight, requires_grad=False)
-        dense.bias = self.bias
+        dense.register_parameter("bias", self.bias)
         return dense.train(self.training)
 
     @property
@@ -242,5 +243,6 @@ def dense_weight(linear: nn.Module) -> Tensor:
     if isinstance(linear, nn.Linear):
         return linear.weight
     if is_conv1d(linear):
-        return linear.weight.t()
+        weight: Any = linear.weight
+        return weight.t()
     raise TypeError(f"linear: must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")

@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import torch
@@ -90,6 +91,22 @@ def test_an_explicit_format_is_used_or_the_reason_given(form):
         assert "must hold at most 2 non-zeros in every 4 columns" in layers["some"].reason
     else:
         assert {layer.format for layer in report.layers} == {form}
+
+
+def test_a_dense_layer_is_gone_before_the_next_is_converted(monkeypatch):
+    model = nn.Sequential(*(keep(nn.Linear(16, 16), "2:4") for _ in range(4)))
+    dense = [weakref.ref(layer.weight) for layer in model]
+    alive = []
+    from_dense = SparseLinear.from_dense
+
+    def counted(linear, form):
+        alive.append(sum(weight() is not None for weight in dense))
+        return from_dense(linear, form)
+
+    monkeypatch.setattr(SparseLinear, "from_dense", counted)
+    sparsify(model, policy="always")
+    assert alive == [4, 3, 2, 1]
+    assert not any(weight() for weight in dense)
 
 
 def test_only_the_layers_asked_for():
