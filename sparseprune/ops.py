@@ -20,6 +20,7 @@ float32, bfloat16 or float16 on the CPU; sums are float32. `bits` is a bitmask `
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -390,8 +391,13 @@ def _grad_input_fake(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
 
 def _grad_input(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
     """grad @ weight: the weight is expanded to dense for the time of this call."""
-    _check_values("grad", grad)
-    _check_packed(packed)
+    _grad_input_fake(grad, packed, in_features)
+    h = _native.header(packed)
+    _check(
+        (*grad.shape[-1:], in_features) == (h["rows"], h["cols"]) and _native.DTYPES[grad.dtype] == h["dtype"],
+        lambda: f"packed: holds a weight of {h['rows']}x{h['cols']} {_native.DTYPE_OF[h['dtype']]}, the call is for "
+        f"grad {tuple(grad.shape)} {grad.dtype} and in_features {in_features}",
+    )
     values, bits = _native.unpack(packed)
     dense = _native.expand(values, bits, _native.count_bits(bits, in_features), in_features)
     return grad @ dense
@@ -405,14 +411,14 @@ _define(
 )
 
 
-def _linear_setup(ctx, inputs, output) -> None:
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, bias, _ = inputs
     ctx.save_for_backward(packed)
     ctx.in_features = x.shape[-1]
     ctx.has_bias = bias is not None
 
 
-def _linear_backward(ctx, grad: Tensor):
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
     (packed,) = ctx.saved_tensors
     grad_input = grad_bias = None
     if ctx.needs_input_grad[0]:
