@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune import ops
+from sparseprune import _native, ops
 from sparseprune._native import isa
 from sparseprune.formats import DTYPES, Format, SparseWeight
 from sparseprune.models import is_conv1d
@@ -18,6 +18,7 @@ __all__ = ["SparseLinear", "dense_weight"]
 
 _linear = torch.ops.sparseprune.linear.default
 _linear_undispatched = ops._linear
+_linear_unchecked = _native.linear
 _PARTS = ("values", "mask", "spec")
 
 
@@ -90,8 +91,13 @@ class SparseLinear(nn.Module):
         # Straight to the dictionaries: nn.Module.__getattr__ would cost two Python calls more per layer and token.
         packed: Any = self._buffers["packed"]
         bias = self._parameters["bias"]
-        if _needs_dispatcher(input):
+        if _needs_dispatcher(input, bias):
             return _linear(input, packed, bias, self.out_features)
+        if bias is None:
+            try:
+                return _linear_unchecked(input, packed, None, self.out_features)
+            except (KeyError, IndexError, RuntimeError):
+                pass  # an input that the checks below refuse by name
         return _linear_undispatched(input, packed, bias, self.out_features)
 
     def sparse_weight(self) -> SparseWeight:
@@ -216,6 +222,7 @@ class SparseLinear(nn.Module):
 
 def _needs_dispatcher(
     input: Tensor,
+    bias: Tensor | None,
     # Bound here, because a look-up of each by name would double the price of this function (0.3 us).
     is_compiling: Callable[[], bool] = torch.compiler.is_compiling,
     is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled,
@@ -229,7 +236,7 @@ def _needs_dispatcher(
     """
     return bool(
         is_compiling()
-        or is_grad_enabled()
+        or (is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)))
         or type(input) is not Tensor
         or not input.is_cpu
         or dispatch_modes()

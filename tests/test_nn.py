@@ -285,18 +285,22 @@ def test_tracers_and_transforms_see_the_operation():
         assert torch.equal(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
-def test_bad_input_is_refused_on_every_path(mode):
-    layer = SparseLinear.from_dense(dense_layer())
+def test_bad_input_is_refused_on_every_path(mode, bias):
+    layer = SparseLinear.from_dense(dense_layer(bias=bias))
     with mode():
         for x, error in [
             (torch.randn(2, 41), ValueError),
             (torch.randn(2, 40).double(), TypeError),
             (torch.randn(2, 40).half(), (TypeError, ValueError)),
             (torch.tensor(1.0), ValueError),
+            (torch.ones(2, 40, dtype=torch.int64), TypeError),
         ]:
             with pytest.raises(error, match="input|weight|bias"):
                 layer(x)
-        layer.bias = nn.Parameter(torch.zeros(3))
+        with pytest.raises((ValueError, NotImplementedError), match="strided|SparseCPU"):
+            layer(torch.ones(2, 40).to_sparse())
+        layer.register_parameter("bias", nn.Parameter(torch.zeros(3)))
         with pytest.raises(ValueError, match=r"bias: must have shape \[24\], got \(3,\)"):
             layer(torch.randn(2, 40))
