@@ -117,12 +117,38 @@ def machine_record(megabytes: int = 800) -> dict[str, Any]:
     }
 
 
+class Watch:
+    """Tells what the rest of the machine did meanwhile: a timing made beside other work is no timing."""
+
+    def __init__(self) -> None:
+        self._begin = self._read()
+
+    def others(self) -> float | None:
+        """Share of all cores' time that went to other processes and other machines on the host; None off Linux."""
+        begin, end = self._begin, self._read()
+        if begin is None or end is None or end[0] <= begin[0]:
+            return None
+        total, busy, own = (late - early for early, late in zip(begin, end, strict=True))
+        return max(0.0, busy - own) / total
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        ticks = [int(it) / os.sysconf("SC_CLK_TCK") for it in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        idle = ticks[3] + ticks[4]
+        return sum(ticks), sum(ticks) - idle, sum(os.times()[:4])
+
+
 def describe(machine: Mapping[str, Any]) -> str:
     """The record in one line."""
     caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
+    others = machine.get("others_cpu_share")
     return (
         f"{machine['cpu']} ({machine['isa']}; {caches}), {machine['cores']} cores, {machine['threads']} threads, "
         f"torch {machine['torch']}, reads {machine['read_gb_s']:.1f} GB/s, copies {machine['copy_gb_s']:.1f} GB/s"
+        + ("" if others is None else f"; others took {others:.1%} of the cores' time")
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from tables import geometric_mean
 
+_MARKERS = {"2:4": "o", "bitmap": "s", "csr": "^"}
+
 
 def draw(run: Mapping[str, Any], path: Path) -> None:
     """A line a case (geometric mean over the model's shapes, their range shaded), its targets dotted, 1x in black."""
@@ -29,6 +31,8 @@ def draw(run: Mapping[str, Any], path: Path) -> None:
         for axis, dtype in zip(row, dtypes, strict=True):
             _panel(axis, [it for it in records if (it["model"], it["dtype"]) == (model, dtype)], colors)
             axis.set_title(f"{model}, {dtype}", fontsize=10)
+        speedups = [it["speedup"] for it in records if it["model"] == model]
+        row[0].set_ylim(min(1.0, *speedups) / 1.15, max(speedups) * 1.15)
         row[0].set_ylabel("times as fast as torch dense")
     for axis in axes[-1]:
         axis.set_xlabel("batch size (rows of activations)")
@@ -50,9 +54,8 @@ def _panel(axis: Any, records: list[dict[str, Any]], colors: Mapping[str, Any]) 
         by_batch = {b: [it for it in records if (it["case"], it["batch"]) == (case, b)] for b in batches}
         speedups = [[it["speedup"] for it in by_batch[b]] for b in batches]
         style = {"color": colors[case]}
-        axis.plot(
-            batches, [geometric_mean(it) for it in speedups], marker="o", markersize=3, label=case, **style
-        )
+        means = [geometric_mean(it) for it in speedups]
+        axis.plot(batches, means, marker=_MARKERS[case.split()[0]], markersize=4, label=case, **style)
         axis.fill_between(
             batches, [min(it) for it in speedups], [max(it) for it in speedups], alpha=0.15, **style
         )

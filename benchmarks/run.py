@@ -18,7 +18,7 @@ import operations
 import tables
 import torch
 import typer
-from layers import SHAPES, machine_record
+from layers import SHAPES, Watch, describe, machine_record
 from plot import draw
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -51,7 +51,7 @@ def main(
         print(tables.summary(run, model), "\n")
     for table in (tables.losses, tables.masks, tables.conversions, tables.sizes, tables.calls):
         print(table(run), "\n")
-    print(tables.score(run))
+    print(describe(run["machine"]), tables.score(run), sep="\n")
     if out is not None:
         out.write_text(json.dumps(run, indent=1) + "\n")
         draw(run, out.with_suffix(".png"))
@@ -61,7 +61,7 @@ def measure_all(cases: list, layers: list[tuple[str, str]], batches: tuple[int, 
                 other_seconds: float) -> dict[str, Any]:  # fmt: skip
     """The whole record: {"machine", "started", "minutes", "linears", "masks", "conversions", "sizes", "calls"}."""
     torch.manual_seed(0)
-    begin = time.time()
+    begin, watch = time.time(), Watch()
     groups = list(linears.groups(cases, layers))
     others = {"masks": operations.masks, "conversions": operations.conversions, "calls": operations.calls}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -84,6 +84,7 @@ def measure_all(cases: list, layers: list[tuple[str, str]], batches: tuple[int, 
         run["sizes"] = operations.sizes()
         progress.advance(task)
     run["linears"].sort(key=lambda it: [case.name for case in CASES].index(it["case"]))
+    run["machine"]["others_cpu_share"] = watch.others()
     run["started"] = time.strftime("%Y-%m-%d %H:%M", time.gmtime(begin)) + " UTC"
     run["minutes"] = round((time.time() - begin) / 60, 1)
     return run
