@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import json
 import math
 import os
 import platform
@@ -32,7 +34,9 @@ ROTATED_BYTES = 600_000_000
 """Dense copies of a weight take this much at least: a server's shared L3 holds hundreds of megabytes."""
 
 MIN_COPIES = 8
-_MIN_ROUNDS = 5
+_MIN_ROUNDS = 7
+_TURN_CALLS = 4
+_TURN_SECONDS = 0.004
 
 
 def pruned_weight(
@@ -64,27 +68,34 @@ class Samples:
 
 
 def take_turns(candidates: Mapping[str, Sequence[Callable[[], Any]]], seconds: float) -> dict[str, Samples]:
-    """Times candidates in turn, call by call, so that a busy moment of the machine hits all of them.
+    """Times candidates in turn, so that a busy moment of the machine hits all of them.
 
-    A candidate is calls that do the same work on different memory; every round takes the next one. At least
-    5 rounds, else for about `seconds`. (`sparseprune.benchmark.alternating_medians` is the same clock for a
-    decision; a record needs the extremes too.)
+    A candidate is calls that do the same work on different memory, taken round robin. A turn is 4 calls, less once
+    it takes 4 ms: in a model a layer follows its like, and the first call after another library's is slower.
+    At least 7 rounds, else for about `seconds`. (`sparseprune.benchmark.alternating_medians` is the clock for a
+    decision; a record needs the extremes and the turns.)
     """
     clock = time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for calls in candidates.values():  # libraries choose and compile their kernels on first calls
-        for call in calls[:2]:
-            call()
+    cycles = {name: itertools.cycle(calls) for name, calls in candidates.items()}
+    for cycle in cycles.values():  # libraries choose and compile their kernels on first calls
+        next(cycle)()
+        next(cycle)()
     collects = gc.isenabled()
     gc.disable()
     try:
         stop, rounds = clock() + seconds, 0
         while rounds < _MIN_ROUNDS or clock() < stop:
-            for name, calls in candidates.items():
-                call = calls[rounds % len(calls)]
-                begin = clock()
-                call()
-                times[name].append(clock() - begin)
+            for name, cycle in cycles.items():
+                turn = clock()
+                for _ in range(_TURN_CALLS):
+                    call = next(cycle)
+                    begin = clock()
+                    call()
+                    end = clock()
+                    times[name].append(end - begin)
+                    if end - turn > _TURN_SECONDS:
+                        break
             rounds += 1
     finally:
         if collects:
@@ -150,6 +161,26 @@ def describe(machine: Mapping[str, Any]) -> str:
         f"torch {machine['torch']}, reads {machine['read_gb_s']:.1f} GB/s, copies {machine['copy_gb_s']:.1f} GB/s"
         + ("" if others is None else f"; others took {others:.1%} of the cores' time")
     )
+
+
+def to_json(run: Mapping[str, Any]) -> str:
+    """JSON with four digits of every float and a line a record, so that two runs can be compared by a diff."""
+    parts = []
+    for key, value in run.items():
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(json.dumps(_rounded(it)) for it in value) + "\n]"
+        else:
+            text = json.dumps(_rounded(value))
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(it) for key, it in value.items()}
+    return [_rounded(it) for it in value] if isinstance(value, (list, tuple)) else value
 
 
 def _cpu_name() -> str:

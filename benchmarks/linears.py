@@ -44,19 +44,16 @@ def measure(
         weight = pruned_weight(rows, cols, DTYPES[dtype], case.format, case.sparsity)
         layers[case.name] = _copies(SparseLinear.from_dense(_dense_layer(weight), case.format), copies)
         if case.format == "csr":
-            csr = [_torch_csr(weight) for _ in range(copies)]
+            csr = [_torch_csr(weight) for _ in range(2 * copies)]
     for batch in batches:
         x = torch.randn(batch, cols).to(DTYPES[dtype])
         calls: dict[str, Calls] = {
             name: [functools.partial(it, x) for it in its] for name, its in layers.items()
         }
         if csr:
-            calls["torch.sparse mm"] = [functools.partial(torch.matmul, w, x.t()) for w in csr]
-            if batch == 1:  # half a turn behind: what mm has just read would lie in the cache
-                half = len(csr) // 2
-                calls["torch.sparse mv"] = [
-                    functools.partial(torch.mv, w, x[0]) for w in csr[half:] + csr[:half]
-                ]
+            calls["torch.sparse mm"] = [functools.partial(torch.matmul, w, x.t()) for w in csr[::2]]
+            if batch == 1:  # on other copies: what mm has just read would lie in the cache
+                calls["torch.sparse mv"] = [functools.partial(torch.mv, w, x[0]) for w in csr[1::2]]
         samples = take_turns(calls, seconds)
         yield [_record(case, model, layer, batch, layers[case.name][0], samples, read_gb_s) for case in cases]
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from layers import Watch, describe, machine_record, pruned_weight
+from layers import Watch, describe, machine_record, pruned_weight, to_json
 from torch import nn
 
 from sparseprune.nn import SparseLinear
@@ -69,7 +69,7 @@ def main(
     run = {"machine": machine, "deepsparse": version, "layers": layers, "records": records}
     print(table(run))
     if out is not None:
-        out.write_text(json.dumps(run, indent=1) + "\n")
+        out.write_text(to_json(run))
 
 
 def table(run: dict[str, Any]) -> Table:

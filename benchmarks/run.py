@@ -8,7 +8,6 @@ python benchmarks/run.py --out docs/benchmarks.json
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +17,7 @@ import operations
 import tables
 import torch
 import typer
-from layers import SHAPES, Watch, describe, machine_record
+from layers import SHAPES, Watch, describe, machine_record, to_json
 from plot import draw
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -53,7 +52,7 @@ def main(
         print(table(run), "\n")
     print(describe(run["machine"]), tables.score(run), sep="\n")
     if out is not None:
-        out.write_text(json.dumps(run, indent=1) + "\n")
+        out.write_text(to_json(run))
         draw(run, out.with_suffix(".png"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -186,9 +187,12 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def markdown(table: Table) -> str:
-    """The table for a page; its title is the page's business."""
+    """The table for a page, which has titles of its own; columns with nothing in them are left out."""
     columns = [it if isinstance(it, Column) else Column(it) for it in table.columns]
+    filled = [any(row[index] is not None for row in table.rows) for index in range(len(columns))]
+    columns = list(itertools.compress(columns, filled))
     lines = ["| " + " | ".join(it.name for it in columns) + " |", "|" + "---|" * len(columns)]
     for row in table.rows:
-        lines.append("| " + " | ".join(col.text(cell) for col, cell in zip(columns, row, strict=True)) + " |")
-    return "\n".join(lines)
+        cells = zip(columns, itertools.compress(row, filled), strict=True)
+        lines.append("| " + " | ".join(column.text(cell) for column, cell in cells) + " |")
+    return "\n".join([*lines, "", *table.footer])

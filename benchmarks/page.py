@@ -1,0 +1,51 @@
+"""Puts the tables of a run into docs/benchmarks.md, between the comments that name them.
+
+python benchmarks/page.py docs/benchmarks.json docs/benchmarks-deepsparse.json docs/benchmarks.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import peers_deepsparse
+import tables
+import typer
+from layers import SHAPES, describe
+from targets import TARGETED_MODEL
+
+
+def main(run: Path, deepsparse: Path, page: Path) -> None:
+    """Fill every section `<!-- begin NAME -->` to `<!-- end NAME -->` of PAGE; any other text stays."""
+    record, peer = json.loads(run.read_text()), json.loads(deepsparse.read_text())
+    (other,) = (it for it in SHAPES if it != TARGETED_MODEL)
+    sections: dict[str, Callable[[], str]] = {
+        "machine": lambda: (
+            f"{describe(record['machine'])}. {record['started']}, {record['minutes']} minutes."
+        ),
+        "score": lambda: tables.score(record),
+        "targets": lambda: tables.markdown(tables.summary(record, TARGETED_MODEL)),
+        "small": lambda: tables.markdown(tables.summary(record, other)),
+        "losses": lambda: tables.markdown(tables.losses(record)),
+        "masks": lambda: tables.markdown(tables.masks(record)),
+        "conversions": lambda: tables.markdown(tables.conversions(record)),
+        "sizes": lambda: tables.markdown(tables.sizes(record)),
+        "calls": lambda: tables.markdown(tables.calls(record)),
+        "deepsparse": lambda: tables.markdown(peers_deepsparse.table(peer)),
+        "details": lambda: tables.markdown(tables.details(record, TARGETED_MODEL)),
+    }
+    text = page.read_text()
+    for name in re.findall(r"<!-- begin (\w+) -->", text):
+        if name not in sections:
+            raise typer.BadParameter(f"page: sections are {', '.join(sections)}, got {name}")
+        fresh = f"<!-- begin {name} -->\n{sections[name]()}\n<!-- end {name} -->"
+        text = re.sub(
+            rf"<!-- begin {name} -->.*?<!-- end {name} -->", lambda _, t=fresh: t, text, flags=re.DOTALL
+        )
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
