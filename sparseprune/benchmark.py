@@ -223,8 +223,10 @@ def time_model(
         best = max(formats, key=lambda it: math.prod(timing.speedup(it) for timing in timings), default=None)
         dtype_text = str(dtype).removeprefix("torch.")
         kinds.append(KindTiming(name, len(members), shape, dtype_text, zeros, best and str(best), timings))
-    decode = decode_speed(model) if tokens else None
-    prompt = prompt_speed(model) if tokens else None
+    decode = prompt = None
+    if tokens:
+        measures = track([decode_speed, prompt_speed], "tokens per second", enabled=progress)
+        decode, prompt = (measure(model) for measure in measures)
     machine = f"{torch.get_num_threads()} threads, {isa()} kernels, torch {torch.__version__}"
     return ModelTiming(tuple(kinds), decode, prompt, machine)
 

@@ -27,7 +27,7 @@ from sparseprune.inspection import memory_bytes
 from sparseprune.models import demo_model_path, load_dense
 from sparseprune.nn import SparseLinear
 from sparseprune.pruning.prune import prune
-from sparseprune.report import Column, Table, human_bytes
+from sparseprune.report import Column, Table, human_bytes, track
 
 __all__ = ["DemoReport", "Measured", "Recipe", "demo_texts", "run"]
 
@@ -198,7 +198,7 @@ def run(
             gc.collect()
             models[recipe.name] = load(folders[recipe.name])
         say("Measuring tokens per second, the models in turn")
-        decode, prompt = _speeds(models, protocol)
+        decode, prompt = _speeds(models, protocol, progress)
         columns = []
         for name, model in models.items():
             say(f"Perplexity and a sentence: {name}")
@@ -244,11 +244,13 @@ def _folder(directory: str | Path | None) -> Iterator[Path]:
         yield Path(name)
 
 
-def _speeds(models: dict[str, Any], protocol: Protocol) -> tuple[dict[str, float], dict[str, float]]:
+def _speeds(
+    models: dict[str, Any], protocol: Protocol, progress: bool
+) -> tuple[dict[str, float], dict[str, float]]:
     """Tokens a second (decoding, prompt) by model, in turn: a busy moment of the machine hits all of them."""
     decode: dict[str, list[float]] = {name: [] for name in models}
     prompt: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(protocol.rounds):
+    for _ in track(range(protocol.rounds), "tokens per second", enabled=progress):
         for name, model in models.items():
             decode[name].append(decode_speed(model, new_tokens=protocol.new_tokens).tokens_per_second)
             speed = prompt_speed(model, protocol.prompt_length, repeats=2)
