@@ -36,5 +36,5 @@ def rotate(benchmark: BenchmarkFixture) -> Callable[[Sequence[Callable[[], Any]]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    record = machine_record(megabytes=200)
+    record = machine_record()
     machine_info["sparseprune"] = {**record, "line": describe(record)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -44,11 +45,17 @@ def test_linear(
     x = torch.randn(batch, cols).to(DTYPES[dtype])
     benchmark.group = f"linear {model} {layer} {dtype} B={batch}"
     rotate([functools.partial(it, x) for it in layers])
-    seconds = benchmark.stats.stats.median
-    nnz, nbytes = rows * cols, rows * cols * DTYPES[dtype].itemsize
-    if isinstance(layers[0], SparseLinear):
-        nnz, nbytes = layers[0].nnz, layers[0].nbytes
-        benchmark.extra_info["strategy"] = _native.strategy(layers[0].packed, batch)
-    benchmark.extra_info["gb_s"] = nbytes / seconds / 1e9
-    benchmark.extra_info["gflop_s"] = 2 * batch * nnz / seconds / 1e9
-    benchmark.extra_info["dense_equivalent_gflop_s"] = 2 * batch * rows * cols / seconds / 1e9
+    if benchmark.enabled:  # not under --benchmark-disable
+        benchmark.extra_info.update(_rates(layers[0], (rows, cols), batch, benchmark.stats.stats.median))
+
+
+def _rates(layer: nn.Module, shape: tuple[int, int], batch: int, seconds: float) -> dict[str, float | str]:
+    products, nbytes = math.prod(shape), layer.weight.nbytes if isinstance(layer, nn.Linear) else layer.nbytes
+    rates: dict[str, float | str] = {
+        "gb_s": nbytes / seconds / 1e9,
+        "dense_equivalent_gflop_s": 2 * batch * products / seconds / 1e9,
+    }
+    if isinstance(layer, SparseLinear):
+        rates["gflop_s"] = 2 * batch * layer.nnz / seconds / 1e9
+        rates["strategy"] = _native.strategy(layer.packed, batch)
+    return rates
