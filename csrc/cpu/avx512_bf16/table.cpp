@@ -72,16 +72,18 @@ inline void dot_sized(const LinearJob& job, std::int64_t tile, std::int64_t b0, 
   }
 }
 
+// Units are pairs of tiles, as in tile_rows.inl.
 void tile_rows_dot(const LinearJob& job, std::int64_t begin, std::int64_t end, void*) {
-  std::int64_t tile = begin;
+  const std::int64_t tiles = ceil_div(job.rows, kTileRows), last = 2 * end < tiles ? 2 * end : tiles;
+  std::int64_t tile = 2 * begin;
   if (job.block <= kPairBatch) {
-    for (; tile + 2 <= end; tile += 2) {
+    for (; tile + 2 <= last; tile += 2) {
       for (std::int64_t b = 0; b < job.batch; b += job.block) {
         dot_sized<kPairBatch, 2>(job, tile, b, job.block < job.batch - b ? job.block : job.batch - b);
       }
     }
   }
-  for (; tile < end; ++tile) {
+  for (; tile < last; ++tile) {
     for (std::int64_t b = 0; b < job.batch; b += job.block) {
       dot_sized<kMaxBatch, 1>(job, tile, b, job.block < job.batch - b ? job.block : job.batch - b);
     }
@@ -162,7 +164,7 @@ void install(KernelTable& table) {
   table.isa = "avx512_bf16";
   table.bf16_interleave = 2;
   constexpr int d = static_cast<int>(DType::bf16);
-  table.linear[static_cast<int>(Strategy::tile_rows)][d] = {Panel::pairs_bf16, kTileRows,    kMaxBatch, 1,
+  table.linear[static_cast<int>(Strategy::tile_rows)][d] = {Panel::pairs_bf16, 2 * kTileRows, kMaxBatch, 1,
                                                             no_scratch,        tile_rows_dot};
   // These read single columns, not pairs.
   table.linear[static_cast<int>(Strategy::tile_dense)][d].run = nullptr;

@@ -9,7 +9,7 @@ void install_type(KernelTable& table) {
   const int d = static_cast<int>(dtype_of<T>::value);
   auto at = [&](Strategy s) -> LinearKernel& { return table.linear[static_cast<int>(s)][d]; };
   constexpr std::int64_t kLanes = 16 * kMaxLanes;
-  at(Strategy::tile_rows) = {Panel::blocks_f32, kTileRows, kMaxBatch, 1, no_scratch, tile_rows<T>};
+  at(Strategy::tile_rows) = {Panel::blocks_f32, 2 * kTileRows, kMaxBatch, 1, no_scratch, tile_rows<T>};
   at(Strategy::tile_dense) = {Panel::blocks_f32, kTileRows, kDenseBatch, 1, tile_dense_scratch, tile_dense<T>};
   at(Strategy::tile_batch) = {Panel::blocks_f32, kTileRows, kLanes, 16, tile_batch_scratch, tile_batch<T>};
   at(Strategy::csr_gather) = {Panel::rows_f32, 1, 1, 1, no_scratch, csr_gather<T>};

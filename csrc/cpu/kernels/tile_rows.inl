@@ -74,17 +74,20 @@ inline void tile_rows_sized(const LinearJob& job, std::int64_t tile, std::int64_
   }
 }
 
+// Units are pairs of tiles, so that which tiles are walked together, and with it the order of sums, does not depend on
+// how the work was divided.
 template <typename T>
 void tile_rows(const LinearJob& job, std::int64_t begin, std::int64_t end, void*) {
-  std::int64_t tile = begin;
+  const std::int64_t tiles = ceil_div(job.rows, kTileRows), last = 2 * end < tiles ? 2 * end : tiles;
+  std::int64_t tile = 2 * begin;
   if (job.block <= kPairBatch) {
-    for (; tile + 2 <= end; tile += 2) {
+    for (; tile + 2 <= last; tile += 2) {
       for (std::int64_t b = 0; b < job.batch; b += job.block) {
         tile_rows_sized<T, kPairBatch, 2>(job, tile, b, job.block < job.batch - b ? job.block : job.batch - b);
       }
     }
   }
-  for (; tile < end; ++tile) {
+  for (; tile < last; ++tile) {
     for (std::int64_t b = 0; b < job.batch; b += job.block) {
       tile_rows_sized<T, kMaxBatch, 1>(job, tile, b, job.block < job.batch - b ? job.block : job.batch - b);
     }
