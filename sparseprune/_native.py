@@ -5,6 +5,8 @@ torch is imported first, so that the extension finds torch's OpenMP runtime load
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def isas_available() -> list[str]:
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, strategy: int = -1) -> Tensor:
     """x [..., cols] times the packed weight [rows, cols], transposed, plus bias. x must have contiguous columns."""
     cols = x.shape[-1]
-    x2d = x if x.dim() == 2 else x.reshape(-1, cols)
+    x2d = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), cols)
     if x2d.stride(1) != 1 and cols > 1:
         x2d = x2d.contiguous()
     out = x2d.new_empty((*x.shape[:-1], rows))

@@ -1,7 +1,7 @@
 // Geometry of packed weights: one blob, a header and 64-byte aligned sections. Drawn in docs/formats.md.
 //
-// Everything about a blob follows from the few numbers in its header, so a header that lies is found by comparing
-// the size it implies with the size the blob has; no stored offset is ever trusted.
+// Everything about a blob follows from the few numbers in its header, whose checksum finds damage, and the size they
+// imply is compared with the size the blob has; no stored offset is ever trusted.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,8 @@ struct PackedHeader {
   std::uint8_t interleave;    // tile: columns that alternate within a lane, 1 or 2 (bf16 pairs for dot products)
   std::uint8_t column_bytes;  // csr: 2 or 4
   std::int64_t rows, cols, nnz;
-  std::int64_t reserved[3];  // room for value encodings (int8, int4) and group scales
+  std::int64_t reserved[2];  // room for value encodings (int8, int4) and group scales
+  std::uint64_t checksum;    // header_checksum() of the bytes before it
 };
 static_assert(sizeof(PackedHeader) == 64, "the header is one cache line");
 
@@ -44,7 +45,7 @@ constexpr std::uint32_t kPackedVersion = 1;
 // Byte offsets of the sections of a blob.
 struct Geometry {
   std::int64_t units;    // tile: row tiles, csr: rows
-  std::int64_t kpad;     // tile: columns rounded up to kTileK
+  std::int64_t kpad;     // columns rounded up to kTileK, at least one tile: no kernel meets an empty K
   std::int64_t offsets;  // int64 [units + 1]: index of each unit's first value
   std::int64_t index;    // tile: uint16 masks [units, kpad]; csr: columns [nnz]
   std::int64_t values;   // [nnz]
@@ -55,7 +56,7 @@ constexpr Geometry geometry_of(const PackedHeader& h) {
   Geometry g{};
   const bool tile = h.layout == Layout::tile;
   g.units = tile ? ceil_div(h.rows, kTileRows) : h.rows;
-  g.kpad = round_up(h.cols, kTileK);
+  g.kpad = round_up(h.cols > 0 ? h.cols : 1, kTileK);
   g.offsets = sizeof(PackedHeader);
   g.index = round_up(g.offsets + (g.units + 1) * 8, kAlign);
   const std::int64_t index_bytes = tile ? g.units * g.kpad * 2 : h.nnz * h.column_bytes + kTailBytes;

@@ -1,5 +1,6 @@
 #include "cpu/linear.h"
 
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -53,13 +54,23 @@ std::int64_t panel_units(Panel panel, std::int64_t batch, std::int64_t kpad) {
   return 0;
 }
 
-// Whether x already is what the kernel reads: one row of full width.
-bool is_panel(Panel panel, const LinearCall& call, std::int64_t kpad) {
-  if (call.batch != 1 || call.cols != kpad || panel == Panel::tiles_bf16) return false;
-  return call.dtype == DType::f32 || panel == Panel::pairs_bf16;
+// Whether x already is what the kernel reads: one row of full width (pairs are read as 32-bit words).
+bool is_panel(const LinearKernel& kernel, const LinearCall& call, std::int64_t kpad) {
+  if (call.batch != 1 || call.cols != kpad || kernel.round != 1) return false;
+  if (kernel.panel == Panel::pairs_bf16) return reinterpret_cast<std::uintptr_t>(call.x) % 4 == 0;
+  return call.dtype == DType::f32;
 }
 
 }  // namespace
+
+// Each step is a bijection of the sum, so a change within one word always shows.
+std::uint64_t header_checksum(const PackedHeader& header) {
+  std::uint64_t words[offsetof(PackedHeader, checksum) / 8];
+  std::memcpy(words, &header, sizeof words);
+  std::uint64_t sum = 0xcbf29ce484222325u;  // the constants of FNV-1a
+  for (const std::uint64_t word : words) sum = (sum ^ word) * 0x100000001b3u;
+  return sum;
+}
 
 PackedView view_packed(const std::uint8_t* blob, std::int64_t size) {
   PackedView v{};
@@ -72,6 +83,9 @@ PackedView view_packed(const std::uint8_t* blob, std::int64_t size) {
   if (std::memcmp(h.magic, kMagic, 8) != 0 || h.version != kPackedVersion) {
     throw std::invalid_argument("packed: not a packed weight of version " + std::to_string(kPackedVersion) +
                                 "; make packed weights with ops.pack");
+  }
+  if (h.checksum != header_checksum(h)) {
+    throw std::invalid_argument("packed: the header is damaged; pack the weight again");
   }
   constexpr std::int64_t kMax = std::int64_t{1} << 40;
   const bool sane = static_cast<int>(h.dtype) < kDTypes && static_cast<int>(h.layout) < 2 && h.rows >= 0 && h.cols >= 0 &&
@@ -111,7 +125,7 @@ void linear(const LinearCall& call) {
 
   static thread_local Buffer shared_panel;
   const std::int64_t kpad = w.geometry.kpad;
-  const bool ready = is_panel(kernel.panel, call, kpad);
+  const bool ready = is_panel(kernel, call, kpad);
   const void* panel = ready ? call.x : shared_panel.reserve(static_cast<std::size_t>(panel_bytes(kernel, call.batch, kpad)));
 
   const PanelJob pack{call.x, call.batch, call.cols, kpad, call.stride, plan.block, kernel.round, const_cast<void*>(panel)};

@@ -23,6 +23,7 @@ PackedHeader make_header(const Matrix& m, Layout layout, std::int64_t nnz) {
   h.rows = m.rows;
   h.cols = m.cols;
   h.nnz = nnz;
+  h.checksum = header_checksum(h);
   return h;
 }
 
