@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import peers_deepsparse
 import tables
@@ -17,9 +18,16 @@ from layers import SHAPES, describe
 from targets import TARGETED_MODEL
 
 
-def main(run: Path, deepsparse: Path, page: Path) -> None:
-    """Fill every section `<!-- begin NAME -->` to `<!-- end NAME -->` of PAGE; any other text stays."""
-    record, peer = json.loads(run.read_text()), json.loads(deepsparse.read_text())
+def main(
+    run: Path,
+    page: Path,
+    deepsparse: Annotated[Path | None, typer.Option(help="JSON of peers_deepsparse.py.")] = None,
+) -> None:
+    """Fill every section `<!-- begin NAME -->` to `<!-- end NAME -->` of PAGE from RUN; any other text stays.
+
+    Without --deepsparse that section stays as it is.
+    """
+    record = json.loads(run.read_text())
     (other,) = (it for it in SHAPES if it != TARGETED_MODEL)
     sections: dict[str, Callable[[], str]] = {
         "machine": lambda: (
@@ -33,11 +41,15 @@ def main(run: Path, deepsparse: Path, page: Path) -> None:
         "conversions": lambda: tables.markdown(tables.conversions(record)),
         "sizes": lambda: tables.markdown(tables.sizes(record)),
         "calls": lambda: tables.markdown(tables.calls(record)),
-        "deepsparse": lambda: tables.markdown(peers_deepsparse.table(peer)),
         "details": lambda: tables.markdown(tables.details(record, TARGETED_MODEL)),
     }
+    if deepsparse is not None:
+        peer = json.loads(deepsparse.read_text())
+        sections["deepsparse"] = lambda: tables.markdown(peers_deepsparse.table(peer))
     text = page.read_text()
     for name in re.findall(r"<!-- begin (\w+) -->", text):
+        if name == "deepsparse" and deepsparse is None:
+            continue
         if name not in sections:
             raise typer.BadParameter(f"page: sections are {', '.join(sections)}, got {name}")
         fresh = f"<!-- begin {name} -->\n{sections[name]()}\n<!-- end {name} -->"
