@@ -1,8 +1,8 @@
 """How fast is a layer on this machine, dense and in one sparse format or another?
 
 Everything is measured in pairs: the candidates take turns, call by call, so that a busy moment of the machine hits
-all of them, and medians are compared. A layer that the cache would hold is timed over several copies of its weight,
-as the layers of a model push each other out.
+all of them, and lower quartiles are compared: what else runs can only add time. A layer that the cache would hold is
+timed over several copies of its weight, as the layers of a model push each other out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from sparseprune.nn import SparseLinear, dense_weight
 from sparseprune.report import Column, Table, track
 
 __all__ = [
-    "KindTiming", "LayerTiming", "ModelTiming", "alternating_medians", "candidate_formats", "time_layer", "time_model",
+    "KindTiming", "LayerTiming", "ModelTiming", "alternating_quartiles", "candidate_formats", "time_layer", "time_model",
 ]  # fmt: skip
 
 ROTATED_BYTES = 64 << 20
@@ -41,7 +40,7 @@ _MAX_ROUNDS = 400
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """Medians, in seconds, of one layer at one batch size: dense, and in each sparse format by name."""
+    """Lower quartiles, in seconds, of one layer at one batch size: dense, and in each sparse format by name."""
 
     batch: int
     dense: float
@@ -52,10 +51,10 @@ class LayerTiming:
         return self.dense / self.sparse[str(format)]
 
 
-def alternating_medians(
+def alternating_quartiles(
     candidates: Mapping[str, Sequence[Callable[[], Any]]], seconds: float
 ) -> dict[str, float]:
-    """Median seconds a call of each candidate, a candidate being calls that do the same work on different memory.
+    """Lower quartile of the seconds a call of each candidate takes, a candidate being calls that do the same work on different memory.
 
     One call of each candidate in turn, then the next copy; at least 5 rounds, at most 400, else for about `seconds`.
     """
@@ -72,7 +71,7 @@ def alternating_medians(
             call()
             times[name].append(clock() - begin)
         rounds += 1
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: sorted(values)[len(values) // 4] for name, values in times.items()}
 
 
 def candidate_formats(weight: Tensor, form: Format | None = None) -> list[Format] | str:
@@ -126,8 +125,8 @@ def time_layer(
         x = torch.randn(batch, weight.shape[1]).to(weight.dtype)
         # forward(), not the module: hooks of the user's are no part of a layer's price
         calls = {name: [functools.partial(it.forward, x) for it in its] for name, its in modules.items()}
-        medians = alternating_medians(calls, seconds / len(batches))
-        timings.append(LayerTiming(batch, medians.pop("dense"), medians))
+        quartiles = alternating_quartiles(calls, seconds / len(batches))
+        timings.append(LayerTiming(batch, quartiles.pop("dense"), quartiles))
     return timings
 
 
@@ -175,7 +174,9 @@ class ModelTiming:
                     )
                 )  # fmt: skip
         footer = [str(speed) for speed in (self.decode, self.prompt) if speed is not None]
-        return Table("Dense against sparse, medians of calls in turn", columns, rows, [*footer, self.machine])
+        return Table(
+            "Dense against sparse, lower quartiles of calls in turn", columns, rows, [*footer, self.machine]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         kinds = []

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparseprune import convert
-from sparseprune.benchmark import LayerTiming, alternating_medians, time_layer
+from sparseprune.benchmark import LayerTiming, alternating_quartiles, time_layer
 from sparseprune.convert import sparsify
 from sparseprune.formats import Format, detect_nm
 from sparseprune.nn import SparseLinear
@@ -264,12 +264,12 @@ def test_report_shows_like_layers_in_one_row():
     assert data["bytes_after"] == sum(block.nbytes for block in model["blocks"])
 
 
-def test_alternating_medians_takes_turns_and_rotates():
+def test_alternating_quartiles_takes_turns_and_rotates():
     order = []
     calls = {"a": [lambda: order.append("a0"), lambda: order.append("a1")], "b": [lambda: order.append("b")]}
-    medians = alternating_medians(calls, seconds=1e-9)
+    quartiles = alternating_quartiles(calls, seconds=1e-9)
     assert order == ["a0", "a1", "b", *["a0", "b", "a1", "b"] * 2, "a0", "b"]
-    assert set(medians) == {"a", "b"}
+    assert set(quartiles) == {"a", "b"}
 
 
 def test_time_layer():

@@ -16,13 +16,13 @@ bool serves(const KernelTable& table, const PackedHeader& h, Strategy s) {
 }
 
 Strategy choose(const KernelTable& table, const PackedHeader& h, std::int64_t batch) {
-  if (h.layout == Layout::csr) return batch <= 1 ? Strategy::csr_gather : Strategy::csr_batch;
+  if (h.layout == Layout::csr) return batch <= 2 ? Strategy::csr_gather : Strategy::csr_batch;
   // 16 batch rows cost AMX no more than one, and the expansion hides behind memory from the first.
   if (serves(table, h, Strategy::tile_amx)) return Strategy::tile_amx;
   // Skipping zeros costs about twice as much a weight as multiplying them; it wins when few are left and enough batch
   // rows share the decoding of the masks.
   const bool few = h.nnz < h.rows * h.cols * 35 / 100;
-  if (few && batch >= 48 && serves(table, h, Strategy::tile_batch)) return Strategy::tile_batch;
+  if (few && batch >= 64 && serves(table, h, Strategy::tile_batch)) return Strategy::tile_batch;
   if (batch > 24 && serves(table, h, Strategy::tile_dense)) return Strategy::tile_dense;
   return Strategy::tile_rows;
 }
