@@ -424,7 +424,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tenso
     if ctx.needs_input_grad[0]:
         grad_input = torch.ops.sparseprune.linear_grad_input(grad, packed, ctx.in_features)
     if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1)))
+        # A sum over no dimensions would be the sum over all.
+        grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
     return grad_input, None, grad_bias, None
 
 
