@@ -414,4 +414,4 @@ def test_call_of_another_shape_or_dtype_is_refused(layout):
 
 
 def test_levels_come_in_ascending_order():
-    assert LEVELS == _core.isas_built()[: len(LEVELS)] and LEVELS[0] == "scalar"
+    assert _core.isas_built()[: len(LEVELS)] == LEVELS and LEVELS[0] == "scalar"

@@ -51,8 +51,7 @@ def dense_to_nm(dense: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 
 def bitmap_to_dense(values: Tensor, bits: Tensor, cols: int) -> Tensor:
     dense = torch.zeros(bits.shape[0], cols, dtype=values.dtype)
-    dense[unpack_mask(bits, cols)] = values
-    return dense
+    return dense.masked_scatter_(unpack_mask(bits, cols), values)
 
 
 def dense_to_csr(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from sparseprune import ops
+
 # Around the widths that kernels step by: 8, 16, 32 and 64 lanes, tiles, chunks of 256 and 1024 columns.
 EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 257, 513, 1025)
 LONG = (1100, 2100)  # columns past one chunk of AMX (1024) and several of tile_dense (256)
@@ -67,3 +69,19 @@ def raw(rows: int, cols: int, dtype: torch.dtype, density: float, seed: torch.Ge
     words = torch.where(torch.rand(rows, cols, generator=seed) < 0.2, special[pick], words)
     zeros = torch.where(torch.rand(rows, cols, generator=seed) < 0.5, limits.min, 0).to(word)
     return torch.where(torch.rand(rows, cols, generator=seed) < density, words, zeros).view(dtype)
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """One seed for several numbers."""
+    return torch.Generator().manual_seed(sum(n * 10007**i for i, n in enumerate(numbers)) % 2**40)
+
+
+def sparse_layer(
+    dtype: torch.dtype = torch.float32, rows: int = 20, cols: int = 36, layout: str = "tile"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A 2:4 weight, a bias, and the weight packed."""
+    seed = generator(rows, cols)
+    w = (torch.randn(rows, cols, generator=seed) * mask(rows, cols, "2:4", seed)).to(dtype)
+    bias = torch.randn(rows, generator=seed).to(dtype)
+    values, bits = ops.dense_to_bitmap(w)
+    return w, bias, ops.pack(values, bits, cols, layout)

@@ -1,0 +1,411 @@
+"""The operations against their plain-torch twins (helpers/reference.py), bit for bit, on every instruction set;
+and what torch asks of an operation: opcheck, torch.compile, gradients.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import reference
+from helpers.compare import assert_linear, assert_same_bits
+from helpers.isa import DTYPES, LEVELS, forced
+from helpers.shapes import generator, mask, raw, sparse_layer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparseprune import _native, ops
+
+SIZES = [(0, 0), (0, 9), (5, 0), (1, 1), (3, 7), (2, 8), (7, 15), (3, 16), (5, 17), (4, 31), (3, 32), (9, 33)]
+SIZES += [(2, 63), (5, 64), (3, 65), (8, 97), (33, 129), (3, 1025), (130, 300)]
+PATTERNS = [(1, 1), (1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (3, 7), (5, 12), (16, 32), (1, 32), (32, 32)]
+LAYOUTS = ("tile", "csr")
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    with forced(request.param):
+        yield request.param
+
+
+def samples(dtype: torch.dtype):
+    """Matrices of random bits (NaN, infinities, subnormals, both zeros) of every size, three densities in turn."""
+    for i, (rows, cols) in enumerate(SIZES):
+        yield raw(rows, cols, dtype, (0.5, 0.1, 1.0)[i % 3], generator(rows, cols))
+        if rows * cols > 1000:
+            yield raw(rows, cols, dtype, 0.0, generator(rows, cols))
+
+
+def assert_tuples(actual, expected, what: str) -> None:
+    assert len(actual) == len(expected)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_same_bits(a, e, f"{what}, result {i}")
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mask_apply(level, dtype):
+    for x in samples(dtype):
+        keep = torch.rand(x.shape, generator=generator(1, *x.shape)) < 0.4
+        for m in (keep, torch.zeros_like(keep), torch.ones_like(keep)):
+            expected = reference.mask_apply(x, m)
+            assert_same_bits(ops.mask_apply(x, m), expected, str(x.shape))
+            assert_same_bits(ops.mask_apply_packed(x, ops.pack_mask(m)), expected, str(x.shape))
+            changed = x.clone()
+            assert ops.mask_apply_(changed, m) is None
+            assert_same_bits(changed, expected, str(x.shape))
+            changed = x.clone()
+            assert ops.mask_apply_packed_(changed, ops.pack_mask(m)) is None
+            assert_same_bits(changed, expected, str(x.shape))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (20000,), (3, 5, 7), (2, 0, 3), (2, 3, 5, 1, 7)])
+def test_mask_apply_of_any_dimensions(shape):
+    x = torch.randn(shape, generator=generator(2))
+    keep = torch.rand(shape, generator=generator(3)) < 0.5
+    assert_same_bits(ops.mask_apply(x, keep), reference.mask_apply(x, keep))
+    changed = x.clone()
+    ops.mask_apply_(changed, keep)
+    assert_same_bits(changed, reference.mask_apply(x, keep))
+
+
+def test_any_non_zero_mask_byte_keeps(level):
+    """A bool tensor viewed from bytes may hold more than 0 and 1."""
+    bytes_ = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(3, 256)
+    keep = bytes_.view(torch.bool)
+    for dtype in DTYPES:
+        x = torch.ones(3, 256, dtype=dtype)
+        assert_same_bits(ops.mask_apply(x, keep), (bytes_ != 0).to(dtype))
+    assert torch.equal(ops.pack_mask(keep), reference.pack_mask(bytes_ != 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threshold", [0.0, 1e-40, 0.1, 0.5, 1.0, 65504.0, math.inf])
+def test_threshold_mask(level, dtype, threshold):
+    for x in samples(dtype):
+        x = torch.cat([x, torch.randn(x.shape, generator=generator(4, *x.shape)).to(dtype)], 1)
+        if x.numel():
+            x[0, -1], x[-1, 0] = torch.tensor(threshold).to(dtype), torch.tensor(-threshold).to(dtype)
+        expected, expected_bits = reference.threshold_mask(x, threshold)
+        bits = ops.threshold_mask_(x, threshold)
+        assert_tuples((x, bits), (expected, expected_bits), str(x.shape))
+
+
+def test_mask_bits_round_trip():
+    for rows, cols in SIZES:
+        keep = torch.rand(rows, cols, generator=generator(rows, cols)) < 0.5
+        bits = ops.pack_mask(keep)
+        assert_same_bits(bits, reference.pack_mask(keep))
+        assert_same_bits(ops.unpack_mask(bits, cols), keep)
+        assert_same_bits(reference.unpack_mask(bits, cols), keep)
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bitmap(level, dtype):
+    for x in samples(dtype):
+        values, bits = ops.dense_to_bitmap(x)
+        assert_tuples((values, bits), reference.dense_to_bitmap(x), str(x.shape))
+        restored = reference.mask_apply(x, x != 0)  # -0.0 comes back as +0.0
+        assert_same_bits(ops.bitmap_to_dense(values, bits, x.shape[1]), restored, str(x.shape))
+        assert_same_bits(reference.bitmap_to_dense(values, bits, x.shape[1]), restored, str(x.shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), PATTERNS, ids=lambda v: str(v))
+def test_nm(level, dtype, n, m):
+    for rows, groups in [(0, 3), (3, 0), (1, 1), (5, 3), (33, 9), (2, 40)]:
+        for sparsity in (f"{n}:{m}", "zero"):
+            seed = generator(rows, groups)
+            keep = mask(rows, groups * m, sparsity, seed) & (
+                torch.rand(rows, groups * m, generator=seed) < 0.8
+            )
+            dense = torch.where(
+                keep, raw(rows, groups * m, dtype, 1.0, seed), torch.tensor(-0.0, dtype=dtype)
+            )
+            values, bits = ops.dense_to_nm(dense, n, m)
+            what = f"{rows}x{groups * m} {sparsity}"
+            assert_tuples((values, bits), reference.dense_to_nm(dense, n, m), what)
+            assert values.numel() == rows * groups * n
+            back = ops.bitmap_to_dense(values, bits, groups * m)
+            assert_same_bits(back, reference.bitmap_to_dense(values, bits, groups * m), what)
+            assert torch.equal(back != 0, dense != 0), what
+            assert_same_bits(back[dense != 0], dense[dense != 0], what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_csr(level, dtype):
+    for x in samples(dtype):
+        crow, col, values = ops.dense_to_csr(x)
+        assert_tuples((crow, col, values), reference.dense_to_csr(x), str(x.shape))
+        restored = reference.mask_apply(x, x != 0)
+        assert_same_bits(ops.csr_to_dense(crow, col, values, x.shape[1]), restored, str(x.shape))
+        assert_same_bits(reference.csr_to_dense(crow, col, values, x.shape[1]), restored, str(x.shape))
+
+
+def test_csr_is_what_torch_makes():
+    x = torch.randn(37, 101, generator=generator(5)) * mask(37, 101, "90%", generator(6))
+    rows, cols = x.to_sparse_coo().indices()
+    crow, col, _ = ops.dense_to_csr(x)
+    assert torch.equal(col.long(), cols)
+    assert torch.equal(torch.repeat_interleave(torch.arange(37), crow.diff()), rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pack_round_trip(level, dtype, layout):
+    for x in samples(dtype):
+        cols = x.shape[1]
+        values, bits = ops.dense_to_bitmap(x)
+        blob = ops.pack(values, bits, cols, layout)
+        assert_tuples(ops.unpack(blob), (values, bits), str(x.shape))
+        assert torch.equal(blob, ops.pack(values, bits, cols, layout)), "equal weights make equal blobs"
+        h = _native.header(blob)
+        assert (h["rows"], h["cols"], h["nnz"]) == (*x.shape, values.numel())
+        assert (_native.DTYPE_OF[h["dtype"]], _native.LAYOUT_OF[h["layout"]]) == (dtype, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pack_keeps_explicit_zeros(level, layout):
+    for dtype in DTYPES:
+        values, bits = ops.dense_to_nm(torch.zeros(20, 36, dtype=dtype), 2, 4)
+        assert values.numel() == 20 * 18
+        assert_tuples(ops.unpack(ops.pack(values, bits, 36, layout)), (values, bits), str(dtype))
+
+
+def test_pack_wide_csr():
+    x = torch.zeros(3, 65537)
+    x[0, 0], x[1, 65536], x[2, 40000] = 1, 2, 3
+    values, bits = ops.dense_to_bitmap(x)
+    assert_tuples(ops.unpack(ops.pack(values, bits, 65537, "csr")), (values, bits), "")
+
+
+def strided(x: Tensor):
+    """x in other memory layouts."""
+    wide = torch.full((2 * x.shape[0], x.shape[1] + 3), 7, dtype=x.dtype)
+    wide[::2, 2:-1] = x
+    return [x.t().contiguous().t(), wide[::2, 2:-1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_of_any_strides(dtype):
+    x = raw(21, 40, dtype, 0.5, generator(7))
+    keep = torch.rand(21, 40, generator=generator(8)) < 0.5
+    bits = reference.pack_mask(keep)
+    nm = reference.mask_apply(x, mask(21, 40, "2:4", generator(9)))
+    values, _ = reference.dense_to_bitmap(x)
+    value_bits = reference.pack_mask(x != 0)
+    crow, col, _ = reference.dense_to_csr(x)
+    for other, other_keep, other_nm in zip(strided(x), strided(keep), strided(nm), strict=True):
+        assert_same_bits(ops.mask_apply(other, other_keep), reference.mask_apply(x, keep))
+        assert_same_bits(ops.pack_mask(other_keep), bits)
+        assert_tuples(ops.dense_to_bitmap(other), reference.dense_to_bitmap(x), "")
+        assert_tuples(ops.dense_to_csr(other), reference.dense_to_csr(x), "")
+        assert_tuples(ops.dense_to_nm(other_nm, 2, 4), reference.dense_to_nm(nm, 2, 4), "")
+    for other_bits, other_value_bits in zip(strided(bits), strided(value_bits), strict=True):
+        assert_same_bits(ops.mask_apply_packed(x, other_bits), reference.mask_apply(x, keep))
+        assert_same_bits(ops.unpack_mask(other_bits, 40), keep)
+        spread = torch.stack([values, values], 1)[:, 0]
+        assert_same_bits(ops.bitmap_to_dense(spread, other_value_bits, 40), reference.mask_apply(x, x != 0))
+        blob = ops.pack(spread, other_value_bits, 40, "tile")
+        assert torch.equal(blob, ops.pack(values, value_bits, 40, "tile"))
+        columns = torch.stack([col, col], 1)[:, 0]
+        assert_same_bits(ops.csr_to_dense(crow, columns, spread, 40), reference.mask_apply(x, x != 0))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    cols=st.integers(0, 90),
+    density=st.floats(0, 1),
+    dtype=st.sampled_from(DTYPES),
+    name=st.sampled_from(LEVELS),
+    seed=st.integers(0, 2**31),
+)
+def test_every_format_holds_any_matrix(rows, cols, density, dtype, name, seed):
+    x = raw(rows, cols, dtype, density, torch.Generator().manual_seed(seed))
+    with forced(name):
+        values, bits = ops.dense_to_bitmap(x)
+        assert_tuples((values, bits), reference.dense_to_bitmap(x), "bitmap")
+        assert_tuples(ops.dense_to_csr(x), reference.dense_to_csr(x), "csr")
+        assert_same_bits(ops.bitmap_to_dense(values, bits, cols), reference.mask_apply(x, x != 0))
+        for layout in LAYOUTS:
+            assert_tuples(ops.unpack(ops.pack(values, bits, cols, layout)), (values, bits), layout)
+
+
+# --- linear -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear(level, dtype, layout):
+    w, bias, blob = sparse_layer(dtype, layout=layout)
+    for shape in [(36,), (1, 36), (7, 36), (2, 3, 36), (0, 36)]:
+        x = torch.randn(shape, generator=generator(10)).to(dtype)
+        for b in (None, bias):
+            out = ops.linear(x, blob, b, 20)
+            assert out.shape == reference.linear(x, w, b).shape
+            assert_linear(out.reshape(-1, 20), x.reshape(-1, 36), w, b, str(shape))
+
+
+def test_linear_reads_a_strided_bias():
+    w, bias, blob = sparse_layer()
+    x = torch.randn(3, 36, generator=generator(11))
+    assert_same_bits(
+        ops.linear(x, blob, torch.stack([bias, bias], 1)[:, 0], 20), ops.linear(x, blob, bias, 20)
+    )
+    assert_same_bits(
+        ops.linear(x, blob, bias[:1].expand(20), 20), ops.linear(x, blob, bias[:1].repeat(20), 20)
+    )
+    assert w.shape == (20, 36)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(36,), (1, 36), (5, 36), (2, 3, 36), (0, 36)])
+def test_gradients_are_those_of_dense(layout, shape):
+    w, bias, blob = sparse_layer(layout=layout)
+    x, grad = (
+        torch.randn(shape, generator=generator(12)),
+        torch.randn(*shape[:-1], 20, generator=generator(13)),
+    )
+    sparse_x, sparse_b = x.clone().requires_grad_(), bias.clone().requires_grad_()
+    dense_x, dense_b = x.double().requires_grad_(), bias.double().requires_grad_()
+    ops.linear(sparse_x, blob, sparse_b, 20).backward(grad)
+    torch.nn.functional.linear(dense_x, w.double(), dense_b).backward(grad.double())
+    torch.testing.assert_close(sparse_x.grad, dense_x.grad.float())
+    torch.testing.assert_close(sparse_b.grad, dense_b.grad.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_flow_to_what_asks_for_them(dtype):
+    w, bias, blob = sparse_layer(dtype)
+    x = torch.randn(4, 36, generator=generator(14)).to(dtype).requires_grad_()
+    b = bias.clone().requires_grad_()
+    (only_x,) = torch.autograd.grad(ops.linear(x, blob, None, 20).sum(), x)  # sum: an expanded gradient
+    torch.testing.assert_close(only_x, w.sum(0).expand(4, 36), rtol=0.02, atol=0.02)
+    (only_b,) = torch.autograd.grad(ops.linear(x.detach(), blob, b, 20).sum(), b)
+    torch.testing.assert_close(only_b, torch.full((20,), 4, dtype=dtype))
+    assert not ops.linear(x.detach(), blob, bias, 20).requires_grad
+    assert not blob.requires_grad
+
+
+def test_gradient_through_a_transposed_input():
+    w, _, blob = sparse_layer()
+    x = torch.randn(36, 5, generator=generator(15)).requires_grad_()
+    ops.linear(x.t(), blob, None, 20).square().sum().backward()
+    dense = x.detach().double().requires_grad_()
+    (dense.t() @ w.double().t()).square().sum().backward()
+    torch.testing.assert_close(x.grad, dense.grad.float())
+
+
+# --- torch.library ----------------------------------------------------------------------------------------------------
+
+
+def op_arguments() -> dict[str, list[tuple]]:
+    """Arguments for each operation of the namespace."""
+    x, keep = torch.randn(5, 12), torch.rand(5, 12) < 0.5
+    bits, dense = reference.pack_mask(keep), torch.randn(5, 12) * mask(5, 12, "2:4", generator(17))
+    values, value_bits = reference.dense_to_bitmap(dense)
+    crow, col, csr_values = reference.dense_to_csr(dense)
+    w, bias, blob = sparse_layer()
+    a = torch.randn(3, 36)
+    return {
+        "mask_apply": [(x, keep), (x.t(), keep.t()), (x.half(), keep)],
+        "mask_apply_": [(x.clone(), keep)],
+        "mask_apply_packed": [(x, bits), (x.bfloat16(), bits)],
+        "mask_apply_packed_": [(x.clone(), bits)],
+        "threshold_mask_": [(x.clone(), 0.5)],
+        "pack_mask": [(keep,)],
+        "unpack_mask": [(bits, 12)],
+        "dense_to_bitmap": [(dense,)],
+        "dense_to_nm": [(dense, 2, 4)],
+        "bitmap_to_dense": [(values, value_bits, 12)],
+        "dense_to_csr": [(dense,)],
+        "csr_to_dense": [(crow, col, csr_values, 12)],
+        "pack": [(values, value_bits, 12, "tile"), (values, value_bits, 12, "csr")],
+        "unpack": [(blob, torch.float32)],
+        "linear": [
+            (a, blob, None, 20),
+            (a.requires_grad_(), blob, bias.requires_grad_(), 20),
+            (torch.randn(2, 3, 36), blob, bias.detach(), 20),
+            (torch.randn(36), blob, None, 20),
+        ],
+        "linear_grad_input": [(torch.randn(3, 20), blob, 36)],
+    }
+
+
+def test_every_operation_of_the_namespace_is_checked():
+    names = torch._C._dispatch_get_all_op_names()
+    ours = {name.split("::")[1] for name in names if name.startswith("sparseprune::")}
+    assert ours == set(op_arguments())
+
+
+@pytest.mark.parametrize("name", op_arguments())
+def test_opcheck(name):
+    for args in op_arguments()[name]:
+        torch.library.opcheck(getattr(torch.ops.sparseprune, name).default, args)
+
+
+@pytest.fixture
+def compiled():
+    """torch.compile without the C++ compiler: capture, fake tensors, functionalization and autograd are what matters."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+def test_compile_linear(compiled):
+    _, bias, blob = sparse_layer()
+
+    def layer(x, b):
+        return torch.relu(ops.linear(x, blob, b, 20)) * 2
+
+    fast = compiled(layer)
+    for shape in [(4, 36), (9, 36), (2, 5, 36)]:
+        x, b = torch.randn(shape, requires_grad=True), bias.clone().requires_grad_()
+        fast(x, b).sum().backward()
+        x2, b2 = x.detach().clone().requires_grad_(), bias.clone().requires_grad_()
+        out = layer(x2, b2)
+        out.sum().backward()
+        assert_same_bits(fast(x, b), out)
+        assert_same_bits(x.grad, x2.grad)
+        assert_same_bits(b.grad, b2.grad)
+
+
+def test_compile_masks(compiled):
+    x, keep = torch.randn(6, 20), torch.rand(6, 20) < 0.5
+
+    def f(x, keep):
+        bits = ops.pack_mask(keep)
+        y = x.clone()
+        ops.mask_apply_packed_(y, bits)
+        z = x.clone()
+        ops.mask_apply_(z, ops.unpack_mask(bits, 20))
+        t = x.clone()
+        kept = ops.threshold_mask_(t, 0.5)
+        return y, z, ops.mask_apply(x, keep), ops.mask_apply_packed(x, bits), t, kept
+
+    assert_tuples(compiled(f)(x, keep), f(x, keep), "")
+
+
+def test_compile_formats(compiled):
+    dense = torch.randn(6, 20) * mask(6, 20, "2:4", generator(18))
+
+    def f(dense):
+        values, bits = ops.dense_to_bitmap(dense)
+        nm_values, nm_bits = ops.dense_to_nm(dense, 2, 4)
+        crow, col, csr_values = ops.dense_to_csr(dense)
+        return (
+            ops.bitmap_to_dense(values, bits, 20),
+            ops.bitmap_to_dense(nm_values, nm_bits, 20),
+            ops.csr_to_dense(crow, col, csr_values, 20),
+        )
+
+    assert_tuples(compiled(f)(dense), f(dense), "")
