@@ -55,11 +55,11 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much is measured. The default takes two to three minutes on two cores."""
+    """How much is measured. The default takes about two minutes on two quiet cores."""
 
     calibration_windows: int = 32
     calibration_length: int = 512
-    evaluation_windows: int = 12
+    evaluation_windows: int = 8
     evaluation_length: int = 1024
     prompt_length: int = 512
     new_tokens: int = 32
