@@ -394,9 +394,12 @@ def _grad_input(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
     _grad_input_fake(grad, packed, in_features)
     h = _native.header(packed)
     _check(
-        (*grad.shape[-1:], in_features) == (h["rows"], h["cols"]) and _native.DTYPES[grad.dtype] == h["dtype"],
-        lambda: f"packed: holds a weight of {h['rows']}x{h['cols']} {_native.DTYPE_OF[h['dtype']]}, the call is for "
-        f"grad {tuple(grad.shape)} {grad.dtype} and in_features {in_features}",
+        (*grad.shape[-1:], in_features) == (h["rows"], h["cols"])
+        and _native.DTYPES[grad.dtype] == h["dtype"],
+        lambda: (
+            f"packed: holds a weight of {h['rows']}x{h['cols']} {_native.DTYPE_OF[h['dtype']]}, the call is for "
+            f"grad {tuple(grad.shape)} {grad.dtype} and in_features {in_features}"
+        ),
     )
     values, bits = _native.unpack(packed)
     dense = _native.expand(values, bits, _native.count_bits(bits, in_features), in_features)

@@ -189,7 +189,7 @@ def test_bound_rejects_a_missing_weight(isa, dtype, strategy):
         assert_linear(run(x, damaged, None, strategy), x, w, None)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     kernel=st.sampled_from(KERNELS),
     rows=st.integers(0, 70),
