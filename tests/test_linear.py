@@ -208,7 +208,7 @@ def test_exact_on_any_shape(kernel, rows, cols, batch, kept, kind, bias, seed):
     x = whole(batch, cols, limit=8, seed=generator).to(dtype)
     x = arranged(x, kind) if batch else x
     b = whole(rows, limit=64, seed=generator).to(dtype) if bias else None
-    with forced(level):
+    with forced(level), threads(1):
         assert_same_bits(run(x, w, b, strategy), product(x, w, b).to(dtype))
 
 

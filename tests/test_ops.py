@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import reference
 from helpers.compare import assert_linear, assert_same_bits
-from helpers.isa import DTYPES, LEVELS, forced
+from helpers.isa import DTYPES, LEVELS, forced, threads
 from helpers.shapes import generator, mask, raw, sparse_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +26,8 @@ LAYOUTS = ("tile", "csr")
 
 @pytest.fixture(params=LEVELS)
 def level(request):
-    with forced(request.param):
+    # One thread: see test_linear.py. Two are in test_threads.py and tests/cpp.
+    with forced(request.param), threads(1):
         yield request.param
 
 
@@ -230,7 +231,7 @@ def test_inputs_of_any_strides(dtype):
 )
 def test_every_format_holds_any_matrix(rows, cols, density, dtype, name, seed):
     x = raw(rows, cols, dtype, density, torch.Generator().manual_seed(seed))
-    with forced(name):
+    with forced(name), threads(1):
         values, bits = ops.dense_to_bitmap(x)
         assert_tuples((values, bits), reference.dense_to_bitmap(x), "bitmap")
         assert_tuples(ops.dense_to_csr(x), reference.dense_to_csr(x), "csr")

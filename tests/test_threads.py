@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 
+import pytest
 import torch
+from helpers import reference
 from helpers.compare import assert_same_bits
-from helpers.isa import threads
-from helpers.shapes import generator, sparse_layer
+from helpers.isa import DTYPES, threads
+from helpers.shapes import generator, raw, sparse_layer
 
 from sparseprune import ops
 
@@ -56,6 +58,26 @@ def test_python_threads_at_once():
             worker.join(120)
         assert not any(worker.is_alive() for worker in workers), "a thread hangs"
     assert not errors, errors[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_threads_convert_as_the_twins_do(dtype):
+    for rows, cols in [(1, 200), (2, 3000), (7, 65), (301, 129)]:
+        x = raw(rows, cols, dtype, 0.4, generator(rows, cols))
+        keep = torch.rand(rows, cols, generator=generator(2)) < 0.5
+        expected = (*reference.dense_to_bitmap(x), *reference.dense_to_csr(x), reference.mask_apply(x, keep))
+        with threads(2):
+            values, bits = ops.dense_to_bitmap(x)
+            results = (values, bits, *ops.dense_to_csr(x), ops.mask_apply(x, keep))
+            for result, twin in zip(results, expected, strict=True):
+                assert_same_bits(result, twin)
+            for layout in ("tile", "csr"):
+                for result, twin in zip(
+                    ops.unpack(ops.pack(values, bits, cols, layout)), expected[:2], strict=True
+                ):
+                    assert_same_bits(result, twin)
+            assert_same_bits(ops.bitmap_to_dense(values, bits, cols), reference.mask_apply(x, x != 0))
+            assert_same_bits(ops.mask_apply_packed(x, ops.pack_mask(keep)), expected[-1])
 
 
 def test_one_blob_from_many_threads():
