@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := test
