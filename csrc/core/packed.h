@@ -19,10 +19,11 @@ constexpr std::int64_t kTileK = 32;     // columns are padded to this: one AMX t
 constexpr std::int64_t kAlign = 64;
 constexpr std::int64_t kTailBytes = 64;  // a vector load may read this far past the last value
 
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+// Static: the levels' units must share no function, or the linker may keep the copy that an older CPU cannot run.
+static constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
 }
-constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) {
+static constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) {
   return ceil_div(a, b) * b;
 }
 
@@ -52,7 +53,7 @@ struct Geometry {
   std::int64_t total;
 };
 
-constexpr Geometry geometry_of(const PackedHeader& h) {
+static constexpr Geometry geometry_of(const PackedHeader& h) {
   Geometry g{};
   const bool tile = h.layout == Layout::tile;
   g.units = tile ? ceil_div(h.rows, kTileRows) : h.rows;
