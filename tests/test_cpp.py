@@ -48,6 +48,17 @@ def test_levels_that_a_build_or_a_cpu_lacks(tmp_path):
     assert "this build has no kernels for 'avx512' (it needs x86-64); built: scalar" in scalar
 
 
+def test_levels_share_no_function(tmp_path):
+    # Unoptimised, so that nothing is inlined away: of a function two levels' units define, the linker keeps one copy,
+    # perhaps the one with instructions that this CPU lacks.
+    build(tmp_path, "test_isa_refused")
+    units = [path for path in tmp_path.rglob("table.cpp.o") if path.parent.name in _core.isas_built()]
+    assert len(units) == len(_core.isas_built())
+    for unit in units:
+        visible = re.findall(r" [TWi] (.*)", call("nm", "-C", unit))
+        assert visible == [f"sparseprune::{unit.parent.name}::install(sparseprune::KernelTable&)"]
+
+
 @pytest.mark.slow
 def test_every_kernel_under_sanitizers(tmp_path):
     build(tmp_path, "test_kernels")
