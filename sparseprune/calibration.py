@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparseprune.models import LinearLayer, device_of, evaluation_mode, max_length
 from sparseprune.report import track
 
-__all__ = ["Batch", "CalibrationData", "InputSquares", "Statistic", "collect", "token_ids", "windows"]
+__all__ = ["Batch", "CalibrationData", "Gram", "InputSquares", "Statistic", "collect", "token_ids", "windows"]
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...]
 """What one call of the model takes: its first argument, its keyword arguments, or its positional ones."""
@@ -134,6 +134,22 @@ class InputSquares(Statistic):
     def norm(self) -> Tensor:
         """||X_j||_2 over all tokens, float32 [in_features]."""
         return self.sum_squares.sqrt().float()
+
+
+class Gram(InputSquares):
+    """G = X^T X: `matrix` float32 [in_features, in_features], with its diagonal as `sum_squares`.
+
+    Sums are float32 within a batch and across them.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def update(self, inputs: Tensor) -> None:
+        super().update(inputs)
+        inputs = inputs.float()
+        self.matrix.addmm_(inputs.t(), inputs)
 
 
 def collect(

@@ -1,8 +1,18 @@
 """Pruning: statistic -> score -> mask, each a pure step; `prune` composes them over a model."""
 
-from sparseprune.pruning.base import Method
+from sparseprune.pruning.base import Method, Pruned, Target
 from sparseprune.pruning.methods import METHODS
 from sparseprune.pruning.patterns import Pattern, mask_from_scores
 from sparseprune.pruning.prune import LayerPruned, PruneReport, prune
 
-__all__ = ["METHODS", "LayerPruned", "Method", "Pattern", "PruneReport", "mask_from_scores", "prune"]
+__all__ = [
+    "METHODS",
+    "LayerPruned",
+    "Method",
+    "Pattern",
+    "PruneReport",
+    "Pruned",
+    "Target",
+    "mask_from_scores",
+    "prune",
+]

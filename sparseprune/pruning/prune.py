@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sparseprune import ops
 from sparseprune.calibration import Batch, CalibrationData, collect
 from sparseprune.models import LinearLayer, find_linears, is_conv1d
-from sparseprune.pruning.base import Method
+from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.methods import find_method
-from sparseprune.pruning.patterns import Pattern, Scope, check_scope, mask_from_scores
+from sparseprune.pruning.patterns import Pattern, Scope, check_scope
 from sparseprune.report import Column, Table, track
 
 __all__ = ["LayerPruned", "PruneReport", "prune"]
@@ -164,9 +164,8 @@ def prune(
     bits = []
     for layer in track(layers, f"pruning ({method.name})", enabled=progress):
         weight = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
-        scores = method.score(weight, statistics.get(layer.name))
         try:
-            mask = mask_from_scores(scores, pattern, sparsity, ranked)
+            mask = method.prune(weight, statistics.get(layer.name), Target(pattern, sparsity, ranked)).mask
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from error
         bits.append(ops.pack_mask(_stored(layer, mask).cpu()))
