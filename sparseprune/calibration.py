@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -176,30 +177,97 @@ def collect(
     batches = list(batches)
     if not batches:
         raise ValueError("batches: must hold at least one batch, got none")
-    _check_lengths(model, batches)
-    statistics = {layer.name: statistic(layer.in_features, layer.weight.device) for layer in layers}
-    # sets: one module object may stand in two places, and must not count its inputs twice
-    places = {layer.name: {layer.module, *(module for _, module in layer.tied)} for layer in layers}
-    run = _trunk(model, set().union(*places.values()), batches)
+    check_lengths(model, batches)
+    places = {module for layer in layers for module in (layer.module, *(module for _, module in layer.tied))}
+    run = trunk(model, places, batches)
+
+    def runs() -> Iterator[tuple[Callable[[], Any], Tensor | None]]:
+        for batch in track(batches, "calibration", enabled=progress):
+            yield (lambda batch=batch: call(run, to_device(batch, device_of(model)))), attention_mask(batch)  # type: ignore[misc]
+
+    with torch.no_grad(), evaluation_mode(model), no_cache(model):
+        return collect_in(layers, runs, statistic)
+
+
+Runs = Callable[[], Iterable[tuple[Callable[[], Any], Tensor | None]]]
+"""Gives anew, at each call, the passes to make: a function that makes one, and its attention mask or None."""
+
+
+def collect_in(layers: Sequence[LinearLayer], runs: Runs, statistic: type[Statistic]) -> dict[str, Any]:
+    """What `collect` does, for passes that the caller makes.
+
+    Layers that read the same tensor in every pass (query, key and value; gate and up) share one statistic.
+    """
+    sharing = _Sharing()
+    try:
+        return _collect_in(layers, runs, statistic, sharing)
+    except _NotSharedError:  # alike in the first pass and not in a later one: each for itself, from the start
+        return _collect_in(layers, runs, statistic, None)
+
+
+def _collect_in(
+    layers: Sequence[LinearLayer], runs: Runs, statistic: type[Statistic], sharing: _Sharing | None
+) -> dict[str, Any]:
+    statistics: dict[str, Any] = {}
     padding = _Padding()
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(_no_cache(model))
         for layer in layers:
-            hook = _hook(layer.name, statistics[layer.name], padding)
-            for module in places[layer.name]:
+            hook = _hook(layer, statistics, statistic, padding, sharing)
+            # a set: one module object may stand in two places, and must not count its inputs twice
+            for module in {layer.module, *(module for _, module in layer.tied)}:
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        for batch in track(batches, "calibration", enabled=progress):
-            padding.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            _call(run, _to_device(batch, device_of(model)))
-    unseen = [name for name, found in statistics.items() if found.tokens == 0]
+        for run, mask in runs():
+            padding.mask = mask
+            run()
+            if sharing is not None:
+                sharing.end_pass()
+    unseen = [
+        layer.name for layer in layers if layer.name not in statistics or not statistics[layer.name].tokens
+    ]
     if unseen:
         raise ValueError(
             f"batches: must reach every layer, {len(unseen)} never ran, the first is {unseen[0]}; pass other "
             "batches, or exclude it"
         )
     return statistics
+
+
+class _NotSharedError(Exception):
+    pass
+
+
+class _Sharing:
+    """Which layers read the very same tensor: found in the first pass, checked in the others."""
+
+    def __init__(self) -> None:
+        self.leader: dict[str, str] = {}
+        self._first_pass = True
+        # only the latest: holding all inputs of a pass would hold all its activations
+        self._inputs: deque[tuple[str, Tensor]] = deque(maxlen=4)
+
+    def is_follower(self, name: str, inputs: Tensor) -> bool:
+        """Whether `inputs` were counted already, by the layer that leads this one."""
+        match = next((leader for leader, seen in reversed(self._inputs) if _is_same(seen, inputs)), None)
+        if self._first_pass:
+            if match is not None and match != name and name not in self.leader:
+                self.leader[name] = match
+        elif match != self.leader.get(name):
+            raise _NotSharedError
+        if name in self.leader:
+            if match != self.leader[name]:  # a layer that runs twice in a pass
+                raise _NotSharedError
+            return True
+        self._inputs.append((name, inputs))
+        return False
+
+    def end_pass(self) -> None:
+        self._first_pass = False
+        self._inputs.clear()
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    # by address: both are alive, so equal addresses are the same memory
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
 @dataclass
@@ -213,11 +281,24 @@ class _Padding:
         return inputs.reshape(-1, inputs.shape[-1])
 
 
-def _hook(name: str, statistic: Statistic, padding: _Padding) -> Any:
+def _hook(
+    layer: LinearLayer,
+    statistics: dict[str, Any],
+    statistic: type[Statistic],
+    padding: _Padding,
+    sharing: _Sharing | None,
+) -> Any:
+    name = layer.name
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
+        if sharing is not None and sharing.is_follower(name, inputs):
+            statistics[name] = statistics[sharing.leader[name]]
+            return
+        if name not in statistics:
+            statistics[name] = statistic(layer.in_features, layer.weight.device)
         try:
-            statistic.update(padding.drop(inputs))
+            statistics[name].update(padding.drop(inputs))
         except FloatingPointError:
             raise ValueError(
                 f"batches: the inputs of {name} must be finite, got NaN or Inf; check the model's weights, "
@@ -227,7 +308,12 @@ def _hook(name: str, statistic: Statistic, padding: _Padding) -> Any:
     return hook
 
 
-def _check_lengths(model: nn.Module, batches: Sequence[Batch]) -> None:
+def attention_mask(batch: Batch) -> Tensor | None:
+    """The batch's attention mask, if it is a mapping that has one."""
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+
+def check_lengths(model: nn.Module, batches: Sequence[Batch]) -> None:
     limit = max_length(model)
     for index, batch in enumerate(batches):
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
@@ -240,7 +326,7 @@ def _check_lengths(model: nn.Module, batches: Sequence[Batch]) -> None:
             )
 
 
-def _trunk(model: nn.Module, places: Iterable[nn.Module], batches: Sequence[Batch]) -> nn.Module:
+def trunk(model: nn.Module, places: Iterable[nn.Module], batches: Sequence[Batch]) -> nn.Module:
     # A transformers model's head costs a fifth of SmolLM2's pass and feeds no layer: skip it if it holds none
     # of ours, and no batch has labels, which only the whole model takes.
     trunk = getattr(model, "base_model", None) if hasattr(model, "base_model_prefix") else None
@@ -250,17 +336,17 @@ def _trunk(model: nn.Module, places: Iterable[nn.Module], batches: Sequence[Batc
     return trunk if set(trunk.modules()).issuperset(places) else model
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(_to_device(item, device) for item in value)
+        return tuple(to_device(item, device) for item in value)
     return value
 
 
-def _call(model: nn.Module, batch: Batch) -> None:
+def call(model: nn.Module, batch: Batch) -> None:
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, tuple):
@@ -270,7 +356,7 @@ def _call(model: nn.Module, batch: Batch) -> None:
 
 
 @contextmanager
-def _no_cache(model: nn.Module) -> Iterator[None]:
+def no_cache(model: nn.Module) -> Iterator[None]:
     # a transformers model would keep the keys and values of the whole pass, for nothing
     config: Any = getattr(model, "config", None)
     if not getattr(config, "use_cache", False):
