@@ -1,0 +1,72 @@
+"""The command line: `sparseprune demo | prune | eval | bench | inspect`; a command is a file of this folder.
+
+Tables and JSON go to stdout, progress and errors to stderr. A mistake of the user's (a file that is missing or damaged,
+an option out of range) is one line on stderr and exit code 2.
+
+torch and transformers take seconds to import, and `--help` must not wait for them: each command imports its own.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sparseprune.cli.bench import bench
+from sparseprune.cli.demo import demo
+from sparseprune.cli.evaluate import evaluate
+from sparseprune.cli.inspect import inspect
+from sparseprune.cli.prune import prune
+
+__all__ = ["app"]
+
+
+class _Group(TyperGroup):
+    """Turns the errors that name an argument, a rule and a remedy into one line each."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+            if os.environ.get("SPARSEPRUNE_TRACEBACK"):
+                raise
+            text = " ".join(str(error).split()) or type(error).__name__
+            typer.secho(f"error: {text}", fg="red", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Prune a Transformer, run it on sparse CPU kernels, save it and load it again.\n\n"
+    "MODEL is a Hugging Face folder, a GGUF file, or a folder that `sparseprune prune` wrote.",
+    epilog="SPARSEPRUNE_ISA forces an instruction set, SPARSEPRUNE_TRACEBACK=1 shows where an error came from.",
+)
+app.command()(demo)
+app.command()(prune)
+app.command(name="eval")(evaluate)
+app.command()(bench)
+app.command()(inspect)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from sparseprune import __version__, isa
+
+        typer.echo(f"sparseprune {__version__}, {isa()} kernels")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Version and kernels in use."),
+    ] = False,
+) -> None:
+    """Options of the program itself; typer takes the help text from the app."""

