@@ -39,8 +39,8 @@ class Pruned(NamedTuple):
 class Method:
     """One pruning method; each is a small file that defines one of these.
 
-    Either `score` ranks the weights, and then `refine` may improve the mask and `update` the weights under
-    it; or `solve` finds mask and weights together. None of them changes what it is given.
+    Either `score` ranks the weights, or `solve` finds mask and weights together; then `refine` may improve the
+    mask and `update` the weights under it, from the dense ones. None of them changes what it is given.
 
     Attributes:
         score: (weight float32 [out, in], statistic or None) -> scores float32 [out, in]; the highest are kept.
@@ -72,9 +72,13 @@ class Method:
     def prune(self, weight: Tensor, statistic: Any, target: Target) -> Pruned:
         """One layer, pruned; `weight` float32 [out, in] stays as it is."""
         if self.solve is not None:
-            return self.solve(weight, statistic, target)
-        assert self.score is not None
-        mask = target.mask(self.score(weight, statistic))
+            solved = self.solve(weight, statistic, target)
+            if self.refine is None and self.update is None:
+                return solved
+            mask = solved.mask
+        else:
+            assert self.score is not None
+            mask = target.mask(self.score(weight, statistic))
         if self.refine is not None:
             mask = self.refine(weight, mask, statistic, target)
         if self.update is not None:

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+from sparseprune.calibration import Gram
+from sparseprune.pruning.admm import ADMM
 from sparseprune.pruning.base import Method
+from sparseprune.pruning.least_squares import least_squares_update
 from sparseprune.pruning.magnitude import MAGNITUDE
+from sparseprune.pruning.sparsegpt import SPARSEGPT
+from sparseprune.pruning.swaps import swap_refine
 from sparseprune.pruning.wanda import WANDA
 
-__all__ = ["METHODS", "find_method"]
+__all__ = ["METHODS", "SUFFIXES", "find_method"]
 
-METHODS: dict[str, Method] = {method.name: method for method in (MAGNITUDE, WANDA)}
+METHODS: dict[str, Method] = {method.name: method for method in (MAGNITUDE, WANDA, SPARSEGPT, ADMM)}
+
+SUFFIXES: dict[str, dict[str, Any]] = {
+    "swaps": {"refine": swap_refine},
+    "least-squares": {"update": least_squares_update},
+}
+"""Steps that follow a method's mask, by name: "wanda+swaps+least-squares"."""
 
 
 def find_method(method: str | Method) -> Method:
-    """The method of that name; one given as such, registered or not, passes through."""
+    """The method of that name, with the steps that its suffixes add; one given as such, registered or not,
+    passes through.
+
+    Raises:
+        ValueError: no such method or suffix, or a suffix twice.
+    """
     if isinstance(method, Method):
         return method
-    if method not in METHODS:
-        raise ValueError(f"method: must be one of {', '.join(sorted(METHODS))}, got {method!r}")
-    return METHODS[method]
+    base, *suffixes = method.split("+") if isinstance(method, str) else [method]
+    if base not in METHODS:
+        raise ValueError(
+            f"method: must be one of {', '.join(sorted(METHODS))}, with +{' or +'.join(SUFFIXES)} after it or "
+            f"not, got {method!r}"
+        )
+    found = METHODS[base]
+    for suffix in suffixes:
+        if suffix not in SUFFIXES or suffixes.count(suffix) > 1:
+            raise ValueError(
+                f"method: what follows {base} must be among +{', +'.join(SUFFIXES)}, each once, got {method!r}"
+            )
+        found = replace(found, statistic=Gram, **SUFFIXES[suffix])
+    return replace(found, name=method) if suffixes else found

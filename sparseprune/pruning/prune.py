@@ -186,7 +186,7 @@ def _resolve_scope(pattern: Pattern, method: Method, scope: Scope | None) -> Sco
 
 def _check_layer(layer: LinearLayer, pattern: Pattern) -> None:
     weight = layer.weight
-    pattern.check_columns(layer.in_features, layer.name)
+    pattern.check_shape(layer.out_features, layer.in_features, layer.name)
     if weight.dtype not in _DTYPES:
         raise ValueError(
             f"{layer.name}: weights must be float32, bfloat16, float16 or float64, got "
