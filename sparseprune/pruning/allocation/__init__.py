@@ -1,0 +1,120 @@
+"""How much each layer loses: an allocation gives every layer its target.
+
+An allocation is a function from an `AllocationContext` to the sparsity of each layer, which `resolve_allocation` then
+makes add up; or a mapping from layer names to sparsities or patterns, taken as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+
+from sparseprune.models import LinearLayer
+from sparseprune.pruning.allocation.context import AllocationContext, exact_targets, uniform_targets
+from sparseprune.pruning.allocation.scores import global_threshold, outliers, standard_deviations
+from sparseprune.pruning.base import Target
+from sparseprune.pruning.patterns import Pattern
+
+__all__ = ["ALLOCATIONS", "Allocation", "AllocationContext", "allocation_name", "resolve_allocation"]
+
+Allocation = Callable[[AllocationContext], Mapping[str, float]]
+"""Wished sparsities by layer name."""
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "global": global_threshold,
+    "std": standard_deviations,
+    "owl": outliers,
+}
+"""By name, next to "uniform". A new one is a function in a file beside this one, and its line here."""
+
+
+def resolve_allocation(
+    allocation: str | Mapping[str, float | str] | Allocation, context: AllocationContext
+) -> dict[str, Target]:
+    """What each layer of the context is to become.
+
+    Args:
+        allocation: "uniform", a name of `ALLOCATIONS`, a function such as these, or a mapping from layer names or
+            shell patterns to a sparsity in [0, 1) or a pattern ("dense", "2:4", "4:8"); a layer takes the first entry
+            that matches it, and the context's own pattern and sparsity without one.
+
+    The named ones and functions remove as many weights in all as "uniform" does, whatever they wish for; a mapping
+    is taken at its word.
+
+    Raises:
+        ValueError: an unknown name, an N:M pattern with anything but "uniform" or a mapping to patterns, a key that
+            matches no layer, a value out of range, a wish that is missing, or calibration text that is needed.
+    """
+    if isinstance(allocation, Mapping):
+        return _from_mapping(allocation, context)
+    if allocation == "uniform":
+        return uniform_targets(context)
+    if isinstance(allocation, str) and allocation not in ALLOCATIONS:
+        raise ValueError(
+            f"allocation: must be one of uniform, {', '.join(sorted(ALLOCATIONS))}, a mapping from layers to "
+            f"sparsities, or a function, got {allocation!r}"
+        )
+    if context.pattern.m:
+        raise ValueError(
+            f"allocation: pattern {context.pattern} removes the same share of every layer, got "
+            f'{allocation_name(allocation)!r}; pass "uniform", a mapping such as {{"*.down_proj": "dense"}}, or '
+            'pattern="unstructured"'
+        )
+    function = ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation
+    wishes = function(context)
+    for layer in context.layers:
+        wish = wishes.get(layer.name)
+        if wish is None or not math.isfinite(wish):
+            raise ValueError(
+                f"allocation: {allocation_name(allocation)} must give every layer a sparsity, gave {layer.name} {wish}"
+            )
+    return exact_targets(context, wishes)
+
+
+def allocation_name(allocation: str | Mapping[str, float | str] | Allocation) -> str:
+    """For reports: the name, "given" for a mapping, a function's own."""
+    if isinstance(allocation, str):
+        return allocation
+    if isinstance(allocation, Mapping):
+        return "given"
+    return str(getattr(allocation, "__name__", type(allocation).__name__)).lower()
+
+
+def _from_mapping(allocation: Mapping[str, float | str], context: AllocationContext) -> dict[str, Target]:
+    targets = uniform_targets(context)
+    for layer in context.layers:
+        key = next((key for key in allocation if fnmatchcase(layer.name, key)), None)
+        if key is not None:
+            targets[layer.name] = _target(key, allocation[key], layer, context)
+    matching = {key for key in allocation if any(fnmatchcase(it.name, key) for it in context.layers)}
+    unknown = [key for key in allocation if key not in matching]
+    if unknown:
+        raise ValueError(
+            f"allocation: {unknown[0]!r} matches no layer to prune; names are such as {context.layers[0].name}"
+        )
+    return targets
+
+
+def _target(key: str, value: float | str, layer: LinearLayer, context: AllocationContext) -> Target:
+    if isinstance(value, str):
+        if value == "dense":
+            return Target(Pattern(), 0.0, context.scope)
+        try:
+            pattern = Pattern.parse(value)
+            sparsity = pattern.resolve_sparsity(None)
+        except ValueError as error:
+            raise ValueError(f"allocation[{key!r}]: {error}") from error
+        pattern.check_shape(layer.out_features, layer.in_features, layer.name)
+        return Target(pattern, sparsity, context.scope)
+    if not 0 <= value < 1:  # NaN fails too
+        raise ValueError(
+            f"allocation[{key!r}]: must be in [0, 1), got {value}; pass the fraction of weights to remove"
+        )
+    if context.pattern.m and value != 0:
+        raise ValueError(
+            f"allocation[{key!r}]: pattern {context.pattern} fixes the sparsity, got {value}; pass a pattern "
+            'such as "4:8" or "dense", or prune with pattern="unstructured"'
+        )
+    pattern = Pattern() if context.pattern.m else context.pattern
+    return Target(pattern, float(value), context.scope)
