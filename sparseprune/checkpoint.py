@@ -1,5 +1,7 @@
 """Saving and loading sparse models: a folder with `model.safetensors`, `config.json` and the tokenizer's files.
 
+`load` also reads the shards and the index that a streamed pruning writes (sparseprune/streaming).
+
 Sparse layers are stored in canonical form as `<layer>.weight.values`, `.mask` and `.spec` (docs/formats.md), all
 else as it is, tied weights once. There is no pickle anywhere, and nothing from a file reaches a kernel unchecked.
 """
@@ -20,17 +22,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sparseprune._safetensors import DTYPE_NAMES, TensorInfo, TensorSource, write
+from sparseprune._safetensors import DTYPE_NAMES, CheckpointError, TensorInfo, TensorSource, write
+from sparseprune._shards import INDEX_FILE, STREAM_FILE, WEIGHTS_FILE, open_sharded, open_whole
 from sparseprune.formats import SPEC_FIELDS, SparseWeight
 from sparseprune.models import is_conv1d
 from sparseprune.nn import SparseLinear
+from sparseprune.skeleton import CONFIG_FILE, from_config, read_config
 
 __all__ = ["CheckpointError", "is_checkpoint", "load", "load_tokenizer", "save"]
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 _FORMAT = "sparseprune"
 _VERSION = "1"
 _SPEC = ".weight.spec"
@@ -39,10 +40,6 @@ _OTHER_MODEL = "config.json, or the model passed, is not that of this file"
 
 Progress = Callable[[int, int], None]
 """Told the bytes done and the bytes in all."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or not what the model needs; the message names file, tensor and remedy."""
 
 
 def save(
@@ -234,9 +231,11 @@ def load(
     """
     folder = Path(directory)
     weights = folder / WEIGHTS_FILE
+    if not weights.is_file() and (folder / INDEX_FILE).is_file():
+        weights = folder / INDEX_FILE
     with _reading(weights) as file:
         tied = _tied(weights, file.metadata() or {})
-        skeleton: Any = _from_config(folder) if model is None else model
+        skeleton: Any = from_config(folder, read_config(folder)) if model is None else model
         plan = _Plan(weights, file, skeleton, tied)
         modules, state = plan.read(progress)
     filled: Any = plan.fill(modules, state)
@@ -262,14 +261,11 @@ def _reading(path: Path) -> Iterator[Any]:
     if not path.parent.is_dir():
         raise CheckpointError(f"{path.parent}: no such folder; pass the folder that save() wrote")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; pass the folder that save() wrote")
-    try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path}: must be a whole safetensors file, got: {error}; it may be truncated: copy or save it again"
-        ) from error
-    with file:
+            f"{path}: no such file; pass the folder that save() wrote"
+            + (", or finish the stream that wrote it" if (path.parent / STREAM_FILE).is_file() else "")
+        )
+    with open_sharded(path) if path.name == INDEX_FILE else open_whole(path) as file:
         yield file
 
 
@@ -290,53 +286,6 @@ def _tied(path: Path, metadata: dict[str, str]) -> dict[str, str]:
     if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
         raise CheckpointError(f"{path}: the header's list of tied weights is damaged; save the model again")
     return tied
-
-
-def _from_config(folder: Path) -> nn.Module:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such file; pass model= (a dense model of the same architecture) to load()"
-        )
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever transformers meets in a damaged config
-        raise CheckpointError(f"{path}: transformers cannot read it: {error}") from error
-    names = config.architectures or []
-    architecture: Any = getattr(transformers, names[0], None) if len(names) == 1 else None
-    if not hasattr(architecture, "_from_config"):
-        raise CheckpointError(
-            f"{path}: architectures must name one model class of transformers {transformers.__version__}, got {names}; "
-            "pass model= to load()"
-        )
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    try:
-        with _parameters_without_data():
-            return architecture._from_config(config)
-    except Exception as error:  # as above: the values in the config may be anything
-        raise CheckpointError(f"{path}: {names[0]} cannot be built from it: {error}") from error
-
-
-@contextmanager
-def _parameters_without_data() -> Iterator[None]:
-    """Parameters made inside have no memory, and initialising them costs nothing; buffers are computed as ever.
-
-    `torch.device("meta")` would leave the buffers that no checkpoint holds (rotary frequencies) without values.
-    """
-
-    def drop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        if parameter is None or parameter.is_meta:
-            return parameter
-        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-
-    handle = register_module_parameter_registration_hook(drop)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class _Plan:
