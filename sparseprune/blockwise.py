@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseprune import distributed
 from sparseprune.calibration import (
     Batch,
     Statistic,
@@ -70,7 +71,7 @@ def capture(
     """Runs what comes before the blocks, and records what the blocks are called with.
 
     The blocks do not run, but for the first on the first batch, which shows what a block returns: the others'
-    weights may be anywhere.
+    weights may be anywhere. Where `torch.distributed` runs several processes, each reads its share of the batches.
 
     Args:
         hidden: where to append the hidden states; a list by default.
@@ -83,6 +84,7 @@ def capture(
             f"model: {type(model).__name__} has no repeated blocks; see sparseprune.models.find_blocks"
         )
     check_lengths(model, batches)
+    batches = distributed.share(batches)
     walk = Walk([] if hidden is None else hidden, [[] for _ in blocks], [])
     pool = _Pool()
     run = trunk(model, blocks, batches)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseprune import distributed
 from sparseprune.models import LinearLayer, device_of, evaluation_mode, max_length
 from sparseprune.report import track
 
@@ -99,7 +100,10 @@ def windows(
 
 
 class Statistic(ABC):
-    """A running summary of one layer's inputs. `in_features` and `device` say what to make room for."""
+    """A running summary of one layer's inputs. `in_features` and `device` say what to make room for.
+
+    Every tensor that it keeps is a sum over tokens, so that processes can add theirs up (sparseprune.distributed).
+    """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.in_features = in_features
@@ -165,7 +169,8 @@ def collect(
     A batch is a tensor (the model's first argument), a mapping (its keyword arguments) or a tuple (its
     positional ones); tensors move to the model's device. Where a mapping has an `attention_mask` [batch,
     tokens], padding is left out. A layer that runs several times in a pass, or in several places (`tied`),
-    sums over all.
+    sums over all. Where `torch.distributed` runs several processes, each reads its share of the batches, and
+    all get the sums over all of them.
 
     Returns:
         layer name -> statistic. Memory: one statistic for each layer, plus one pass of the model.
@@ -178,6 +183,7 @@ def collect(
     if not batches:
         raise ValueError("batches: must hold at least one batch, got none")
     check_lengths(model, batches)
+    batches = distributed.share(batches)
     places = {module for layer in layers for module in (layer.module, *(module for _, module in layer.tied))}
     run = trunk(model, places, batches)
 
@@ -221,6 +227,7 @@ def _collect_in(
             run()
             if sharing is not None:
                 sharing.end_pass()
+    statistics = distributed.all_reduce(layers, statistics, statistic)
     unseen = [
         layer.name for layer in layers if layer.name not in statistics or not statistics[layer.name].tokens
     ]

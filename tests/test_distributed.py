@@ -1,0 +1,108 @@
+"""Two processes that share the calibration batches get what one process gets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny
+
+from sparseprune.calibration import Gram, InputSquares, collect
+from sparseprune.models import find_linears
+from sparseprune.pruning.prune import prune
+
+TESTS = Path(__file__).parent
+METHODS = ("wanda", "sparsegpt")
+
+TWO = """
+import sys
+import torch
+from helpers import tiny
+from sparseprune.calibration import Gram, collect
+from sparseprune.models import find_linears
+from sparseprune.pruning.prune import prune
+import test_distributed as cases
+
+torch.distributed.init_process_group("gloo")
+torch.save(cases.results(), f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def batches(count=5):
+    # an odd number: the shares differ in size
+    return [tiny.ids(batch=1, length=12, seed=seed) for seed in range(count)]
+
+
+def results():
+    """What each process of a run saves: statistics of a model, its weights after pruning by each method."""
+    model = tiny.llama()
+    layers = find_linears(model)
+    found = collect(model, layers, batches(), Gram)
+    statistics = {name: (it.matrix, it.sum_squares, it.tokens) for name, it in found.items()}
+    shared = len({id(it) for it in found.values()})
+    weights = {}
+    for method in METHODS:
+        pruned = tiny.llama()
+        prune(pruned, "2:4", method, calibration=batches())
+        weights[method] = {layer.name: layer.weight.clone() for layer in find_linears(pruned)}
+    return statistics, shared, weights
+
+
+def torchrun(script, *arguments, processes=2):
+    """Runs `script`, a text, in `processes` processes that torch.distributed knows of."""
+    path = Path(arguments[0]) / "script.py"
+    path.write_text(script)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*command, str(path), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    torchrun(TWO, folder)
+    return results(), *(torch.load(folder / f"{rank}.pt") for rank in range(2))
+
+
+def test_statistics_add_up_to_those_of_one_process(runs):
+    (one, shared, _), *processes = runs
+    for statistics, shared_there, _ in processes:
+        assert shared_there == shared < len(one)  # q, k and v read one tensor, and are added up once
+        for name, (matrix, squares, tokens) in one.items():
+            matrix_there, squares_there, tokens_there = statistics[name]
+            assert tokens_there == tokens == 5 * 12
+            torch.testing.assert_close(squares_there, squares, rtol=1e-9, atol=0)
+            torch.testing.assert_close(matrix_there, matrix, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pruning_gives_the_same_masks_in_two_processes_as_in_one(runs, method):
+    (_, _, one), *processes = runs
+    for _, _, weights in processes:
+        for name, weight in one[method].items():
+            assert torch.equal(weights[method][name] != 0, weight != 0), name
+            torch.testing.assert_close(weights[method][name], weight, rtol=1e-4, atol=1e-5)
+    assert all(
+        torch.equal(processes[0][2][method][name], processes[1][2][method][name]) for name in one[method]
+    )
+
+
+def test_a_share_alone_gives_other_statistics(runs):
+    (one, _, _), *_ = runs
+    model = tiny.llama()
+    half = collect(model, find_linears(model), batches()[::2], InputSquares)
+    assert all(not torch.allclose(found.sum_squares, one[name][1]) for name, found in half.items())
