@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sparseprune import overlap
 from sparseprune._safetensors import DTYPE_NAMES, CheckpointError, TensorInfo, TensorSource, write
 from sparseprune._shards import INDEX_FILE, STREAM_FILE, WEIGHTS_FILE, open_sharded, open_whole
 from sparseprune.formats import SPEC_FIELDS, SparseWeight
@@ -63,7 +64,12 @@ def save(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"directory: must be a folder, got the file {folder}; name another")
     sources, tied = _sources(model)
-    metadata = {"format": _FORMAT, "version": _VERSION, "tied": json.dumps(tied)}
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "tied": json.dumps(tied),
+        **overlap.to_metadata(model),
+    }
     made = _make_folders(folder)
     try:
         aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -238,7 +244,10 @@ def load(
         skeleton: Any = from_config(folder, read_config(folder)) if model is None else model
         plan = _Plan(weights, file, skeleton, tied)
         modules, state = plan.read(progress)
+        fingerprint = _fingerprint(weights, file.metadata() or {})
     filled: Any = plan.fill(modules, state)
+    if fingerprint is not None:
+        overlap.note(filled, fingerprint)
     if model is None and (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -254,6 +263,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any | None:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _fingerprint(path: Path, metadata: dict[str, str]) -> overlap.Fingerprint | None:
+    try:
+        return overlap.from_metadata(metadata)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 @contextmanager

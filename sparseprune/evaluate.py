@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,16 +15,20 @@ from torch.nn import functional as F
 
 from sparseprune.calibration import token_ids
 from sparseprune.models import device_of, evaluation_mode, max_length
+from sparseprune.overlap import recall
 from sparseprune.report import track
 
 __all__ = [
     "PerplexityResult",
     "SpeedResult",
+    "Windows",
     "decode_speed",
     "dtype_name",
     "generate",
+    "logits_of",
     "perplexity",
     "prompt_speed",
+    "window_loss",
 ]
 
 # Rows of logits that become float32 at a time: 128 x 49152 x 4 bytes are 25 MB, a window takes 200.
@@ -41,6 +46,8 @@ class PerplexityResult:
     window: int
     stride: int
     dtype: str
+    warning: str | None = None
+    """Set where the model was calibrated on some of the text."""
 
     @property
     def protocol(self) -> str:
@@ -53,7 +60,8 @@ class PerplexityResult:
         return {**asdict(self), "protocol": self.protocol}
 
     def __str__(self) -> str:
-        return f"perplexity {self.value:.4g} ({self.protocol})"
+        text = f"perplexity {self.value:.4g} ({self.protocol})"
+        return text if self.warning is None else f"{text}\n{self.warning}"
 
 
 def perplexity(
@@ -82,36 +90,96 @@ def perplexity(
         ValueError: an argument out of range, a text shorter than one window, a window longer than the model's
             positions, NaN in the logits.
     """
-    stride = window if stride is None else stride
-    if window < 2:
-        raise ValueError(
-            f"window: must be at least 2, got {window}; a token is predicted from those before it"
-        )
-    if not 1 <= stride <= window:
-        raise ValueError(f"stride: must be in [1, window = {window}], got {stride}")
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"max_windows: must be at least 1, got {max_windows}; pass None for the whole text")
-    _check_length(model, "window", window)
-    ids = token_ids(text, tokenizer)
-    if len(ids) < window:
-        raise ValueError(
-            f"text: must hold at least one window of {window} tokens, got {len(ids)}; pass a longer text or "
-            "a smaller window"
-        )
-    starts = range(0, len(ids) - window + 1, stride)[:max_windows]
-    total, scored = 0.0, 0
+    protocol = Windows.of(model, tokenizer, text, window, max_windows, stride, text_name)
+    loss = 0.0
     with torch.inference_mode(), evaluation_mode(model):
-        for start in track(starts, "perplexity", enabled=progress):
-            piece = ids[start : start + window].unsqueeze(0).to(device_of(model))
-            logits = model(input_ids=piece, use_cache=False).logits[0]
-            first = 1 if start == 0 else max(1, window - stride)
-            loss = _negative_log_likelihood(logits[first - 1 : -1], piece[0, first:])
-            if math.isnan(loss):
-                raise ValueError(f"model: logits must not be NaN, got some in the window at token {start}")
-            total += loss
-            scored += window - first
-    value = _exp(total / scored)
-    return PerplexityResult(value, text_name, scored, len(starts), window, stride, dtype_name(model))
+        for index, piece, first in track(protocol, "perplexity", len(protocol), enabled=progress):
+            loss += window_loss(logits_of(model, piece), piece, first, index)
+    return protocol.result(model, loss)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text cut up as `perplexity` reads it; gives (token it begins at, ids [1, window], first token to score)."""
+
+    ids: Tensor
+    window: int
+    stride: int
+    starts: range
+    text_name: str
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        text: str | Tensor,
+        window: int,
+        max_windows: int | None,
+        stride: int | None,
+        text_name: str,
+    ) -> Windows:
+        """Arguments and errors: see `perplexity`."""
+        stride = window if stride is None else stride
+        if window < 2:
+            raise ValueError(
+                f"window: must be at least 2, got {window}; a token is predicted from those before it"
+            )
+        if not 1 <= stride <= window:
+            raise ValueError(f"stride: must be in [1, window = {window}], got {stride}")
+        if max_windows is not None and max_windows < 1:
+            raise ValueError(
+                f"max_windows: must be at least 1, got {max_windows}; pass None for the whole text"
+            )
+        _check_length(model, "window", window)
+        ids = token_ids(text, tokenizer)
+        if len(ids) < window:
+            raise ValueError(
+                f"text: must hold at least one window of {window} tokens, got {len(ids)}; pass a longer text or "
+                "a smaller window"
+            )
+        return cls(ids, window, stride, range(0, len(ids) - window + 1, stride)[:max_windows], text_name)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, int]]:
+        for start in self.starts:
+            first = 1 if start == 0 else max(1, self.window - self.stride)
+            yield start, self.ids[start : start + self.window].unsqueeze(0), first
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return sum(self.window - first for _, _, first in self)
+
+    def result(self, model: nn.Module, loss: float) -> PerplexityResult:
+        """The perplexity of which `loss` is the sum over all scored tokens."""
+        known = recall(model)
+        read = self.ids[: self.starts[-1] + self.window]
+        shared = None if known is None else known.overlap(read)
+        return PerplexityResult(
+            _exp(loss / self.scored), self.text_name, self.scored, len(self), self.window, self.stride,
+            dtype_name(model), str(shared) if shared else None,
+        )  # fmt: skip
+
+
+def logits_of(model: nn.Module, piece: Tensor) -> Tensor:
+    """[window, vocabulary], for one window of token ids [1, window]."""
+    logits: Tensor = model(input_ids=piece.to(device_of(model)), use_cache=False).logits[0]
+    return logits
+
+
+def window_loss(logits: Tensor, piece: Tensor, first: int, start: int) -> float:
+    """Negative log-likelihood of the window's tokens from `first` on.
+
+    Raises:
+        ValueError: NaN in the logits [window, vocabulary].
+    """
+    loss = _negative_log_likelihood(logits[first - 1 : -1], piece[0, first:].to(logits.device))
+    if math.isnan(loss):
+        raise ValueError(f"model: logits must not be NaN, got some in the window at token {start}")
+    return loss
 
 
 def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
