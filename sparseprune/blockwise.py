@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,11 +54,19 @@ class Walk:
             next. Any sequence that can be written to, such as one that lives on disk.
         calls: for each block and each batch, what else the block gets.
         masks: for each batch its attention mask [batch, tokens], or None.
+        autocast: the dtype that matrix products are made in while a block runs; None: the model's own.
     """
 
     hidden: MutableSequence[Tensor]
     calls: list[list[Call]]
     masks: list[Tensor | None]
+    autocast: torch.dtype | None = None
+
+    def precision(self) -> AbstractContextManager[None]:
+        """What a block runs in."""
+        if self.autocast is None or not self.hidden:
+            return nullcontext()
+        return torch.autocast(self.hidden[0].device.type, dtype=self.autocast)
 
 
 def capture(
@@ -129,15 +137,16 @@ def block_statistics(
         for hidden, how, mask in zip(walk.hidden, walk.calls[index], walk.masks, strict=True):
             yield (lambda hidden=hidden, how=how: run_block(block, hidden, how)), mask  # type: ignore[misc]
 
-    with torch.no_grad(), evaluation_mode(block):
+    with torch.no_grad(), evaluation_mode(block), walk.precision():
         return collect_in(layers, runs, statistic)
 
 
 def advance(block: nn.Module, walk: Walk, index: int) -> None:
     """Replaces `walk.hidden` by what the block makes of it."""
-    with torch.no_grad(), evaluation_mode(block):
+    with torch.no_grad(), evaluation_mode(block), walk.precision():
         for batch, how in enumerate(walk.calls[index]):
-            walk.hidden[batch] = run_block(block, walk.hidden[batch], how)
+            hidden = walk.hidden[batch]
+            walk.hidden[batch] = run_block(block, hidden, how).to(hidden.dtype)
 
 
 class _Pool:

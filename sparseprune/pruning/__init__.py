@@ -3,7 +3,9 @@
 from sparseprune.pruning.base import Method, Pruned, Target
 from sparseprune.pruning.methods import METHODS
 from sparseprune.pruning.patterns import Pattern, mask_from_scores
-from sparseprune.pruning.prune import LayerPruned, PruneReport, prune
+from sparseprune.pruning.prune import prune
+from sparseprune.pruning.reconstruction import Reconstruction
+from sparseprune.pruning.report import LayerPruned, PruneReport
 
 __all__ = [
     "METHODS",
@@ -12,6 +14,7 @@ __all__ = [
     "Pattern",
     "PruneReport",
     "Pruned",
+    "Reconstruction",
     "Target",
     "mask_from_scores",
     "prune",

@@ -2,105 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparseprune import ops
-from sparseprune.calibration import Batch, CalibrationData, collect
-from sparseprune.models import LinearLayer, find_linears, is_conv1d
+from sparseprune.blockwise import Walk, WalkError, capture
+from sparseprune.calibration import Batch, CalibrationData, Gram, collect
+from sparseprune.models import LinearLayer, find_blocks, find_linears
+from sparseprune.pruning.allocation import Allocation, AllocationContext, allocation_name, resolve_allocation
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.methods import find_method
 from sparseprune.pruning.patterns import Pattern, Scope, check_scope
-from sparseprune.report import Column, Table, track
+from sparseprune.pruning.reconstruction import Reconstruction
+from sparseprune.pruning.report import BlockReconstructed, LayerPruned, PruneReport
+from sparseprune.pruning.rewrite import Rewriter, apply_mask, pack_layer_mask, weight_of
+from sparseprune.pruning.sequential import BlockRun, prune_blocks, prune_layer
+from sparseprune.report import track
 
-__all__ = ["LayerPruned", "PruneReport", "prune"]
+__all__ = ["prune"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class LayerPruned:
-    """What happened to one layer: its shape [out, in], and how many of its weights are zero."""
-
-    name: str
-    shape: tuple[int, int]
-    zeros_before: int
-    zeros_after: int
-
-    @property
-    def size(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def sparsity_before(self) -> float:
-        return self.zeros_before / max(self.size, 1)
-
-    @property
-    def sparsity_after(self) -> float:
-        return self.zeros_after / max(self.size, 1)
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What `prune` did, layer by layer; `print(report)` shows it as a table."""
-
-    layers: tuple[LayerPruned, ...]
-    method: str
-    pattern: str
-    sparsity: float
-    scope: str
-    calibration: str | None
-    model_parameters: int
-
-    @property
-    def weights(self) -> int:
-        """Number of weights in the pruned layers."""
-        return sum(layer.size for layer in self.layers)
-
-    @property
-    def zeros(self) -> int:
-        """How many of them are zero now."""
-        return sum(layer.zeros_after for layer in self.layers)
-
-    @property
-    def sparsity_after(self) -> float:
-        """Zeros as a fraction of the pruned layers' weights."""
-        return self.zeros / max(self.weights, 1)
-
-    def table(self) -> Table:
-        columns = ("layer", "shape", Column("zeros before", ".1%"), Column("zeros after", ".1%"))
-        rows = [(it.name, it.shape, it.sparsity_before, it.sparsity_after) for it in self.layers]
-        title = f"Pruned by {self.method}, {self.pattern}"
-        if self.scope in ("row", "layer"):
-            title += f" {self.sparsity:.1%}, ranked per {self.scope}"
-        footer = [
-            f"total: {len(self.layers)} layers, {self.weights:,} weights, {self.zeros:,} zeros "
-            f"({self.sparsity_after:.1%}); the model has {self.model_parameters:,} parameters"
-        ]
-        if self.calibration is not None:
-            footer.append(f"calibration: {self.calibration}")
-        return Table(title, columns, rows, footer)
-
-    def to_dict(self) -> dict[str, Any]:
-        layers = [
-            {
-                **asdict(layer),
-                "shape": list(layer.shape),
-                "sparsity_before": layer.sparsity_before,
-                "sparsity_after": layer.sparsity_after,
-            }
-            for layer in self.layers
-        ]
-        totals = {"weights": self.weights, "zeros": self.zeros, "sparsity_after": self.sparsity_after}
-        fields = ("method", "pattern", "sparsity", "scope", "calibration", "model_parameters")
-        return {**{name: getattr(self, name) for name in fields}, **totals, "layers": layers}
-
-    def __str__(self) -> str:
-        return self.table().render()
 
 
 def prune(
@@ -113,37 +39,96 @@ def prune(
     exclude: str | Sequence[str] | None = None,
     lm_head: bool = False,
     scope: Scope | None = None,
+    allocation: str | Mapping[str, float | str] | Allocation = "uniform",
+    sequential: bool | None = None,
+    reconstruction: Reconstruction | bool = False,
+    minutes: float | None = None,
+    seed: int = 0,
     progress: bool = False,
 ) -> PruneReport:
-    """Zeroes weights of the model's linear layers, in place.
+    """Prunes the model's linear layers, in place.
 
     Args:
-        pattern: "2:4", "4:8", any "N:M", or "unstructured".
-        method: "magnitude", "wanda", or a `Method` of your own.
-        sparsity: fraction of weights to remove, in [0, 1); needed for "unstructured", implied by N:M.
-        calibration: what the method runs the model on (`sparseprune.calibration.windows`, or any batches);
-            needed by "wanda". Its statistics are those of the model as given.
+        pattern: "2:4", "4:8", any "N:M", "unstructured", or blocks "RxC" such as "16x1".
+        method: a name of `sparseprune.pruning.METHODS`, with "+swaps" or "+least-squares" behind it if you like, or a
+            `Method` of your own.
+        sparsity: fraction of weights to remove, in [0, 1); implied by N:M, needed otherwise.
+        calibration: what the method runs the model on (`sparseprune.calibration.windows`, or any batches); needed by
+            all methods but those that look at weights only.
         include, exclude, lm_head: which layers, see `sparseprune.models.find_linears`.
         scope: what "unstructured" ranks together, "row" or "layer"; by default what suits the method.
+        allocation: how much each layer loses: "uniform", a name of `sparseprune.pruning.allocation.ALLOCATIONS`, or a
+            mapping from layer names (or shell patterns) to sparsities; see `resolve_allocation`.
+        sequential: take each block's inputs from the blocks pruned before it, rather than from the dense model. By
+            default where the method gives the remaining weights new values, and the model is a chain of blocks.
+        reconstruction: train each block towards the dense one's outputs before the next is pruned; True for the
+            defaults of `Reconstruction`. Implies `sequential`.
+        minutes: how long a search may take, for an allocation that searches.
+        seed: of whatever is drawn at random.
         progress: show bars on stderr.
 
-    An error leaves the model as it was: weights change last, when every mask is known.
+    An error leaves the model as it was.
 
     Raises:
-        ValueError: an argument out of range, no layer to prune, a layer whose width N:M cannot divide, NaN or
+        ValueError: an argument out of range, no layer to prune, a layer whose shape the pattern cannot divide, NaN or
             Inf in weights or activations; the message names the layer.
     """
+    begin = time.perf_counter()
     pattern = Pattern.parse(pattern)
     method = find_method(method)
     sparsity = pattern.resolve_sparsity(sparsity)
     ranked = _resolve_scope(pattern, method, scope)
-    if method.statistic is None and calibration is not None:
-        raise ValueError(f"calibration: method {method.name} looks at weights only; leave it out")
-    if method.statistic is not None and calibration is None:
+    options = Reconstruction() if reconstruction is True else reconstruction or None
+    if sequential is False and options is not None:
         raise ValueError(
-            f"calibration: method {method.name} needs some, got None; pass "
-            "sparseprune.calibration.windows(text, tokenizer)"
+            "sequential: reconstruction trains each block on the pruned ones before it, got False; leave it out"
         )
+    others = {"reconstruction": options is not None, "allocation": allocation != "uniform"}
+    data = _resolve_calibration(method, calibration, [name for name, used in others.items() if used])
+    layers = find_layers(model, pattern, include, exclude, lm_head)
+    if method.statistic is None and sequential and options is None:
+        raise ValueError(f"sequential: method {method.name} looks at weights only, got True; leave it out")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        context = AllocationContext(
+            model, layers, method, pattern, sparsity, ranked, data, minutes, seed, progress
+        )
+        targets = resolve_allocation(allocation, context)
+        job = _Job(model, layers, method, targets, data, progress)
+        walk_sequentially = (
+            method.changes_weights or options is not None if sequential is None else sequential
+        )
+        job.run(BlockRun(walk_sequentially, options), required=bool(sequential) or options is not None)
+    warned = [str(it.message) for it in caught if issubclass(it.category, RuntimeWarning)]
+    return PruneReport(
+        tuple(job.rows[layer.name] for layer in layers),
+        method.name,
+        str(pattern),
+        sparsity,
+        "group" if pattern.structured else ranked,
+        data.source if data is not None else None,
+        sum(parameter.numel() for parameter in model.parameters()),
+        inputs=job.inputs,
+        allocation=allocation_name(allocation),
+        blocks=tuple(job.blocks),
+        notes=(*job.notes, *dict.fromkeys(warned)),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def find_layers(
+    model: nn.Module,
+    pattern: Pattern,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    lm_head: bool = False,
+) -> list[LinearLayer]:
+    """`find_linears`, each checked to be fit for the pattern.
+
+    Raises:
+        ValueError: no layer at all, or a layer that cannot be pruned so, by name.
+    """
     layers = find_linears(model, include, exclude, lm_head)
     if not layers:
         raise ValueError(
@@ -151,28 +136,22 @@ def prune(
             f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.find_linears(model)"
         )
     for layer in layers:
-        _check_layer(layer, pattern)
-
-    statistics: dict[str, Any] = {}
-    source = None
-    if method.statistic is not None and calibration is not None:
-        data = calibration if isinstance(calibration, CalibrationData) else CalibrationData(list(calibration))
-        source = data.source
-        statistics = collect(model, layers, data, method.statistic, progress)
-
-    # All masks first, as bits (a sixteenth of a bfloat16 model): what fails, fails with the model untouched.
-    bits = []
-    for layer in track(layers, f"pruning ({method.name})", enabled=progress):
-        weight = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
-        try:
-            mask = method.prune(weight, statistics.get(layer.name), Target(pattern, sparsity, ranked)).mask
-        except ValueError as error:
-            raise ValueError(f"{layer.name}: {error}") from error
-        bits.append(ops.pack_mask(_stored(layer, mask).cpu()))
-    rows = [_apply(layer, mask_bits) for layer, mask_bits in zip(layers, bits, strict=True)]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    scope_name = "group" if pattern.structured else ranked
-    return PruneReport(tuple(rows), method.name, str(pattern), sparsity, scope_name, source, parameters)
+        pattern.check_shape(layer.out_features, layer.in_features, layer.name)
+        weight = layer.weight
+        if weight.dtype not in _DTYPES:
+            raise ValueError(
+                f"{layer.name}: weights must be float32, bfloat16, float16 or float64, got "
+                f"{weight.dtype}; convert the model with .to(dtype)"
+            )
+        if weight.is_meta:
+            raise ValueError(
+                f"{layer.name}: its weights must be loaded, they are on the meta device; load the model first"
+            )
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{layer.name}: weights must be finite, got NaN or Inf; repair the checkpoint, or exclude it"
+            )
+    return layers
 
 
 def _resolve_scope(pattern: Pattern, method: Method, scope: Scope | None) -> Scope:
@@ -184,35 +163,106 @@ def _resolve_scope(pattern: Pattern, method: Method, scope: Scope | None) -> Sco
     return scope
 
 
-def _check_layer(layer: LinearLayer, pattern: Pattern) -> None:
-    weight = layer.weight
-    pattern.check_shape(layer.out_features, layer.in_features, layer.name)
-    if weight.dtype not in _DTYPES:
+def _resolve_calibration(
+    method: Method, calibration: CalibrationData | Iterable[Batch] | None, others: Sequence[str]
+) -> CalibrationData | None:
+    """`others` are arguments beside the method that can use calibration data."""
+    if calibration is not None:
+        if method.statistic is None and not others:
+            raise ValueError(f"calibration: method {method.name} looks at weights only; leave it out")
+        return calibration if isinstance(calibration, CalibrationData) else CalibrationData(list(calibration))
+    if method.statistic is not None or "reconstruction" in others:
+        who = f"method {method.name}" if method.statistic is not None else "reconstruction"
         raise ValueError(
-            f"{layer.name}: weights must be float32, bfloat16, float16 or float64, got "
-            f"{weight.dtype}; convert the model with .to(dtype)"
+            f"calibration: {who} needs some, got None; pass sparseprune.calibration.windows(text, tokenizer)"
         )
-    if weight.is_meta:
-        raise ValueError(
-            f"{layer.name}: its weights must be loaded, they are on the meta device; load the model first"
-        )
-    if not weight.isfinite().all():
-        raise ValueError(
-            f"{layer.name}: weights must be finite, got NaN or Inf; repair the checkpoint, or exclude it"
-        )
+    return None
 
 
-def _stored(layer: LinearLayer, matrix: Tensor) -> Tensor:
-    """A matrix [out, in] turned as the layer stores its weight."""
-    return matrix.t() if is_conv1d(layer.module) else matrix
+@dataclass
+class _Job:
+    """One run over the model's layers, and what it has to report."""
 
+    model: nn.Module
+    layers: Sequence[LinearLayer]
+    method: Method
+    targets: Mapping[str, Target]
+    data: CalibrationData | None
+    progress: bool
+    rows: dict[str, LayerPruned] = field(default_factory=dict)
+    blocks: list[BlockReconstructed] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    inputs: str | None = None
 
-def _apply(layer: LinearLayer, bits: Tensor) -> LayerPruned:
-    weight = _stored(layer, layer.weight)
-    before = weight.numel() - int(weight.count_nonzero())
-    if weight.is_cpu and weight.is_contiguous() and weight.dtype != torch.float64:
-        ops.mask_apply_packed_(weight, bits)
-    else:  # float64, or another device; not a product with the mask, that would leave -0.0
-        weight.masked_fill_(~ops.unpack_mask(bits, weight.shape[1]).to(weight.device), 0)
-    after = weight.numel() - int(weight.count_nonzero())
-    return LayerPruned(layer.name, (layer.out_features, layer.in_features), before, after)
+    def run(self, options: BlockRun, required: bool) -> None:
+        """Prunes all layers.
+
+        Args:
+            required: whether a model that is no chain of blocks is an error, rather than read as a whole.
+        """
+        statistic = self.method.statistic
+        if self.data is None or (statistic is None and options.reconstruction is None):
+            self._by_masks({})
+            return
+        self.inputs = "sequential" if options.sequential else "dense"
+        score_only = not self.method.changes_weights and not options.sequential
+        if score_only and statistic is not None and not issubclass(statistic, Gram):
+            self._by_masks(self._collect(self.layers))
+            return
+        blocks = find_blocks(self.model)
+        try:
+            walk = capture(
+                self.model, [block for _, block in blocks], self.data.batches, progress=self.progress
+            )
+        except WalkError as error:
+            if required:
+                raise
+            self.inputs = "dense"
+            self.notes.append(f"inputs are the dense model's, taken in whole passes: {error}")
+            with Rewriter() as rewriter:
+                self._each(self.layers, self._collect(self.layers), rewriter)
+            return
+        self._by_blocks(blocks, walk, options)
+
+    def _by_masks(self, statistics: Mapping[str, Any]) -> None:
+        # All masks first, as bits (a sixteenth of a bfloat16 model): what fails, fails with the model untouched.
+        bits = []
+        for layer in track(self.layers, f"pruning ({self.method.name})", enabled=self.progress):
+            try:
+                pruned = self.method.prune(
+                    weight_of(layer), statistics.get(layer.name), self.targets[layer.name]
+                )
+            except ValueError as error:
+                raise ValueError(f"{layer.name}: {error}") from error
+            bits.append(pack_layer_mask(layer, pruned.mask))
+        for layer, layer_bits in zip(self.layers, bits, strict=True):
+            self.rows[layer.name] = apply_mask(layer, layer_bits)
+
+    def _by_blocks(self, blocks: Sequence[tuple[str, nn.Module]], walk: Walk, options: BlockRun) -> None:
+        inside: list[LinearLayer] = []
+        outside: list[LinearLayer] = []
+        for layer in self.layers:
+            (inside if layer.name.startswith(tuple(f"{name}." for name, _ in blocks)) else outside).append(
+                layer
+            )
+        with Rewriter() as rewriter:
+            if outside and not options.sequential:
+                self._each(outside, self._collect(outside), rewriter)
+            rows, self.blocks = prune_blocks(
+                blocks, inside, walk, self.method, self.targets, options, rewriter, self.progress
+            )
+            self.rows.update((row.name, row) for row in rows)
+            if outside and options.sequential:  # the head, say: it reads what the pruned blocks give
+                self._each(outside, self._collect(outside), rewriter)
+
+    def _each(self, layers: Sequence[LinearLayer], statistics: Mapping[str, Any], rewriter: Rewriter) -> None:
+        for layer in track(layers, f"pruning ({self.method.name})", enabled=self.progress):
+            row, _ = prune_layer(
+                layer, self.method, statistics.get(layer.name), self.targets[layer.name], rewriter
+            )
+            self.rows[layer.name] = row
+
+    def _collect(self, layers: Sequence[LinearLayer]) -> Mapping[str, Any]:
+        if self.method.statistic is None or self.data is None:
+            return {}
+        return collect(self.model, layers, self.data, self.method.statistic, self.progress)

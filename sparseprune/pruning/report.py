@@ -1,0 +1,123 @@
+"""What `prune` reports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sparseprune.report import Column, Table
+
+__all__ = ["BlockReconstructed", "LayerPruned", "PruneReport"]
+
+
+@dataclass(frozen=True)
+class LayerPruned:
+    """What happened to one layer.
+
+    Attributes:
+        shape: [out, in].
+        zeros_before, zeros_after: how many of its weights are zero.
+        error: ||X (W - W')^T|| / ||X W^T|| over the calibration inputs X that the method saw; None where it
+            saw none, or only the size of each channel.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    zeros_before: int
+    zeros_after: int
+    error: float | None = None
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity_before(self) -> float:
+        return self.zeros_before / max(self.size, 1)
+
+    @property
+    def sparsity_after(self) -> float:
+        return self.zeros_after / max(self.size, 1)
+
+
+@dataclass(frozen=True)
+class BlockReconstructed:
+    """How far a block's output is from the dense model's, ||Y - Y'||^2 / ||Y - X||^2: a share of what the dense block
+    adds to its input X. Before its reconstruction and after it, both on the calibration inputs.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did, layer by layer; `print(report)` shows it as a table.
+
+    Attributes:
+        inputs: which inputs the statistics are of: "dense" (the model as given) or "sequential" (each block's
+            after the blocks before it were pruned); None for a method that looks at weights only.
+        blocks: the blocks that were reconstructed.
+        notes: what the user should know: a recipe chosen, a matrix that needed damping, inputs that had to be the
+            dense model's.
+    """
+
+    layers: tuple[LayerPruned, ...]
+    method: str
+    pattern: str
+    sparsity: float
+    scope: str
+    calibration: str | None
+    model_parameters: int
+    inputs: str | None = None
+    allocation: str = "uniform"
+    blocks: tuple[BlockReconstructed, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the pruned layers."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def zeros(self) -> int:
+        """How many of them are zero now."""
+        return sum(layer.zeros_after for layer in self.layers)
+
+    @property
+    def sparsity_after(self) -> float:
+        """Zeros as a fraction of the pruned layers' weights."""
+        return self.zeros / max(self.weights, 1)
+
+    def table(self) -> Table:
+        columns = ("layer", "shape", Column("zeros before", ".1%"), Column("zeros after", ".1%"))
+        rows = [(it.name, it.shape, it.sparsity_before, it.sparsity_after) for it in self.layers]
+        title = f"Pruned by {self.method}, {self.pattern}"
+        if self.scope in ("row", "layer"):
+            title += f" {self.sparsity:.1%}, ranked per {self.scope}"
+        footer = [
+            f"total: {len(self.layers)} layers, {self.weights:,} weights, {self.zeros:,} zeros "
+            f"({self.sparsity_after:.1%}); the model has {self.model_parameters:,} parameters"
+        ]
+        if self.calibration is not None:
+            footer.append(f"calibration: {self.calibration}")
+        return Table(title, columns, rows, footer)
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = [
+            {
+                **asdict(layer),
+                "shape": list(layer.shape),
+                "sparsity_before": layer.sparsity_before,
+                "sparsity_after": layer.sparsity_after,
+            }
+            for layer in self.layers
+        ]
+        totals = {"weights": self.weights, "zeros": self.zeros, "sparsity_after": self.sparsity_after}
+        fields = ("method", "pattern", "sparsity", "scope", "calibration", "model_parameters")
+        return {**{name: getattr(self, name) for name in fields}, **totals, "layers": layers}
+
+    def __str__(self) -> str:
+        return self.table().render()

@@ -1,0 +1,120 @@
+"""Prune a model block by block: statistic -> mask and weights -> reconstruction, and on to the next block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseprune.blockwise import Walk, advance, block_statistics
+from sparseprune.calibration import Gram
+from sparseprune.models import LinearLayer, is_conv1d
+from sparseprune.pruning.base import Method, Target
+from sparseprune.pruning.reconstruction import Reconstruction, reconstruct
+from sparseprune.pruning.report import BlockReconstructed, LayerPruned
+from sparseprune.pruning.rewrite import Rewriter, weight_of
+from sparseprune.report import track
+
+__all__ = ["BlockRun", "prune_blocks", "prune_layer"]
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """Options of a walk.
+
+    Attributes:
+        sequential: statistics on the outputs of the pruned blocks before, rather than the dense ones.
+        reconstruction: how each block is trained towards the dense one's outputs; None: not at all.
+    """
+
+    sequential: bool = True
+    reconstruction: Reconstruction | None = None
+
+
+def prune_blocks(
+    blocks: Sequence[tuple[str, nn.Module]],
+    layers: Sequence[LinearLayer],
+    walk: Walk,
+    method: Method,
+    targets: Mapping[str, Target],
+    run: BlockRun,
+    rewriter: Rewriter,
+    progress: bool = False,
+) -> tuple[list[LayerPruned], list[BlockReconstructed]]:
+    """Prunes `layers`, all of which lie in `blocks`, in place, and leaves `walk` behind the last block.
+
+    Args:
+        walk: as `sparseprune.blockwise.capture` returns it for these blocks.
+        targets: layer name -> what it is to become.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    rows: list[LayerPruned] = []
+    reconstructed: list[BlockReconstructed] = []
+    # the dense model's hidden states, beside those that the pruned blocks give
+    dense = list(walk.hidden) if run.reconstruction is not None else None
+    for index, (name, block) in enumerate(track(blocks, f"pruning ({method.name})", enabled=progress)):
+        inside = [layer for layer in layers if layer.name.startswith(f"{name}.")]
+        outputs = None
+        if dense is not None:
+            outputs = Walk(dense, walk.calls, walk.masks, walk.autocast)
+            advance(block, outputs, index)
+        masks: dict[nn.Parameter, Tensor] = {}
+        if inside:
+            statistics: dict[str, Any] = {}
+            if method.statistic is not None:
+                statistics = block_statistics(block, inside, walk, index, method.statistic)
+            if not run.sequential:
+                advance(block, walk, index)
+            for layer in inside:
+                row, mask = prune_layer(
+                    layer, method, statistics.get(layer.name), targets[layer.name], rewriter
+                )
+                rows.append(row)
+                masks[layer.module.weight] = mask.t() if is_conv1d(layer.module) else mask  # type: ignore[index]
+            statistics.clear()
+            if run.reconstruction is not None and outputs is not None:
+                reconstructed.append(
+                    reconstruct(name, block, index, masks, walk, outputs.hidden, run.reconstruction, rewriter)
+                )
+        if run.sequential or not inside:
+            advance(block, walk, index)
+        if outputs is not None:
+            dense = list(outputs.hidden)
+    return rows, reconstructed
+
+
+def prune_layer(
+    layer: LinearLayer, method: Method, statistic: Any, target: Target, rewriter: Rewriter
+) -> tuple[LayerPruned, Tensor]:
+    """Prunes one layer; its row of the report, and its mask, bool [out, in].
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    weight = weight_of(layer)
+    try:
+        pruned = method.prune(weight, statistic, target)
+    except ValueError as error:
+        raise ValueError(f"{layer.name}: {error}") from error
+    if not pruned.weight.isfinite().all():
+        raise ValueError(
+            f"{layer.name}: method {method.name} gave NaN or Inf; pass more calibration data, or use wanda"
+        )
+    error_ = output_error(weight, pruned.weight, statistic) if isinstance(statistic, Gram) else None
+    return rewriter.write(layer, pruned, error_), pruned.mask
+
+
+def output_error(weight: Tensor, pruned: Tensor, gram: Gram) -> float:
+    """||X (W - W')^T|| / ||X W^T|| (Frobenius norms) from G = X^T X; 0 where the layer gives nothing."""
+    matrix = gram.matrix.to(weight.dtype)
+
+    def energy(of: Tensor) -> float:
+        return max(float(torch.sum((of @ matrix) * of)), 0.0)
+
+    whole = energy(weight)
+    return (energy(weight - pruned) / whole) ** 0.5 if whole > 0 else 0.0
