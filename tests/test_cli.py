@@ -99,6 +99,47 @@ def test_eval(folders, kind):
     assert data["protocol"] in output
 
 
+def test_eval_against_the_dense_model(folders):
+    arguments = (
+        "eval", folders / "sparse", "--text", folders / "text.txt", "--window", 64, "--max-windows", 3, "--reference",
+        folders / "dense", "--layers",
+    )  # fmt: skip
+    data = run_json(*arguments)
+    assert data["fidelity"]["kl"] > 0
+    assert 0 < data["fidelity"]["agreement"] <= 1
+    assert data["fidelity"]["model"]["value"] == data["value"]
+    assert {row["kind"] for row in data["layers"]["rows"]} == {"layer", "block"}
+    assert all(0 < row["error"] < 2 for row in data["layers"]["rows"])
+    output = run(*arguments).stdout
+    assert f"{data['fidelity']['kl']:.4f}" in output
+    assert data["fidelity"]["protocol"] in output
+    assert "model.layers.1" in output
+
+
+def test_eval_says_where_it_reads_the_calibration_text(folders, tmp_path):
+    text = folders / "text.txt"
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(reversed(TEXT.split())))
+    arguments = ("eval", folders / "dense", "--text", text, "--window", 64, "--max-windows", 3)
+    assert "WARNING" not in run(*arguments).stdout
+    assert "WARNING" not in run(*arguments, "--calibration", other).stdout
+    assert (
+        "WARNING: the model was calibrated on 100.0% of this text"
+        in run(*arguments, "--calibration", text).stdout
+    )
+
+
+def test_eval_runs_tasks(folders, monkeypatch):
+    from sparseprune import tasks
+
+    scores = tasks.TaskScores((tasks.TaskScore("piqa", "acc", 0.5, 0.1, 4),), "protocol of the harness")
+    asked = []
+    monkeypatch.setattr(tasks, "zero_shot", lambda *args, **kwargs: asked.append((args[2], kwargs)) or scores)
+    output = run("eval", folders / "sparse", "--tasks", "piqa", "--tasks", "arc_easy", "--limit", 4).stdout
+    assert asked == [(["piqa", "arc_easy"], {"limit": 4, "folder": None})]
+    assert "protocol of the harness" in output
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_bench(folders, kind):
     arguments = ("bench", folders / kind, "--batch", 1, "--batch", 2, "--seconds", 0.1, "--no-tokens")
@@ -152,6 +193,13 @@ def bad(folders, tmp_path):
         (("inspect", tmp_path / "nowhere"), "no model at .*nowhere"),
         (("inspect", damaged), "model.safetensors: must be a whole safetensors file"),
         (("eval", dense, "--text", tmp_path / "nowhere.txt"), "No such file"),
+        (("eval", dense), "--text: must be given, or --tasks"),
+        (("eval", dense, "--text", text, "--layers"), "--layers: must come with --reference"),
+        (("eval", dense, "--text", text, "--reference", sparse), "--reference: must be dense, .* is sparse"),
+        (
+            ("eval", dense, "--tasks", "piqa", "--reference", dense),
+            "--reference, --calibration: must come with --text",
+        ),
         (("eval", dense, "--text", binary), "--text: must be UTF-8 text"),
         (("eval", dense, "--text", short, "--window", 64), "text: must hold at least one window"),
         (("eval", sparse, "--text", text, "--dtype", "float16"), "--dtype: .* holds float32, got float16"),
