@@ -353,13 +353,13 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def call(model: nn.Module, batch: Batch) -> None:
+def call(model: nn.Module, batch: Batch) -> Any:
+    """What the model gives for a batch."""
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple):
-        model(*batch)
-    else:
-        model(batch)
+        return model(**batch)
+    if isinstance(batch, tuple):
+        return model(*batch)
+    return model(batch)
 
 
 @contextmanager
