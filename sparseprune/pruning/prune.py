@@ -77,14 +77,14 @@ def prune(
     pattern = Pattern.parse(pattern)
     method = find_method(method)
     sparsity = pattern.resolve_sparsity(sparsity)
-    ranked = _resolve_scope(pattern, method, scope)
+    ranked = resolve_scope(pattern, method, scope)
     options = Reconstruction() if reconstruction is True else reconstruction or None
     if sequential is False and options is not None:
         raise ValueError(
             "sequential: reconstruction trains each block on the pruned ones before it, got False; leave it out"
         )
     others = {"reconstruction": options is not None, "allocation": allocation != "uniform"}
-    data = _resolve_calibration(method, calibration, [name for name, used in others.items() if used])
+    data = resolve_calibration(method, calibration, [name for name, used in others.items() if used])
     layers = find_layers(model, pattern, include, exclude, lm_head)
     if method.statistic is None and sequential and options is None:
         raise ValueError(f"sequential: method {method.name} looks at weights only, got True; leave it out")
@@ -154,7 +154,8 @@ def find_layers(
     return layers
 
 
-def _resolve_scope(pattern: Pattern, method: Method, scope: Scope | None) -> Scope:
+def resolve_scope(pattern: Pattern, method: Method, scope: Scope | None) -> Scope:
+    """What is ranked together: `scope` if it suits the pattern, by default what suits the method."""
     if scope is None:
         return method.scope
     check_scope(scope)
@@ -163,10 +164,17 @@ def _resolve_scope(pattern: Pattern, method: Method, scope: Scope | None) -> Sco
     return scope
 
 
-def _resolve_calibration(
+def resolve_calibration(
     method: Method, calibration: CalibrationData | Iterable[Batch] | None, others: Sequence[str]
 ) -> CalibrationData | None:
-    """`others` are arguments beside the method that can use calibration data."""
+    """`calibration` as data, None where nothing needs it.
+
+    Args:
+        others: arguments beside the method that can use calibration data.
+
+    Raises:
+        ValueError: it is missing, or given and of no use.
+    """
     if calibration is not None:
         if method.statistic is None and not others:
             raise ValueError(f"calibration: method {method.name} looks at weights only; leave it out")
