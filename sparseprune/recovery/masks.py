@@ -1,0 +1,188 @@
+"""Zeros that stay zero while any optimizer trains the weights around them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparseprune.models import LinearLayer, find_linears
+
+__all__ = ["SparsityMasks", "freeze_zeros"]
+
+# Where weight, gradient and state are zero, a step of these leaves all three zero, because each treats a weight on
+# its own: their state need not be masked again after every step. The tests hold every one of them to that.
+_ELEMENTWISE = (
+    torch.optim.SGD,
+    torch.optim.Adam,  # and AdamW
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adagrad,
+    torch.optim.RMSprop,
+    torch.optim.Adadelta,
+)
+
+
+class SparsityMasks:
+    """The zeros of a model's weights, as they are now, and the means to keep them.
+
+    `pruned` maps the name of a layer to a bool tensor of its weight's stored shape, True where the weight is zero.
+    A layer without zeros has none. A weight that several layers share has one mask.
+
+    Inside `enforce(optimizer)`:
+
+    - a gradient is masked as soon as `backward()` has accumulated it, before it is clipped, averaged over processes
+      or used. The state that an optimizer keeps of it (momentum, exp_avg, exp_avg_sq) is zero there, too;
+    - weights are masked after each step, and so is the state of an optimizer that mixes the entries of a weight.
+
+    Masking sets to +0.0; it does not multiply, which would keep NaN and make -0.0.
+    """
+
+    def __init__(self, layers: Sequence[LinearLayer]) -> None:
+        """Takes down the zeros of `layers`; turns those that are -0.0 into +0.0."""
+        self.pruned: dict[str, Tensor] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._handles: list[Any] = []
+        for layer in layers:
+            parameter = layer.module.weight
+            if not isinstance(parameter, nn.Parameter):
+                raise TypeError(
+                    f"layers: {layer.name}.weight must be a Parameter to be trained, got "
+                    f"{type(parameter).__name__}; pass a dense model"
+                )
+            pruned = parameter.detach() == 0
+            if pruned.any():
+                self.pruned[layer.name] = pruned
+                self._parameters[layer.name] = parameter
+        self.apply()
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        lm_head: bool = False,
+    ) -> SparsityMasks:
+        """The zeros of a model's linear layers (see `sparseprune.models.find_linears`)."""
+        return cls(find_linears(model, include, exclude, lm_head))
+
+    @property
+    def zeros(self) -> int:
+        return sum(int(pruned.sum()) for pruned in self.pruned.values())
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the layers that have zeros."""
+        return sum(pruned.numel() for pruned in self.pruned.values())
+
+    def count_zeros(self) -> int:
+        """How many weights of those layers are zero now."""
+        return sum(int((parameter == 0).sum()) for parameter in self._parameters.values())
+
+    def digest(self) -> str:
+        """Tells one set of zeros from another."""
+        digest = hashlib.sha256()
+        for name, pruned in self.pruned.items():
+            digest.update(f"{name} {tuple(pruned.shape)}".encode())
+            digest.update(pruned.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Sets the weights to +0.0 at the pruned positions."""
+        for name, pruned in self.pruned.items():
+            self._parameters[name].masked_fill_(pruned, 0)
+
+    @torch.no_grad()
+    def apply_to_gradients(self) -> None:
+        """The same for gradients: only for those that no `backward()` inside `enforce` has accumulated."""
+        for name, pruned in self.pruned.items():
+            gradient = self._parameters[name].grad
+            if gradient is not None:
+                gradient.masked_fill_(pruned, 0)
+
+    @torch.no_grad()
+    def apply_to_state(self, optimizer: Optimizer) -> None:
+        """The same for each tensor of an optimizer's state that has the shape of its weight."""
+        for name, pruned in self.pruned.items():
+            for value in optimizer.state.get(self._parameters[name], {}).values():
+                if isinstance(value, Tensor) and value.shape == pruned.shape:
+                    value.masked_fill_(pruned, 0)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Keeps weights, gradients and the optimizer's state zero from now on; see the class.
+
+        A gradient that a program writes by itself, without `backward()`, needs `apply_to_gradients()`.
+        """
+        elementwise = isinstance(optimizer, _ELEMENTWISE)
+
+        def after_step(optimizer: Optimizer, *_: object) -> None:
+            self.apply()
+            if not elementwise:
+                self.apply_to_state(optimizer)
+
+        self.apply()
+        self.apply_to_gradients()
+        self.apply_to_state(optimizer)
+        self._handles.append(optimizer.register_step_post_hook(after_step))
+        self._handles.append(optimizer.register_load_state_dict_post_hook(self.apply_to_state))
+        for name, pruned in self.pruned.items():
+            parameter = self._parameters[name]
+            if parameter.requires_grad:
+                hook = partial(_mask_gradient, pruned)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def detach(self) -> None:
+        """Lets go of every optimizer attached to: the zeros are free to become weights."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def enforce(self, optimizer: Optimizer) -> Iterator[SparsityMasks]:
+        """`attach` inside, `detach` at the end."""
+        self.attach(optimizer)
+        try:
+            yield self
+        finally:
+            self.detach()
+
+
+def _mask_gradient(pruned: Tensor, parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad.masked_fill_(pruned, 0)
+
+
+def freeze_zeros(
+    model: nn.Module,
+    optimizer: Optimizer,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    lm_head: bool = False,
+) -> SparsityMasks:
+    """From now on `optimizer` trains the model's linear layers around their zeros, in a training loop of your own.
+
+    Args:
+        include, exclude, lm_head: which layers, see `sparseprune.models.find_linears`.
+
+    Returns:
+        The masks; their `detach()` ends it.
+
+    Raises:
+        ValueError: no linear layer has a zero.
+    """
+    masks = SparsityMasks.of(model, include, exclude, lm_head)
+    if not masks.pruned:
+        raise ValueError(
+            f"model: {type(model).__name__} has no linear layer with zeros to keep; prune it first"
+        )
+    masks.attach(optimizer)
+    return masks
