@@ -22,7 +22,7 @@ __all__ = ["ADMM", "admm_solve", "gradual_mask"]
 
 _ITERATIONS = 20
 _MASK_ITERATIONS = 15
-_DAMPINGS = (0.1, 1.0, 10.0)
+_DAMPING = 0.1
 
 
 def admm_solve(weight: Tensor, statistic: Gram, target: Target) -> Pruned:
@@ -78,7 +78,7 @@ def _scaled_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     smallest = float(norm[live].min()) if live.any() else 1.0
     norm = norm.where(live, 1e-3 * smallest)
     scaled = matrix.double() / norm / norm[:, None]
-    lifted = damped(scaled.fill_diagonal_(1), _DAMPINGS).matrix
+    lifted = damped(scaled.fill_diagonal_(1), _DAMPING).matrix
     lifted.diagonal().add_(1)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(lifted))
     return norm.float(), inverse.float()

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sparseprune.calibration import Gram
 
-__all__ = ["DAMPINGS", "Damped", "cached", "checked", "damped", "inverse_factor"]
+__all__ = ["Damped", "cached", "checked", "damped", "inverse_factor"]
 
-DAMPINGS = (0.01, 0.1, 1.0, 10.0)
-"""Fractions of the diagonal's mean added to it, tried in turn until the matrix is positive definite."""
+# A damping that is not enough is raised by these in turn.
+_LADDER = (1, 10, 100, 1000)
 
 _Result = TypeVar("_Result")
 _caches: WeakKeyDictionary[Gram, tuple[Hashable, dict[Hashable, Any]]] = WeakKeyDictionary()
@@ -62,11 +62,11 @@ def checked(gram: Gram) -> Tensor:
     return gram.matrix
 
 
-def damped(matrix: Tensor, dampings: tuple[float, ...] = DAMPINGS) -> Damped:
-    """A symmetric matrix [in, in] + damping x mean(diagonal) I, by the first damping that makes it positive
-    definite. A matrix of zeros becomes the identity: what no input reaches is judged by its weights alone.
+def damped(matrix: Tensor, damping: float) -> Damped:
+    """A symmetric matrix [in, in] + damping x mean(diagonal) I, positive definite: a damping that is not enough
+    is raised tenfold, three times at most. A matrix of zeros becomes the identity: what no input reaches is judged by its weights alone.
 
-    A damping past the first is warned of (`RuntimeWarning`): rounding, or few tokens in low precision, made
+    A raised damping is warned of (`RuntimeWarning`): rounding, or few tokens in low precision, made
     the matrix indefinite, and the solvers then trust it less.
 
     Raises:
@@ -74,38 +74,38 @@ def damped(matrix: Tensor, dampings: tuple[float, ...] = DAMPINGS) -> Damped:
     """
     matrix = matrix.double()
     mean = float(matrix.diagonal().mean()) or 1.0
-    for damping in dampings:
+    for raised in _LADDER:
         lifted = matrix.clone()
-        lifted.diagonal().add_(damping * mean)
+        lifted.diagonal().add_(raised * damping * mean)
         factor, failed = torch.linalg.cholesky_ex(lifted)
         if not failed.item() and factor.isfinite().all():
-            if damping != dampings[0]:
+            if raised > 1:
                 warnings.warn(
                     f"a Gram matrix of {matrix.shape[0]} channels is not positive definite with "
-                    f"{dampings[0]:.0%} damping; went on with {damping:.0%}. More calibration tokens help",
+                    f"{damping:.0%} damping; went on with {raised * damping:.0%}. More calibration tokens help",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-            return Damped(lifted, factor, damping)
+            return Damped(lifted, factor, raised * damping)
     raise ValueError(
-        f"statistic: must be a Gram matrix X^T X, got one that is not positive definite with {dampings[-1]:.0%} "
+        f"statistic: must be a Gram matrix X^T X, got one that is not positive definite with {_LADDER[-1] * damping:.0%} "
         "damping; collect it again in float32"
     )
 
 
-def inverse_factor(gram: Gram, dampings: tuple[float, ...] = DAMPINGS) -> Tensor:
+def inverse_factor(gram: Gram, damping: float = 0.01) -> Tensor:
     """Upper triangular R, float32 [in, in], with R^T R = H^-1 and H the damped Gram matrix.
 
     Row j is what the best update of columns j, j+1, ... looks like when column j is set to zero and the ones
     before it are fixed already: delta = -w_j / R_jj x R_j,:, at a cost of (w_j / R_jj)^2.
     """
-    return cached(gram, ("inverse factor", dampings), lambda: _inverse_factor(checked(gram), dampings))
+    return cached(gram, ("inverse factor", damping), lambda: _inverse_factor(checked(gram), damping))
 
 
-def _inverse_factor(matrix: Tensor, dampings: tuple[float, ...]) -> Tensor:
+def _inverse_factor(matrix: Tensor, damping: float) -> Tensor:
     # With the channels in reverse, H = L L^T; turned back, L is an upper U with H = U U^T, and R = U^-1. One
     # factorization of H itself, where inverting H and factoring the inverse would square its condition.
-    reverse = damped(matrix.flip(0, 1), dampings).factor
+    reverse = damped(matrix.flip(0, 1), damping).factor
     identity = torch.eye(len(matrix), dtype=reverse.dtype, device=reverse.device)
     inverse = torch.linalg.solve_triangular(reverse, identity, upper=False)
     return inverse.flip(0, 1).float()

@@ -16,25 +16,32 @@ from sparseprune.pruning.gram import cached, checked, damped
 
 __all__ = ["least_squares_update"]
 
-_DAMPINGS = (0.01, 0.1, 1.0, 10.0)
-
 
 def least_squares_update(
-    weight: Tensor, mask: Tensor, statistic: Gram, iterations: int = 60, tolerance: float = 1e-3
+    weight: Tensor,
+    mask: Tensor,
+    statistic: Gram,
+    damping: float = 0.1,
+    iterations: int = 60,
+    tolerance: float = 1e-3,
 ) -> Tensor:
     """The best weights float32 [out, in], zero outside `mask` [out, in], for the dense `weight`.
 
-    H is G with 1 % of its diagonal's mean added, which pulls towards the dense weights: where the inputs do
-    not determine a weight it keeps its value, as in a channel that is always zero.
+    H is G with `damping` times its diagonal's mean added, which pulls towards the dense weights: where the
+    inputs do not determine a weight it keeps its value, as in a channel that is always zero.
 
     Args:
+        damping: 0.1 rather than SparseGPT's 0.01: on SmolLM2, calibrated with 8192 tokens, it loses 5 % more on
+            them and 3 % less on others.
         iterations: at most so many.
         tolerance: a row is done when its residual, in the preconditioner's norm, has fallen to this share.
 
     Raises:
         ValueError: NaN or Inf in the Gram matrix, or one that is none.
     """
-    scale, matrix = cached(statistic, "unit diagonal", lambda: _unit_diagonal(checked(statistic)))
+    scale, matrix = cached(
+        statistic, ("unit diagonal", damping), lambda: _unit_diagonal(checked(statistic), damping)
+    )
     scale, matrix = scale.to(weight.dtype), matrix.to(weight.dtype)
     # With H scaled to a unit diagonal the preconditioner is the identity. The unknown is what the kept
     # weights gain; the removed ones' effect on their residual is where it starts.
@@ -59,8 +66,8 @@ def least_squares_update(
     return torch.where(mask, (dense + gain) / scale, 0)
 
 
-def _unit_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _unit_diagonal(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """n = sqrt(diag H) float32 [in], and H / n n^T float32 [in, in]."""
-    lifted = damped(matrix, _DAMPINGS).matrix
+    lifted = damped(matrix, damping).matrix
     scale = lifted.diagonal().sqrt()
     return scale.float(), (lifted / scale / scale[:, None]).float()
