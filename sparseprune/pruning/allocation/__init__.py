@@ -13,10 +13,19 @@ from fnmatch import fnmatchcase
 from sparseprune.models import LinearLayer
 from sparseprune.pruning.allocation.context import AllocationContext, exact_targets, uniform_targets
 from sparseprune.pruning.allocation.scores import global_threshold, outliers, standard_deviations
+from sparseprune.pruning.allocation.search import Search, search
+from sparseprune.pruning.allocation.sensitivity import sensitivity
 from sparseprune.pruning.base import Target
 from sparseprune.pruning.patterns import Pattern
 
-__all__ = ["ALLOCATIONS", "Allocation", "AllocationContext", "allocation_name", "resolve_allocation"]
+__all__ = [
+    "ALLOCATIONS",
+    "Allocation",
+    "AllocationContext",
+    "Search",
+    "allocation_name",
+    "resolve_allocation",
+]
 
 Allocation = Callable[[AllocationContext], Mapping[str, float]]
 """Wished sparsities by layer name."""
@@ -25,6 +34,8 @@ ALLOCATIONS: dict[str, Allocation] = {
     "global": global_threshold,
     "std": standard_deviations,
     "owl": outliers,
+    "sensitivity": sensitivity,
+    "search": search,
 }
 """By name, next to "uniform". A new one is a function in a file beside this one, and its line here."""
 
@@ -39,8 +50,8 @@ def resolve_allocation(
             shell patterns to a sparsity in [0, 1) or a pattern ("dense", "2:4", "4:8"); a layer takes the first entry
             that matches it, and the context's own pattern and sparsity without one.
 
-    The named ones and functions remove as many weights in all as "uniform" does, whatever they wish for; a mapping
-    is taken at its word.
+    The named ones and functions remove as many weights in all as "uniform" does, whatever they wish for; a mapping,
+    and a `Search` with a budget of bytes or seconds, are taken at their word.
 
     Raises:
         ValueError: an unknown name, an N:M pattern with anything but "uniform" or a mapping to patterns, a key that
@@ -69,6 +80,8 @@ def resolve_allocation(
             raise ValueError(
                 f"allocation: {allocation_name(allocation)} must give every layer a sparsity, gave {layer.name} {wish}"
             )
+    if isinstance(function, Search) and not function.sums_to_sparsity:
+        return {name: Target(context.pattern, wish, context.scope) for name, wish in wishes.items()}
     return exact_targets(context, wishes)
 
 

@@ -40,6 +40,8 @@ class AllocationContext:
     progress: bool = False
     statistics: dict[str, Any] = field(default_factory=dict)
     """Of the method, by layer name, if the caller has collected them; collected at need otherwise."""
+    notes: list[str] = field(default_factory=list)
+    """What an allocation has to tell, for the report."""
 
     def calibrated(self, allocation: str) -> CalibrationData:
         """The calibration data, or the error that `allocation` needs some."""

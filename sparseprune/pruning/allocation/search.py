@@ -1,0 +1,269 @@
+"""An allocation found by trying: sparsities that keep the predictions nearest to the dense model's, within a budget."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from sparseprune.benchmark import candidate_formats, time_layer
+from sparseprune.models import LinearLayer
+from sparseprune.pruning.allocation.candidates import Candidates
+from sparseprune.pruning.allocation.context import AllocationContext, block_of
+from sparseprune.pruning.allocation.judge import Judge, hold_out
+from sparseprune.pruning.allocation.sensitivity import (
+    TOKENS,
+    Curves,
+    cheapest,
+    kind_of,
+    levels_around,
+    measure_curves,
+    statistics_for,
+)
+from sparseprune.report import human_bytes, track
+
+__all__ = ["Search", "packed_bytes", "search"]
+
+_TOKENS = 2048
+"""Held-out tokens that each trial is judged on."""
+_SEGMENTS = 8
+"""Stretches of depth that the search weighs against each other; single blocks are told apart by their curves."""
+_CURVES_SHARE = 0.35
+"""Of the time, for the curves that trials start from."""
+_MINUTES = 15.0
+
+
+@dataclass
+class Search:
+    """Searches the sparsity of each layer, by default so that as many weights go as under "uniform".
+
+    Each layer's weight is made at several sparsities, by the method itself, on three quarters of the calibration
+    text. A curve is measured for each layer (`measure_curves`); the sparsities of least total loss under the budget
+    are the start (`cheapest`). As losses do not add up, the search then weighs kinds of layers and stretches of depth
+    against each other, by random steps that it keeps if the whole model comes nearer to the dense one's predictions on
+    the held-out quarter. Uniform is among the trials, so nothing worse is ever given.
+
+    Attributes:
+        minutes: to spend, about, if `prune` is not told any.
+        bytes: the layers' weights may take together, packed as bitmaps (dense where a layer stays whole). The
+            `sparsity` of `prune` is then no target; the search looks around it.
+        seconds: one pass through all layers may take at batch size `batch`, as measured on this machine, each layer in
+            its fastest format, dense among them. `sparsity` as for `bytes`.
+        losses: of the trials, in order, after a run; the first is uniform's where that fits the budget.
+    """
+
+    minutes: float = _MINUTES
+    bytes: int | None = None
+    seconds: float | None = None
+    batch: int = 1
+    losses: list[float] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.bytes is not None and self.seconds is not None:
+            raise ValueError("bytes, seconds: must be given one at a time, got both")
+        for name in ("minutes", "bytes", "seconds", "batch"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: must be above 0, got {value}")
+
+    @property
+    def sums_to_sparsity(self) -> bool:
+        """Whether the target is `prune`'s sparsity; else it is the budget."""
+        return self.bytes is None and self.seconds is None
+
+    def __call__(self, context: AllocationContext) -> dict[str, float]:
+        begin = time.monotonic()
+        budget_seconds = 60 * (context.minutes or self.minutes)
+        data, pieces = hold_out(context.calibrated("search"), "search", _TOKENS)
+        levels = levels_around(context.sparsity)
+        options = [0.0, *levels]
+        prices, budget = self._prices(context, options)
+        least = sum(min(price) for price in prices.values())
+        if least > budget * (1 + 1e-9):
+            raise ValueError(self._too_small(least, levels[-1]))
+        statistics = statistics_for(context, data)
+        self.losses = []
+        with Candidates(context, levels, statistics) as candidates:
+            _, few = hold_out(context.calibrated("search"), "search", TOKENS)
+            left = begin + budget_seconds - time.monotonic()
+            until = time.monotonic() + _CURVES_SHARE * left
+            curves = measure_curves(
+                context, candidates, Judge(context.model, few), [levels[1], levels[3]], until
+            )
+            trials = _Trials(candidates, Judge(context.model, pieces), options, prices, budget)
+            found = self._search(context, trials, curves, begin + budget_seconds)
+        self.losses = trials.losses
+        uniform = "" if trials.uniform is None else f", uniform {trials.uniform:.4g}"
+        context.notes.append(
+            f"search: {len(trials.losses)} allocations tried, loss {trials.loss:.4g}{uniform} (KL to the dense model on "
+            f"held-out calibration text); {curves.measured} of {len(context.layers)} layers' curves were measured"
+        )
+        return found
+
+    def _search(
+        self, context: AllocationContext, trials: _Trials, curves: Curves, deadline: float
+    ) -> dict[str, float]:
+        names = [layer.name for layer in context.layers]
+        sizes = {layer.name: layer.weight.numel() for layer in context.layers}
+        trials.try_uniform(context.sparsity)
+        costs = {name: [curves.at(name, level) for level in trials.options] for name in names}
+        pooled = [
+            sum(costs[name][k] for name in names) / sum(sizes.values()) for k in range(len(trials.options))
+        ]
+
+        def blended(trust: float, factors: Mapping[str, float]) -> dict[str, list[float]]:
+            """Between a loss that is every weight's alike (trust 0) and the curves (1), times the layer's factor."""
+            return {
+                name: [
+                    factors[name] * cost**trust * (sizes[name] * common) ** (1 - trust)
+                    for cost, common in zip(costs[name], pooled, strict=True)
+                ]
+                for name in names
+            }
+
+        groups = _groups(context)
+        keys = sorted({key for pair in groups.values() for key in pair})
+
+        def factors(weights: Mapping[str, float]) -> dict[str, float]:
+            return {name: math.exp(sum(weights[key] for key in groups[name])) for name in names}
+
+        best_weights = dict.fromkeys(keys, 0.0)
+        best_trust = 1.0
+        for trust in (1.0, 0.5, 0.75, 0.25):
+            if trials(blended(trust, factors(best_weights))):
+                best_trust = trust
+        generator = random.Random(context.seed)
+        width = 0.5
+        for _ in track(_until(deadline), "search", enabled=context.progress):
+            weights = {
+                key: value + (generator.gauss(0, width) if generator.random() < 0.4 else 0.0)
+                for key, value in best_weights.items()
+            }
+            trust = min(max(best_trust + generator.gauss(0, 0.1), 0.0), 1.0)
+            better = trials(blended(trust, factors(weights)))
+            if better:
+                best_weights, best_trust = weights, trust
+            # Rechenberg: the width stays if about one step in five is a success
+            width = min(width * 1.35, 1.5) if better else max(width * 0.93, 0.05)
+        return trials.best
+
+    def _prices(
+        self, context: AllocationContext, options: Sequence[float]
+    ) -> tuple[dict[str, list[float]], float]:
+        """(price of each layer at each option, budget) in weights that stay, bytes or seconds."""
+        if self.seconds is not None:
+            return _measured_seconds(context, options, self.batch), self.seconds
+        price: Callable[[LinearLayer, float], float] = packed_bytes if self.bytes is not None else _kept
+        prices = {layer.name: [price(layer, level) for level in options] for layer in context.layers}
+        if self.bytes is not None:
+            return prices, self.bytes
+        return prices, sum(_kept(layer, context.sparsity) for layer in context.layers)
+
+    def _too_small(self, least: float, level: float) -> str:
+        if self.bytes is not None:
+            shown = f"bytes: the layers take at least {human_bytes(least)} at {level:.0%} zeros, got {human_bytes(self.bytes)}"
+        else:
+            shown = f"seconds: the layers take at least {least:.3g} s at {level:.0%} zeros, got {self.seconds:.3g}"
+        return f"{shown}; allow more, or pass a higher sparsity to search around"
+
+
+def search(context: AllocationContext) -> dict[str, float]:
+    """`Search` with its defaults."""
+    return Search()(context)
+
+
+def _until(deadline: float) -> Iterator[None]:
+    while time.monotonic() < deadline:
+        yield
+
+
+def packed_bytes(layer: LinearLayer, sparsity: float) -> float:
+    """Bytes of a layer's weight as a bitmap and the values that stay; dense at sparsity 0."""
+    weight = layer.weight
+    values = weight.numel() * (1 - sparsity) * weight.dtype.itemsize
+    return values if sparsity == 0 else values + weight.shape[0] * -(-weight.shape[1] // 8)
+
+
+def _kept(layer: LinearLayer, sparsity: float) -> float:
+    return layer.weight.numel() * (1 - sparsity)
+
+
+def _measured_seconds(
+    context: AllocationContext, options: Sequence[float], batch: int
+) -> dict[str, list[float]]:
+    """Seconds of each layer at each sparsity, in the fastest format: one measurement for each shape and dtype."""
+    kinds: dict[tuple[int, int, torch.dtype, bool], list[str]] = {}
+    for layer in context.layers:
+        key = (layer.out_features, layer.in_features, layer.weight.dtype, layer.bias is not None)
+        kinds.setdefault(key, []).append(layer.name)
+    seconds: dict[str, list[float]] = {}
+    generator = torch.Generator().manual_seed(context.seed)
+    for (rows, columns, dtype, bias), names in track(
+        list(kinds.items()), "timing layers", enabled=context.progress
+    ):
+        found = []
+        for level in options:
+            linear = nn.Linear(columns, rows, bias=bias, dtype=dtype).requires_grad_(False)
+            keep = torch.rand(rows, columns, generator=generator) >= level
+            linear.weight.masked_fill_(~keep, 0)
+            formats = candidate_formats(linear.weight)
+            timing = time_layer(linear, [] if isinstance(formats, str) else formats, (batch,), 0.3)[0]
+            found.append(min(timing.dense, *timing.sparse.values(), math.inf))
+        seconds.update((name, found) for name in names)
+    return seconds
+
+
+class _Trials:
+    """Allocations tried so far, and the best of them."""
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        judge: Judge,
+        options: Sequence[float],
+        prices: Mapping[str, Sequence[float]],
+        budget: float,
+    ) -> None:
+        self.candidates, self.judge = candidates, judge
+        self.options, self.prices, self.budget = options, prices, budget
+        self.losses: list[float] = []
+        self.best: dict[str, float] = {}
+        self.loss = math.inf
+        self.uniform: float | None = None
+        self._known: set[tuple[float, ...]] = set()
+
+    def try_uniform(self, sparsity: float) -> None:
+        level = self.options.index(sparsity)
+        if sum(price[level] for price in self.prices.values()) <= self.budget * (1 + 1e-9):
+            self._judge(dict.fromkeys(self.prices, sparsity))
+            self.uniform = self.loss
+
+    def __call__(self, costs: Mapping[str, Sequence[float]]) -> bool:
+        """Whether the cheapest allocation by these costs is new and the best so far."""
+        chosen = cheapest(costs, self.prices, self.budget)
+        return self._judge({name: self.options[index] for name, index in chosen.items()})
+
+    def _judge(self, assignment: dict[str, float]) -> bool:
+        key = tuple(assignment.values())
+        if key in self._known:
+            return False
+        self._known.add(key)
+        self.candidates.use(assignment)
+        loss = self.judge()
+        self.losses.append(loss)
+        if not loss < self.loss:
+            return False
+        self.loss, self.best = loss, assignment
+        return True
+
+
+def _groups(context: AllocationContext) -> dict[str, tuple[str, str]]:
+    """layer name -> (its kind, its stretch of depth)."""
+    blocks = list(dict.fromkeys(block_of(context).values()))
+    stretch = {block: f"depth {index * _SEGMENTS // len(blocks)}" for index, block in enumerate(blocks)}
+    return {name: (kind_of(name), stretch[block]) for name, block in block_of(context).items()}
