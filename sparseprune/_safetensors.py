@@ -167,6 +167,10 @@ class Reader:
             self._read_into(tensor[index], self._offsets[name] + row * width, name)
         return tensor
 
+    def head(self, name: str) -> bytes:
+        """The first bytes of the tensor, at most 256."""
+        return os.pread(self._file.fileno(), min(256, self.infos[name].nbytes), self._offsets[name])
+
     def parts(self, name: str) -> Iterator[Tensor]:
         """The tensor, flat, in parts of at most 16 MiB."""
         info = self.infos[name]

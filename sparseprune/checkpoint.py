@@ -74,7 +74,7 @@ def save(
     try:
         aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
         try:
-            _save_config(model, aside)
+            save_config(model, aside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(aside)
             total = sum(info.nbytes for source in sources for info in source.infos)
@@ -87,6 +87,11 @@ def save(
             path.rmdir()
         raise
     return folder
+
+
+def header(model: nn.Module, tied: dict[str, str]) -> dict[str, str]:
+    """The metadata of each of a checkpoint's files. `tied`: names -> the names that they stand for."""
+    return {"format": _FORMAT, "version": _VERSION, "tied": json.dumps(tied), **overlap.to_metadata(model)}
 
 
 def _make_folders(folder: Path) -> list[Path]:
@@ -119,7 +124,8 @@ def _put_in_place(aside: Path, folder: Path) -> None:
         os.replace(aside / name, folder / name)
 
 
-def _save_config(model: nn.Module, aside: Path) -> None:
+def save_config(model: nn.Module, aside: Path) -> None:
+    """Writes a transformers model's config, marked as ours, and its generation config into the folder `aside`."""
     config: Any = copy.deepcopy(getattr(model, "config", None))
     if not hasattr(config, "to_json_file"):
         return

@@ -1,0 +1,143 @@
+"""What a stream will need, from shapes alone: memory and disk, checked before the long work starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparseprune.calibration import Batch, Gram
+from sparseprune.memory import available_memory, resident_memory
+from sparseprune.models import LinearLayer
+from sparseprune.pruning.base import Method
+from sparseprune.report import human_bytes
+from sparseprune.streaming.batches import token_counts
+from sparseprune.streaming.source import StreamedModel
+
+__all__ = ["Needs", "check_disk", "check_memory", "needs_of"]
+
+# float32 copies of the layer being pruned: the weight, its scores, one temporary, the result. A solver's differ by little.
+_LAYER_COPIES = 4
+# of the Gram matrix, in a solver: damped, factored, inverted
+_GRAM_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes, at least: `block` the weights of the largest block, `layer` the work on its largest layer, `statistics` of
+    its layers, `forward` one batch on its way through it, `rest` what runs before the first block. `activations`: the
+    hidden states of all batches, in memory or on the disk.
+    """
+
+    block: int
+    layer: int
+    statistics: int
+    forward: int
+    rest: int
+    activations: int
+
+    @property
+    def memory(self) -> int:
+        """What must be in memory at once, activations not counted: reading in, or working on a block."""
+        return max(self.block + max(self.statistics + self.layer, self.forward), self.rest)
+
+    def __str__(self) -> str:
+        parts = {
+            "the largest block": self.block,
+            "its statistics": self.statistics,
+            "work on its largest layer": self.layer,
+        }
+        return ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items())
+
+
+def needs_of(
+    streamed: StreamedModel,
+    blocks: Sequence[str],
+    layers: Sequence[LinearLayer],
+    method: Method,
+    batches: Sequence[Batch],
+    rest: Sequence[str],
+) -> Needs:
+    """`rest`: the tensors that what runs before the blocks keeps in memory."""
+    tokens = token_counts(batches) if method.statistic is not None else []
+    total, largest = sum(tokens), max(tokens, default=0)
+    width = _hidden_size(streamed)
+    size = streamed.model.dtype.itemsize
+    block = layer = statistics = forward = 0
+    for name in blocks:
+        inside = [it for it in layers if it.name.startswith(f"{name}.")]
+        block = max(block, streamed.nbytes(streamed.names(name)))
+        layer = max([layer, *(_layer_bytes(it, method) for it in inside)])
+        statistics = max(statistics, _statistics_bytes(inside, method))
+        outputs = sum(it.out_features for it in inside)
+        forward = max(forward, largest * (outputs + 4 * width) * size)
+    first = streamed.nbytes(streamed.names(blocks[0])) if largest else 0
+    return Needs(block, layer, statistics, forward, first + streamed.nbytes(list(rest)), total * width * size)
+
+
+def check_memory(needs: Needs, limit: int | None) -> int:
+    """How many bytes of activations may stay in memory under `limit`, by default three quarters of what is available.
+
+    Raises:
+        ValueError: the limit cannot hold a block and the work on it.
+    """
+    resident = resident_memory()
+    if limit is None:
+        available = available_memory()
+        limit = resident + (available * 3 // 4 if available is not None else 2 * needs.memory)
+    room = limit - resident - needs.memory
+    if room < 0:
+        raise ValueError(
+            f"memory: must be at least {human_bytes(resident + needs.memory)} for this model, got "
+            f"{human_bytes(limit)}: {needs}, and {human_bytes(resident)} that the program takes already; raise the "
+            "limit, or choose a method with a smaller statistic (wanda)"
+        )
+    return room // 2  # the estimate is a lower bound
+
+
+def check_disk(wanted: dict[Path, int]) -> None:
+    """Whether each folder's disk has room; folders on one disk share it.
+
+    Raises:
+        OSError: one has not.
+    """
+    disks: dict[int, tuple[Path, int]] = {}
+    for folder, size in wanted.items():
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        device = os.stat(existing).st_dev
+        first, so_far = disks.get(device, (existing, 0))
+        disks[device] = (first, so_far + size)
+    for folder, size in disks.values():
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise OSError(
+                f"no space: {folder} has {human_bytes(free)} free, the shards and the activations need about "
+                f"{human_bytes(size)}; free some, or name a spill folder on another disk"
+            )
+
+
+def _layer_bytes(layer: LinearLayer, method: Method) -> int:
+    size = _LAYER_COPIES * 4 * layer.in_features * layer.out_features
+    if method.statistic is not None and issubclass(method.statistic, Gram):
+        size += _GRAM_COPIES * 4 * layer.in_features**2
+    return size
+
+
+def _statistics_bytes(layers: Sequence[LinearLayer], method: Method) -> int:
+    # Layers of one parent and width mostly read one tensor (query, key and value; gate and up), and share.
+    if method.statistic is None:
+        return 0
+    meta = torch.device("meta")
+    shared = {(layer.name.rpartition(".")[0], layer.in_features) for layer in layers}
+    found = [method.statistic(width, meta) for _, width in sorted(shared)]
+    return sum(it.nbytes for one in found for it in vars(one).values() if isinstance(it, Tensor))
+
+
+def _hidden_size(streamed: StreamedModel) -> int:
+    weight = streamed.model.get_input_embeddings().weight
+    return int(weight.shape[-1])

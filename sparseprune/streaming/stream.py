@@ -1,0 +1,134 @@
+"""`prune_folder()`: prune a checkpoint that does not fit into memory, block by block, from file to file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseprune.calibration import Batch, CalibrationData
+from sparseprune.formats import Format
+from sparseprune.models import LinearLayer, find_blocks, find_linears, max_length
+from sparseprune.pruning.base import Method, Target
+from sparseprune.pruning.methods import find_method
+from sparseprune.pruning.patterns import Pattern, Scope
+from sparseprune.pruning.prune import resolve_calibration, resolve_scope
+from sparseprune.pruning.report import PruneReport
+from sparseprune.streaming.batches import clamp
+from sparseprune.streaming.job import Job
+from sparseprune.streaming.report import StreamReport
+from sparseprune.streaming.source import Source, StreamedModel
+
+__all__ = ["prune_folder"]
+
+SPILL_FOLDER = ".activations"
+
+
+def prune_folder(
+    folder: str | Path,
+    out: str | Path,
+    pattern: str | Pattern = "2:4",
+    method: str | Method = "magnitude",
+    sparsity: float | None = None,
+    calibration: CalibrationData | Iterable[Batch] | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    scope: Scope | None = None,
+    sequential: bool | None = None,
+    format: str | Format = "auto",
+    dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
+    memory: int | None = None,
+    spill: str | Path | None = None,
+    progress: bool = False,
+) -> StreamReport:
+    """Prunes the Hugging Face checkpoint in `folder` and writes it to `out`, for `sparseprune.load`.
+
+    Memory: the weights of one block, the statistics of its layers, the work on one layer, and as many of the calibration
+    batches' hidden states as `memory` leaves room for. Every hidden state is on the disk too: after a kill, the same
+    call goes on at the block it was in, and the result is the same to the last bit. The weights are those that `prune`
+    and `save` give for the same arguments.
+
+    Args:
+        folder: config.json and safetensors, in one file or in shards with an index.
+        out: made if missing; one shard for each block, one for the rest, an index, config.json and the tokenizer.
+        pattern, method, sparsity, calibration, include, exclude, scope, sequential: as for `sparseprune.prune`. Only
+            layers in blocks are pruned. Windows longer than the model's positions are cut, and the report says so.
+        format: of the sparse layers: "auto" takes N:M where the weights have it, else bitmap, or CSR below 6 % of
+            weights kept. Nothing is measured, unlike in `sparsify`.
+        dtype: of the weights; None keeps what the folder states.
+        tokenizer: whose files to save along.
+        memory: bytes that the process may take; by default three quarters of what is available now.
+        spill: folder for the hidden states, by default in `out`; deleted when the stream is finished.
+        progress: show bars with the time left on stderr.
+
+    Where `torch.distributed` runs several processes, each reads its share of the calibration batches and prunes its
+    share of a block's layers; the first one writes.
+
+    Raises:
+        ValueError: an argument out of range; a model that has no blocks, or is no chain of them; a layer that the pattern
+            does not fit; a limit on memory too small for a block; an `out` with a model or another run's half.
+        CheckpointError: a shard missing or damaged, or a checkpoint that is not that of its config.json.
+        OSError: not enough space on the disk.
+    """
+    begin = time.perf_counter()
+    folder, out = Path(folder), Path(out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"OUT: must be a folder, got the file {out}; name another")
+    pattern, method = Pattern.parse(pattern), find_method(method)
+    target = Target(pattern, pattern.resolve_sparsity(sparsity), resolve_scope(pattern, method, scope))
+    form = None if format == "auto" else Format.parse(format)
+    data = resolve_calibration(method, calibration, [])
+    if method.statistic is None and sequential:
+        raise ValueError(f"sequential: method {method.name} looks at weights only, got True; leave it out")
+    with Source(folder) as source:
+        streamed = StreamedModel(folder, source, dtype)
+        notes = []
+        if data is not None:
+            data, cut = clamp(data, max_length(streamed.model))
+            notes += [cut] if cut is not None else []
+        blocks = find_blocks(streamed.model)
+        prefixes = tuple(f"{name}." for name, _ in blocks)
+        found = find_linears(streamed.model, include, exclude)
+        layers = [layer for layer in found if layer.name.startswith(prefixes)]
+        notes += _left_out(found, layers, streamed.unused)
+        job = Job(
+            streamed, blocks, layers, method, target, data,
+            method.changes_weights if sequential is None else sequential,
+            form, out, Path(spill) if spill is not None else out / SPILL_FOLDER, progress,
+        )  # fmt: skip
+        job.check({"include": include, "exclude": exclude}, memory)
+        job.run(begin)
+        job.finish(tokenizer)
+    pruned = PruneReport(
+        job.rows(), method.name, str(pattern), target.sparsity,
+        "group" if pattern.structured else target.scope,
+        None if data is None else data.source,
+        sum(parameter.numel() for parameter in streamed.model.parameters()),
+        inputs=None if data is None else ("sequential" if job.sequential else "dense"),
+        notes=tuple(notes),
+        seconds=job.state.seconds,
+    )  # fmt: skip
+    return StreamReport(
+        pruned, len(blocks), job.resumed_at, job.shards, source.nbytes, job.state.nbytes,
+        job.state.peak_memory, memory, job.activations, job.state.spilled, job.state.formats, job.state.seconds,
+    )  # fmt: skip
+
+
+def _left_out(
+    found: Sequence[LinearLayer], layers: Sequence[LinearLayer], unused: Sequence[str]
+) -> list[str]:
+    notes = []
+    outside = [layer.name for layer in found if layer not in layers]
+    if outside:
+        notes.append(
+            f"{len(outside)} linear layers outside of the blocks stay dense, the first is {outside[0]}"
+        )
+    if unused:
+        notes.append(
+            f"{len(unused)} tensors of the checkpoint have no place in the model, the first is {unused[0]}"
+        )
+    return notes
