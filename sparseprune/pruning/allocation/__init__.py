@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 
 from sparseprune.models import LinearLayer
 from sparseprune.pruning.allocation.context import AllocationContext, exact_targets, uniform_targets
+from sparseprune.pruning.allocation.curves import sensitivity
 from sparseprune.pruning.allocation.scores import global_threshold, outliers, standard_deviations
-from sparseprune.pruning.allocation.search import Search, search
-from sparseprune.pruning.allocation.sensitivity import sensitivity
+from sparseprune.pruning.allocation.search import Search, default_search
 from sparseprune.pruning.base import Target
 from sparseprune.pruning.patterns import Pattern
 
@@ -35,7 +35,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "std": standard_deviations,
     "owl": outliers,
     "sensitivity": sensitivity,
-    "search": search,
+    "search": default_search,
 }
 """By name, next to "uniform". A new one is a function in a file beside this one, and its line here."""
 

@@ -15,8 +15,7 @@ from sparseprune.benchmark import candidate_formats, time_layer
 from sparseprune.models import LinearLayer
 from sparseprune.pruning.allocation.candidates import Candidates
 from sparseprune.pruning.allocation.context import AllocationContext, block_of
-from sparseprune.pruning.allocation.judge import Judge, hold_out
-from sparseprune.pruning.allocation.sensitivity import (
+from sparseprune.pruning.allocation.curves import (
     TOKENS,
     Curves,
     cheapest,
@@ -25,9 +24,10 @@ from sparseprune.pruning.allocation.sensitivity import (
     measure_curves,
     statistics_for,
 )
+from sparseprune.pruning.allocation.judge import Judge, hold_out
 from sparseprune.report import human_bytes, track
 
-__all__ = ["Search", "packed_bytes", "search"]
+__all__ = ["Search", "default_search", "packed_bytes"]
 
 _TOKENS = 2048
 """Held-out tokens that each trial is judged on."""
@@ -172,7 +172,7 @@ class Search:
         return f"{shown}; allow more, or pass a higher sparsity to search around"
 
 
-def search(context: AllocationContext) -> dict[str, float]:
+def default_search(context: AllocationContext) -> dict[str, float]:
     """`Search` with its defaults."""
     return Search()(context)
 
