@@ -21,7 +21,6 @@ __all__ = ["SparsityMasks", "freeze_zeros"]
 _ELEMENTWISE = (
     torch.optim.SGD,
     torch.optim.Adam,  # and AdamW
-    torch.optim.Adamax,
     torch.optim.NAdam,
     torch.optim.RAdam,
     torch.optim.Adagrad,
