@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from sparseprune._safetensors import CheckpointError
+from sparseprune.sizes import SIZES, apply_sizes
 
 __all__ = ["CONFIG_FILE", "from_config", "read_config"]
 
@@ -61,7 +62,10 @@ def from_config(folder: Path, config: Any, strictly: bool = False) -> nn.Module:
         del config.quantization_config
     try:
         with _parameters_without_data(strictly):
-            return architecture._from_config(config)
+            built: nn.Module = architecture._from_config(config)
+            if getattr(config, SIZES, None) is not None:
+                apply_sizes(built, getattr(config, SIZES))
+            return built
     except Exception as error:  # as above: the values in the config may be anything
         raise CheckpointError(f"{path}: {names[0]} cannot be built from it: {error}") from error
 
