@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparseprune.calibration import Gram
 from sparseprune.pruning.base import Method, Pruned, Target
-from sparseprune.pruning.gram import cached, checked, damped
+from sparseprune.pruning.gram import cached, unit_diagonal
 from sparseprune.pruning.patterns import Pattern, keep_best, removed
 
 __all__ = ["ADMM", "admm_solve", "gradual_mask"]
@@ -36,7 +36,7 @@ def admm_solve(weight: Tensor, statistic: Gram, target: Target) -> Pruned:
         ValueError: a shape the pattern does not divide, NaN or Inf in the Gram matrix, or one that is none.
     """
     target.pattern.check_shape(*weight.shape)
-    norm, inverse = cached(statistic, "admm", lambda: _scaled_inverse(checked(statistic)))
+    norm, inverse = cached(statistic, "admm", lambda: _scaled_inverse(statistic))
     norm, inverse = norm.to(weight.dtype), inverse.to(weight.dtype)
     scaled = weight * norm
     # (G + I)^-1 G W0 = W0 - (G + I)^-1 W0: the layer's own part of every step, computed once
@@ -70,17 +70,14 @@ def gradual_mask(scores: Tensor, target: Target, share: float) -> Tensor:
     return final
 
 
-def _scaled_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """n float32 [in], and (G' + (0.1 + rho) I)^-1 float32 [in, in] with G' = G / n n^T, rho = 1."""
-    norm = matrix.diagonal().double().clamp_min(0).sqrt()
-    live = norm > 0
-    # a channel that is always zero counts for next to nothing, and its weights come back unchanged
-    smallest = float(norm[live].min()) if live.any() else 1.0
-    norm = norm.where(live, 1e-3 * smallest)
-    scaled = matrix.double() / norm / norm[:, None]
-    lifted = damped(scaled.fill_diagonal_(1), _DAMPING).matrix
+def _scaled_inverse(gram: Gram) -> tuple[Tensor, Tensor]:
+    """n float32 [in], and (G + (0.1 + rho) I)^-1 float32 [in, in] for G of unit diagonal, rho = 1."""
+    norm, scaled = unit_diagonal(gram, _DAMPING)
+    lifted = scaled.matrix.clone()
     lifted.diagonal().add_(1)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(lifted))
+    dead = gram.matrix.diagonal() <= 0
+    inverse[dead, dead] = 0  # no input, no step: such a channel's weights stay what they were
     return norm.float(), inverse.float()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseprune.calibration import Gram
 
-__all__ = ["Damped", "cached", "checked", "damped", "inverse_factor"]
+__all__ = ["Damped", "cached", "checked", "damped", "inverse_factor", "unit_diagonal"]
 
 # A damping that is not enough is raised by these in turn.
 _LADDER = (1, 10, 100, 1000)
@@ -91,6 +91,23 @@ def damped(matrix: Tensor, damping: float) -> Damped:
         f"statistic: must be a Gram matrix X^T X, got one that is not positive definite with {_LADDER[-1] * damping:.0%} "
         "damping; collect it again in float32"
     )
+
+
+def unit_diagonal(gram: Gram, damping: float) -> tuple[Tensor, Damped]:
+    """n = sqrt(diag G) float64 [in], and G / n n^T with its diagonal of ones damped.
+
+    Unlike a share of the mean, which a few outlier channels make too much for all others, this damping suits
+    each channel. A channel that is always zero gets an n below all others.
+
+    Raises:
+        ValueError: NaN or Inf in G, or no Gram matrix.
+    """
+    matrix = checked(gram).double()
+    norm = matrix.diagonal().clamp_min(0).sqrt()
+    live = norm > 0
+    norm = norm.where(live, 1e-3 * float(norm[live].min()) if live.any() else 1.0)
+    scaled = matrix / norm / norm[:, None]
+    return norm, damped(scaled.fill_diagonal_(1), damping)
 
 
 def inverse_factor(gram: Gram, damping: float = 0.01) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.calibration import Gram
-from sparseprune.pruning.gram import cached, checked, damped
+from sparseprune.pruning.gram import cached, unit_diagonal
 
 __all__ = ["least_squares_update"]
 
@@ -27,11 +27,11 @@ def least_squares_update(
 ) -> Tensor:
     """The best weights float32 [out, in], zero outside `mask` [out, in], for the dense `weight`.
 
-    H is G with `damping` times its diagonal's mean added, which pulls towards the dense weights: where the
-    inputs do not determine a weight it keeps its value, as in a channel that is always zero.
+    H is G with its diagonal times 1 + `damping`, which pulls towards the dense weights: where the inputs do not
+    determine a weight it keeps its value, as in a channel that is always zero.
 
     Args:
-        damping: 0.1 rather than SparseGPT's 0.01: on SmolLM2, calibrated with 8192 tokens, it loses 5 % more on
+        damping: 0.1 rather than 0.01: on layers of SmolLM2 calibrated with 8192 tokens it loses 3 % more on
             them and 3 % less on others.
         iterations: at most so many.
         tolerance: a row is done when its residual, in the preconditioner's norm, has fallen to this share.
@@ -39,13 +39,11 @@ def least_squares_update(
     Raises:
         ValueError: NaN or Inf in the Gram matrix, or one that is none.
     """
-    scale, matrix = cached(
-        statistic, ("unit diagonal", damping), lambda: _unit_diagonal(checked(statistic), damping)
-    )
-    scale, matrix = scale.to(weight.dtype), matrix.to(weight.dtype)
-    # With H scaled to a unit diagonal the preconditioner is the identity. The unknown is what the kept
-    # weights gain; the removed ones' effect on their residual is where it starts.
-    dense = weight * scale
+    norm, scaled = cached(statistic, ("unit diagonal", damping), lambda: unit_diagonal(statistic, damping))
+    norm, matrix = norm.to(weight.dtype), scaled.matrix.to(weight.dtype)
+    # With H scaled to an even diagonal the preconditioner is the identity. The unknown is what the kept weights
+    # gain; the removed ones' effect on their residual is where it starts.
+    dense = weight * norm
     change = torch.where(mask, 0, -dense)
     residual = (change @ matrix).mul_(mask).neg_()
     gain = torch.zeros_like(dense)
@@ -63,11 +61,4 @@ def least_squares_update(
         residual.addcmul_(step, product, value=-1)
         before, energy = energy, residual.square().sum(dim=1, keepdim=True)
         direction.mul_(torch.where(going, energy / before, 0)).add_(residual)
-    return torch.where(mask, (dense + gain) / scale, 0)
-
-
-def _unit_diagonal(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """n = sqrt(diag H) float32 [in], and H / n n^T float32 [in, in]."""
-    lifted = damped(matrix, damping).matrix
-    scale = lifted.diagonal().sqrt()
-    return scale.float(), (lifted / scale / scale[:, None]).float()
+    return torch.where(mask, weight + gain / norm, 0)

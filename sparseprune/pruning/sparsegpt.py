@@ -36,7 +36,8 @@ def sparsegpt_solve(weight: Tensor, statistic: Gram, target: Target) -> Pruned:
     pattern = target.pattern
     pattern.check_shape(rows, columns)
     factor = inverse_factor(statistic).to(weight.dtype)
-    diagonal = factor.diagonal()
+    # a channel that is always zero has only its damping left: its weights go first, the smallest of them first
+    diagonal = torch.where(statistic.matrix.diagonal() > 0, factor.diagonal(), 1e4 * factor.diagonal())
     unit = pattern.m or pattern.block[1]
     width = max(_BLOCK // unit, 1) * unit
     # transposed, so that a column of the layer lies in one piece

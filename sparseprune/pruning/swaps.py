@@ -120,6 +120,7 @@ def _by_row(rows: Tensor, removal: Tensor, returned: Tensor, matrix: Tensor) -> 
         * rows.gather(1, give)[:, None, :]
         * matrix[take[:, :, None], give[:, None, :]]
     )
+    pairs.clamp_(max=torch.finfo(pairs.dtype).max)  # what is no exchange comes last, and infinite is used up
     every = torch.arange(len(rows), device=rows.device)
     ordered = []
     for _ in range(tries):
