@@ -36,6 +36,7 @@ _SEGMENTS = 8
 _CURVES_SHARE = 0.35
 """Of the time, for the curves that trials start from."""
 _MINUTES = 15.0
+_PATIENCE = 200
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Search:
 
     Attributes:
         minutes: to spend, about, if `prune` is not told any.
+        trials: to end after so many; the same seed then gives the same allocation, given time enough.
         bytes: the layers' weights may take together, packed as bitmaps (dense where a layer stays whole). The
             `sparsity` of `prune` is then no target; the search looks around it.
         seconds: one pass through all layers may take at batch size `batch`, as measured on this machine, each layer in
@@ -58,6 +60,7 @@ class Search:
     """
 
     minutes: float = _MINUTES
+    trials: int | None = None
     bytes: int | None = None
     seconds: float | None = None
     batch: int = 1
@@ -66,7 +69,7 @@ class Search:
     def __post_init__(self) -> None:
         if self.bytes is not None and self.seconds is not None:
             raise ValueError("bytes, seconds: must be given one at a time, got both")
-        for name in ("minutes", "bytes", "seconds", "batch"):
+        for name in ("minutes", "trials", "bytes", "seconds", "batch"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: must be above 0, got {value}")
@@ -139,7 +142,7 @@ class Search:
                 best_trust = trust
         generator = random.Random(context.seed)
         width = 0.5
-        for _ in track(_until(deadline), "search", enabled=context.progress):
+        for _ in track(self._turns(deadline, trials), "search", enabled=context.progress):
             weights = {
                 key: value + (generator.gauss(0, width) if generator.random() < 0.4 else 0.0)
                 for key, value in best_weights.items()
@@ -148,9 +151,17 @@ class Search:
             better = trials(blended(trust, factors(weights)))
             if better:
                 best_weights, best_trust = weights, trust
-            # Rechenberg: the width stays if about one step in five is a success
-            width = min(width * 1.35, 1.5) if better else max(width * 0.93, 0.05)
+            # Rechenberg: the width stays if about one step in five is a success; steps that lead nowhere are too small
+            width *= 1.35 if better else 1.1 if trials.repeated else 0.93
+            width = min(max(width, 0.05), 1.5)
         return trials.best
+
+    def _turns(self, deadline: float, trials: _Trials) -> Iterator[None]:
+        """Until time or trials run out, or nothing new was found to try for a while."""
+        while time.monotonic() < deadline and trials.repeated < _PATIENCE:
+            if self.trials is not None and len(trials.losses) >= self.trials:
+                return
+            yield
 
     def _prices(
         self, context: AllocationContext, options: Sequence[float]
@@ -175,11 +186,6 @@ class Search:
 def default_search(context: AllocationContext) -> dict[str, float]:
     """`Search` with its defaults."""
     return Search()(context)
-
-
-def _until(deadline: float) -> Iterator[None]:
-    while time.monotonic() < deadline:
-        yield
 
 
 def packed_bytes(layer: LinearLayer, sparsity: float) -> float:
@@ -235,6 +241,7 @@ class _Trials:
         self.best: dict[str, float] = {}
         self.loss = math.inf
         self.uniform: float | None = None
+        self.repeated = 0  # allocations in a row that had been tried before
         self._known: set[tuple[float, ...]] = set()
 
     def try_uniform(self, sparsity: float) -> None:
@@ -250,7 +257,8 @@ class _Trials:
 
     def _judge(self, assignment: dict[str, float]) -> bool:
         key = tuple(assignment.values())
-        if key in self._known:
+        self.repeated = self.repeated + 1 if key in self._known else 0
+        if self.repeated:
             return False
         self._known.add(key)
         self.candidates.use(assignment)
