@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -68,6 +69,54 @@ def test_prune_wanda_unstructured(folders, tmp_path):
     assert {layer["format"] for layer in result["converted"]["layers"]} == {"bitmap"}
     model = load(tmp_path / "out")
     assert sum(isinstance(module, SparseLinear) for module in model.modules()) == 14
+
+
+def test_prune_passes_on_what_was_asked_for(folders, tmp_path, monkeypatch):
+    from sparseprune.pruning import prune as package
+    from sparseprune.pruning.allocation import Search
+
+    assert package
+    module = sys.modules["sparseprune.pruning.prune"]
+    asked, original = [], module.prune
+    monkeypatch.setattr(
+        module,
+        "prune",
+        lambda *args, **kwargs: asked.append((args[1:4], kwargs)) or original(*args, **kwargs),
+    )
+    arguments = ("prune", folders / "dense", tmp_path / "out", "--pattern", "unstructured", "--sparsity", 0.5)
+    run(*arguments, "--policy", "always")
+    assert asked.pop()[1].keys() == {"seed", "progress", "include", "exclude", "lm_head"}
+    text = ("--calibration", folders / "text.txt", "--samples", 4, "--length", 32, "--policy", "always")
+    run(
+        *arguments, *text, "--method", "wanda+swaps", "--allocation", "search", "--minutes", 0.01, "--max-bytes", 10**6,
+        "--scope", "layer", "--sequential", "--seed", 3,
+    )  # fmt: skip
+    (_, method, _), kwargs = asked.pop()
+    assert method == "wanda+swaps"
+    assert kwargs["allocation"] == Search(bytes=10**6, batch=1)
+    assert (kwargs["minutes"], kwargs["scope"], kwargs["sequential"], kwargs["seed"]) == (
+        0.01,
+        "layer",
+        True,
+        3,
+    )
+    run(*arguments, "--allocation", "*.q_proj=dense", "--allocation", "*.mlp.*=0.25", "--policy", "always")
+    assert asked.pop()[1]["allocation"] == {"*.q_proj": "dense", "*.mlp.*": 0.25}
+    run(*arguments, *text, "--method", "admm", "--no-sequential")
+    assert asked.pop()[1]["sequential"] is False
+    run(*arguments, *text, "--method", "wanda", "--reconstruct", "--minutes", 0.05)
+    assert asked.pop()[1]["reconstruction"] is True
+
+
+def test_prune_by_mapping(folders, tmp_path):
+    result = run_json(
+        "prune", folders / "dense", tmp_path / "out", "--allocation", "*.q_proj=dense", "--allocation", "*.mlp.*=4:8",
+        "--policy", "always",
+    )  # fmt: skip
+    zeros = {layer["name"].split(".")[-1]: layer["sparsity_after"] for layer in result["pruned"]["layers"]}
+    assert (zeros["q_proj"], zeros["v_proj"], zeros["up_proj"]) == (0, 0.5, 0.5)
+    formats = {layer["name"].split(".")[-1]: layer["format"] for layer in result["converted"]["layers"]}
+    assert (formats["q_proj"], formats["v_proj"], formats["up_proj"]) == (None, "2:4", "4:8")
 
 
 def test_prune_prints_what_it_did(folders, tmp_path):
@@ -207,6 +256,19 @@ def bad(folders, tmp_path):
         (("prune", dense, tmp_path / "out", "--pattern", "5:4"), "pattern: "),
         (("prune", dense, tmp_path / "out", "--pattern", "unstructured"), "sparsity: "),
         (("prune", dense, tmp_path / "out", "--method", "wanda"), "calibration: method wanda needs some"),
+        (("prune", tmp_path / "nowhere", tmp_path / "out", "--method", "best"), "method: must be one of"),
+        (
+            ("prune", dense, tmp_path / "out", "--allocation", "owl"),
+            "allocation: pattern 2:4 removes the same",
+        ),
+        (
+            ("prune", dense, tmp_path / "out", "--allocation", "owl", "--max-ms", 1),
+            "--max-bytes, --max-ms: must come",
+        ),
+        (
+            ("prune", dense, tmp_path / "out", "--allocation", "a", "--allocation", "b=1"),
+            "--allocation: must be one name",
+        ),
         (("prune", dense, tmp_path / "out", "--format", "coo"), "format: must be"),
         (("prune", dense, dense), "OUT: .* holds a model that is not of sparseprune; name another"),
         (("prune", dense, text), "OUT: must be a folder, got the file"),

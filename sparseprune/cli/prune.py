@@ -16,17 +16,57 @@ __all__ = ["prune"]
 def prune(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.")],
-    pattern: Annotated[str, typer.Option(help='"2:4", "4:8", any "N:M", or "unstructured".')] = "2:4",
+    pattern: Annotated[
+        str, typer.Option(help='"2:4", any "N:M", blocks such as "16x1", or "unstructured".')
+    ] = "2:4",
     method: Annotated[
-        str, typer.Option(help='How weights are chosen: "magnitude", "wanda", "wanda+swaps", ...')
+        str,
+        typer.Option(
+            help='"magnitude", "wanda", "ria", "sparsegpt", "admm", ..., with "+swaps" or "+least-squares" behind it or '
+            'not; "auto": the best recipe for the time. All but magnitude and random need --calibration.'
+        ),
     ] = "magnitude",
     sparsity: Annotated[
-        float | None, typer.Option(help="Fraction of the weights to remove, for unstructured.")
+        float | None, typer.Option(help="Fraction of the weights to remove; N:M implies it.")
+    ] = None,
+    allocation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='How much each layer loses: "uniform", "global", "std", "owl", "sensitivity" or "search"; or LAYERS=VALUE, '
+            'a shell pattern and a sparsity or pattern, such as "*.down_proj=0.4" or "*.q_proj=dense" (repeatable).'
+        ),
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="With --allocation search: bytes of the packed layers together.")
+    ] = None,
+    max_ms: Annotated[
+        float | None,
+        typer.Option(
+            help="With --allocation search: milliseconds of all layers at the first --batch, measured here."
+        ),
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(help='What unstructured ranks together: "row" or "layer" [default: the method\'s].'),
+    ] = None,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            help="Take a block's inputs from the blocks pruned before it [default: if the method changes weights]."
+        ),
+    ] = None,
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct", help="Train each block towards the dense one's outputs.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="How long the pruning may take, where it can do with less.")
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on, UTF-8.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
     length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of all that is drawn: calibration windows, a search's steps.")
+    ] = 0,
     format: Annotated[str, typer.Option(help='"auto", "2:4" (any "N:M"), "bitmap" or "csr".')] = "auto",
     policy: Annotated[
         Policy,
@@ -44,7 +84,15 @@ def prune(
     from sparseprune.convert import sparsify
     from sparseprune.pruning.prune import prune as prune_model
 
+    _check(pattern, method, sparsity)
     files.check_out(model, out)
+    asked: dict[str, Any] = {
+        "allocation": _allocation(allocation, max_bytes, max_ms, batch[0]),
+        "scope": scope,
+        "sequential": sequential,
+        "reconstruction": reconstruct or None,
+        "minutes": minutes,
+    }
     loaded, tokenizer = files.load_dense(model, dtype)
     data = None
     if calibration is not None:
@@ -52,10 +100,47 @@ def prune(
 
         data = windows(files.read_text("--calibration", calibration), tokenizer, length, samples, seed)
     layers: dict[str, Any] = {"include": include or None, "exclude": exclude or None, "lm_head": lm_head}
-    pruned = prune_model(loaded, pattern, method, sparsity, data, progress=True, **layers)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    pruned = prune_model(loaded, pattern, method, sparsity, data, seed=seed, progress=True, **layers, **asked)
     converted = sparsify(loaded, format, policy.value, batch, progress=True, **layers)
     with console.bar("saving") as update:
         save(loaded, out, tokenizer, progress=update)
     result = {"pruned": pruned.to_dict(), "converted": converted.to_dict(), "saved": str(out)}
     footer = "\n".join(pruned.table().footer)
     console.out(result, lambda: f"{converted}\npruned by {pruned.method}: {footer}\nsaved in {out}", as_json)
+
+
+def _check(pattern: str, method: str, sparsity: float | None) -> None:
+    """What can be wrong before a model is loaded."""
+    from sparseprune.pruning.methods import find_method
+    from sparseprune.pruning.patterns import Pattern
+
+    Pattern.parse(pattern).resolve_sparsity(sparsity)
+    if method != "auto":
+        find_method(method)
+
+
+def _allocation(
+    given: list[str] | None, max_bytes: int | None, max_ms: float | None, batch: int
+) -> Any | None:
+    """A name, a `Search` with a budget, or a mapping from LAYERS=VALUE entries."""
+    if max_bytes is not None or max_ms is not None:
+        if given != ["search"]:
+            raise ValueError("--max-bytes, --max-ms: must come with --allocation search")
+        from sparseprune.pruning.allocation import Search
+
+        return Search(bytes=max_bytes, seconds=None if max_ms is None else max_ms / 1000, batch=batch)
+    if not given:
+        return None
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    mapping: dict[str, float | str] = {}
+    for entry in given:
+        layers, equals, value = entry.partition("=")
+        if not equals:
+            raise ValueError(f"--allocation: must be one name, or LAYERS=VALUE entries only, got {entry!r}")
+        try:
+            mapping[layers] = float(value)
+        except ValueError:
+            mapping[layers] = value
+    return mapping
