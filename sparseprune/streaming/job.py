@@ -73,6 +73,7 @@ class Job:
         self.resumed_at: int | None = None
         self.activations = 0
         self._room = 0
+        self._stores: list[Activations] = []
         self._main = distributed.rank() == 0
 
     @property
@@ -145,6 +146,11 @@ class Job:
             with contextlib.suppress(OSError):  # the user's folder may hold other files
                 self.spill.rmdir()
 
+    def close(self) -> None:
+        """Closes the files that an error left open; they stay on the disk."""
+        for store in self._stores:
+            store.close()
+
     def rows(self) -> tuple[LayerPruned, ...]:
         """What happened to each layer, also in the runs before a kill."""
         return tuple(
@@ -156,7 +162,7 @@ class Job:
         name, block = self.blocks[index]
         layers = [layer for layer in self.layers if layer.name.startswith(f"{name}.")]
         last = index + 1 == len(self.blocks)
-        following = None if walk is None or last else Activations(self._path(index + 1), self._room)
+        following = None if walk is None or last else self._store(index + 1)
         with self.streamed.loaded(name), torch.no_grad():
             for layer in layers:
                 if not layer.weight.isfinite().all():
@@ -173,8 +179,9 @@ class Job:
             statistics.clear()
             if self._main:
                 shard, infos, formats = write_block(
-                    self.out, (index, self.shards), self.streamed, name, layers, self.form, self._header()
-                )
+                    self.out, (index, self.shards), self.streamed, name, layers, self.target.pattern, self.form,
+                    self._header(),
+                )  # fmt: skip
                 self._add(shard, infos)
                 for form in formats:
                     self.state.formats[form] = self.state.formats.get(form, 0) + 1
@@ -208,7 +215,7 @@ class Job:
         assert self.data is not None
         model, resumed = self.streamed.model, block > 0
         first, _ = self.blocks[0]
-        hidden = Activations(self._path(0), self._room) if not resumed else None
+        hidden = self._store(0) if not resumed else None
         keys = self._entrance()
         with ExitStack() as stack:
             stack.enter_context(self.streamed.loaded(first))
@@ -225,7 +232,7 @@ class Job:
                 self.progress,
             )
         if hidden is None:
-            hidden = Activations.open(self._path(block), self._room)
+            hidden = self._store(block, resumed)
             if len(hidden) != len(walk.masks):
                 raise ValueError(
                     f"{hidden.path}: must hold {len(walk.masks)} hidden states, got {len(hidden)}; delete {self.out}"
@@ -321,8 +328,12 @@ class Job:
         if self._main:
             self.state.write(self.out)
 
-    def _path(self, block: int) -> Path:
-        return self.spill / f"hidden-{block:05}.{distributed.rank()}"
+    def _store(self, block: int, resumed: bool = False) -> Activations:
+        """The hidden states before `block`, to be written or found again."""
+        path = self.spill / f"hidden-{block:05}.{distributed.rank()}"
+        store = (Activations.open if resumed else Activations)(path, self._room)
+        self._stores.append(store)
+        return store
 
 
 def _passes(

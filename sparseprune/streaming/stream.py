@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def prune_folder(
         out: made if missing; one shard for each block, one for the rest, an index, config.json and the tokenizer.
         pattern, method, sparsity, calibration, include, exclude, scope, sequential: as for `sparseprune.prune`. Only
             layers in blocks are pruned. Windows longer than the model's positions are cut, and the report says so.
-        format: of the sparse layers: "auto" takes N:M where the weights have it, else bitmap, or CSR below 6 % of
-            weights kept. Nothing is measured, unlike in `sparsify`.
+        format: of the sparse layers: "auto" takes N:M for its pattern, else bitmap, or CSR below 6 % of weights kept,
+            and leaves a layer dense where none is smaller. Nothing is measured, unlike in `sparsify`.
         dtype: of the weights; None keeps what the folder states.
         tokenizer: whose files to save along.
         memory: bytes that the process may take; by default three quarters of what is available now.
@@ -100,9 +101,10 @@ def prune_folder(
             method.changes_weights if sequential is None else sequential,
             form, out, Path(spill) if spill is not None else out / SPILL_FOLDER, progress,
         )  # fmt: skip
-        job.check({"include": include, "exclude": exclude}, memory)
-        job.run(begin)
-        job.finish(tokenizer)
+        with closing(job):
+            job.check({"include": include, "exclude": exclude}, memory)
+            job.run(begin)
+            job.finish(tokenizer)
     pruned = PruneReport(
         job.rows(), method.name, str(pattern), target.sparsity,
         "group" if pattern.structured else target.scope,

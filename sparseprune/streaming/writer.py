@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sparseprune._safetensors import TensorInfo, TensorSource, write
 from sparseprune._shards import INDEX_FILE, shard_name
-from sparseprune.benchmark import candidate_formats
-from sparseprune.formats import SPEC_FIELDS, Format, SparseWeight
+from sparseprune.formats import DTYPES, SPEC_FIELDS, Format, SparseWeight
 from sparseprune.models import LinearLayer
+from sparseprune.pruning.patterns import Pattern
 from sparseprune.streaming.source import StreamedModel
 from sparseprune.streaming.state import flush_folder, replace_file
 
@@ -24,20 +24,25 @@ __all__ = ["choose_format", "write_block", "write_index", "write_rest"]
 
 # bits a weight on the disk: 1 of mask and `density` values in either; packed, CSR is the smaller one below this
 _CSR_DENSITY = 0.06
+_MAX_M = 32  # of the N:M formats
 
 
-def choose_format(weight: Tensor, form: Format | None) -> Format | None:
-    """The format for `weight` [out, in], None if it stays dense. Nothing is measured: by pattern and density.
+def choose_format(weight: Tensor, pattern: Pattern, form: Format | None) -> Format | None:
+    """The format for `weight` [out, in], pruned to `pattern`; None if it stays dense. Nothing is measured.
 
-    `form`: only this one, where it fits.
+    `form`: only this one, where it fits; by default N:M for its pattern, else bitmap or CSR by the density, or dense
+    where neither would be smaller.
     """
-    formats = candidate_formats(weight, form)
-    if isinstance(formats, str):
+    if weight.dtype not in DTYPES:
         return None
-    if len(formats) == 1:
-        return formats[0]
-    density = int(weight.count_nonzero()) / weight.numel()
-    return Format("csr") if density < _CSR_DENSITY else Format("bitmap")
+    if form is not None:
+        return form if form.misfit(weight) is None else None
+    if pattern.structured and pattern.m <= _MAX_M:
+        return Format("nm", pattern.n, pattern.m)
+    density = int(weight.count_nonzero()) / max(1, weight.numel())
+    if 1 - density <= 1 / (8 * weight.dtype.itemsize):  # the mask's bit a weight is more than the zeros save
+        return None
+    return Format("csr" if density < _CSR_DENSITY else "bitmap")
 
 
 def write_block(
@@ -46,10 +51,11 @@ def write_block(
     streamed: StreamedModel,
     name: str,
     layers: Sequence[LinearLayer],
+    pattern: Pattern,
     form: Format | None,
     header: dict[str, str],
 ) -> tuple[str, list[TensorInfo], list[str]]:
-    """Writes the block `name`, which is in memory, as shard (number, of so many); `layers` are its pruned ones.
+    """Writes the block `name`, which is in memory, as shard (number, of so many); `layers` are its ones pruned to `pattern`.
 
     Memory: the canonical form of one layer at a time.
 
@@ -61,7 +67,7 @@ def write_block(
     sources, formats = [], []
     for key in streamed.names(name):
         layer = pruned.get(key)
-        chosen = None if layer is None else choose_format(layer.weight, form)
+        chosen = None if layer is None else choose_format(layer.weight, pattern, form)
         if layer is not None:
             formats.append("dense" if chosen is None else str(chosen))
         if layer is None or chosen is None:
