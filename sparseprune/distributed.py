@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 if TYPE_CHECKING:
     from sparseprune.calibration import Statistic
     from sparseprune.models import LinearLayer
 
-__all__ = ["all_reduce", "barrier", "broadcast", "rank", "share", "world_size"]
+__all__ = ["add_gradients", "all_reduce", "barrier", "broadcast", "rank", "share", "total", "world_size"]
 
 T = TypeVar("T")
 
@@ -97,6 +97,25 @@ def broadcast(tensor: Tensor, source: int) -> None:
     """Everyone's `tensor` becomes that of process `source`; nothing to do for one process."""
     if world_size() > 1:
         dist.broadcast(tensor, source)
+
+
+def total(value: float) -> float:
+    """The sum of everyone's `value`."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return float(tensor)
+
+
+def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Everyone's gradients become their sum; a missing one counts as zeros."""
+    if world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
 
 
 def barrier() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import nn
 
 from sparseprune.blockwise import Walk, WalkError, capture
 from sparseprune.calibration import Batch, CalibrationData, Gram, collect
+from sparseprune.gradients import WeightGradients, collect_gradients
 from sparseprune.models import LinearLayer, find_blocks, find_linears
 from sparseprune.pruning.allocation import Allocation, AllocationContext, allocation_name, resolve_allocation
+from sparseprune.pruning.auto import choose, fast_dtype
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.methods import find_method
 from sparseprune.pruning.patterns import Pattern, Scope, check_scope
@@ -50,8 +52,8 @@ def prune(
 
     Args:
         pattern: "2:4", "4:8", any "N:M", "unstructured", or blocks "RxC" such as "16x1".
-        method: a name of `sparseprune.pruning.METHODS`, with "+swaps" or "+least-squares" behind it if you like, or a
-            `Method` of your own.
+        method: a name of `sparseprune.pruning.METHODS`, with "+swaps" or "+least-squares" behind it if you like, a
+            `Method` of your own, or "auto" for the best recipe in `minutes` (see `sparseprune.pruning.auto`).
         sparsity: fraction of weights to remove, in [0, 1); implied by N:M, needed otherwise.
         calibration: what the method runs the model on (`sparseprune.calibration.windows`, or any batches); needed by
             all methods but those that look at weights only.
@@ -62,8 +64,10 @@ def prune(
         sequential: take each block's inputs from the blocks pruned before it, rather than from the dense model. By
             default where the method gives the remaining weights new values, and the model is a chain of blocks.
         reconstruction: train each block towards the dense one's outputs before the next is pruned; True for the
-            defaults of `Reconstruction`. Implies `sequential`.
-        minutes: how long a search may take, for an allocation that searches.
+            defaults of `Reconstruction`. Implies `sequential`. A float32 model's blocks then run in bfloat16
+            (autocast) where that is several times as fast; the report says so.
+        minutes: how long it may take: reconstruction makes as many of its epochs as fit, an allocation that searches
+            stops in time.
         seed: of whatever is drawn at random.
         progress: show bars on stderr.
 
@@ -75,10 +79,17 @@ def prune(
     """
     begin = time.perf_counter()
     pattern = Pattern.parse(pattern)
-    method = find_method(method)
     sparsity = pattern.resolve_sparsity(sparsity)
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes: must be positive, got {minutes}")
+    options = Reconstruction(seed=seed) if reconstruction is True else reconstruction or None
+    notes = []
+    if method == "auto":
+        recipe = choose(bool(find_blocks(model)), minutes)
+        method, options = recipe.method, options or recipe.reconstruction
+        notes.append(recipe.reason)
+    method = find_method(method)
     ranked = resolve_scope(pattern, method, scope)
-    options = Reconstruction() if reconstruction is True else reconstruction or None
     if sequential is False and options is not None:
         raise ValueError(
             "sequential: reconstruction trains each block on the pruned ones before it, got False; leave it out"
@@ -95,11 +106,14 @@ def prune(
             model, layers, method, pattern, sparsity, ranked, data, minutes, seed, progress
         )
         targets = resolve_allocation(allocation, context)
-        job = _Job(model, layers, method, targets, data, progress)
+        job = _Job(model, layers, method, targets, data, progress, notes=notes)
         walk_sequentially = (
             method.changes_weights or options is not None if sequential is None else sequential
         )
-        job.run(BlockRun(walk_sequentially, options), required=bool(sequential) or options is not None)
+        seconds = None if minutes is None else 60 * minutes - (time.perf_counter() - begin)
+        job.run(
+            BlockRun(walk_sequentially, options, seconds), required=bool(sequential) or options is not None
+        )
     warned = [str(it.message) for it in caught if issubclass(it.category, RuntimeWarning)]
     return PruneReport(
         tuple(job.rows[layer.name] for layer in layers),
@@ -213,6 +227,13 @@ class _Job:
             self._by_masks({})
             return
         self.inputs = "sequential" if options.sequential else "dense"
+        if statistic is not None and issubclass(statistic, WeightGradients):
+            # a block has no loss of its own: one pass of the dense model, before anything changes
+            options = replace(options, statistics=self._collect(self.layers))
+            if options.reconstruction is None:
+                self.inputs = "dense"
+                self._by_masks(options.statistics or {})
+                return
         score_only = not self.method.changes_weights and not options.sequential
         if score_only and statistic is not None and not issubclass(statistic, Gram):
             self._by_masks(self._collect(self.layers))
@@ -230,6 +251,12 @@ class _Job:
             with Rewriter() as rewriter:
                 self._each(self.layers, self._collect(self.layers), rewriter)
             return
+        if options.reconstruction is not None:
+            walk.autocast = fast_dtype(self.model)
+            if walk.autocast is not None:
+                self.notes.append(
+                    "blocks ran in bfloat16 (autocast) while they were calibrated and reconstructed"
+                )
         self._by_blocks(blocks, walk, options)
 
     def _by_masks(self, statistics: Mapping[str, Any]) -> None:
@@ -271,6 +298,11 @@ class _Job:
             self.rows[layer.name] = row
 
     def _collect(self, layers: Sequence[LinearLayer]) -> Mapping[str, Any]:
-        if self.method.statistic is None or self.data is None:
+        statistic = self.method.statistic
+        if statistic is None or self.data is None:
             return {}
-        return collect(self.model, layers, self.data, self.method.statistic, self.progress)
+        if issubclass(statistic, WeightGradients):
+            return collect_gradients(
+                self.model, layers, self.data, statistic, self.progress, self.method.loss
+            )
+        return collect(self.model, layers, self.data, statistic, self.progress)

@@ -1,21 +1,26 @@
 """Block-wise reconstruction: a pruned block learns to give what the dense model's block gives.
 
-The weights that are left (and the block's norms and biases) minimize ||Y - Y'||^2 by Adam: Y the dense block's outputs
-on the dense model's inputs, Y' the pruned block's on inputs from the pruned blocks before it, so that each block also
-undoes what the earlier ones lost. As in BRECQ (Li et al. 2021) and EBFT (Guo et al. 2024); no labels, and one block of
-gradients in memory.
+The weights that are left (and the block's norms and biases) minimize the mean over tokens of ||y - y'||^2 / ||y||^2 by
+Adam: y the dense block's output on the dense model's inputs, y' the pruned block's on inputs from the pruned blocks
+before it, so that each block also undoes what the earlier ones lost. As in BRECQ (Li et al. 2021) and EBFT (Guo et al.
+2024); no labels, and one block of gradients in memory. Two things are ours, and measured: each token counts relative
+to its own size, as the next block's norm will read it (a few tokens with massive activations outweigh all others
+otherwise), and the learning rate is relative to the size of the weights, so that one value serves any model.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparseprune import distributed
 from sparseprune.blockwise import Walk, run_block
 from sparseprune.pruning.report import BlockReconstructed
 from sparseprune.pruning.rewrite import Rewriter
@@ -29,13 +34,14 @@ class Reconstruction:
 
     Attributes:
         epochs: passes over the calibration batches.
-        learning_rate: Adam's at its peak; it rises over the first tenth and falls to zero by a cosine.
+        learning_rate: Adam's at its peak, as a fraction of the root mean square of each parameter's weights; it rises
+            over the first tenth of the steps and falls to zero by a cosine.
         batch: calibration batches a step.
         seed: of their order.
     """
 
     epochs: int = 6
-    learning_rate: float = 3e-4
+    learning_rate: float = 0.03
     batch: int = 2
     seed: int = 0
 
@@ -56,46 +62,64 @@ def reconstruct(
     targets: Sequence[Tensor],
     options: Reconstruction,
     rewriter: Rewriter,
+    seconds: float | None = None,
 ) -> BlockReconstructed:
     """Trains block `index` of the walk on its hidden states towards `targets`, one [batch, tokens, features] a batch.
 
     Args:
         masks: parameter -> bool of its shape, False where it stays zero.
+        seconds: make fewer epochs than `options` says if they would not fit, by the time of the first pass.
 
     The block's parameters that are floating point are trained, in float32; passes run in the walk's precision. If the
-    outcome is no better than the beginning, the beginning is kept.
+    outcome is no better than the beginning, the beginning is kept. Where `torch.distributed` runs several processes,
+    each holds its share of the batches, and gradients are added up.
     """
     trained = [it for it in block.parameters() if it.is_floating_point()]
     for parameter in trained:
         rewriter.remember(parameter)
-    pairs = list(zip(targets, walk.hidden, walk.masks, strict=True))
-    scale = sum(float(_squares(target, hidden, mask)) for target, hidden, mask in pairs) or 1.0
+    pairs = zip(targets, walk.masks, strict=True)
+    weights = [_token_weights(target, mask) for target, mask in pairs]
+    tokens = distributed.total(sum(int(it.count_nonzero()) for it in weights)) or 1
+    precision = walk
+    if walk.autocast is None and trained[0].dtype in (torch.float16, torch.bfloat16):
+        # float32 weights meet hidden states, masks and positions of the model's own dtype
+        precision = replace(walk, autocast=trained[0].dtype)
 
     def loss(batch: int) -> Tensor:
-        with walk.precision():
+        with precision.precision():
             output = run_block(block, walk.hidden[batch], walk.calls[index][batch])
-        return _squares(output, targets[batch], walk.masks[batch]) / scale
+        squares = (output.float() - targets[batch].float()).square().sum(dim=-1)
+        return (squares * weights[batch]).sum() / tokens
 
     def total() -> float:
         with torch.no_grad():
-            return float(sum(loss(batch) for batch in range(len(targets))))
+            return distributed.total(float(sum(loss(batch) for batch in range(len(targets)))))
 
     start = [it.detach().clone() for it in trained]
+    begin = time.perf_counter()
     before = total()
+    epochs = options.epochs
+    if seconds is not None:
+        # an epoch takes about 3.5 such passes; the loss and the hidden states afterwards another two
+        took = distributed.total(time.perf_counter() - begin) / distributed.world_size()
+        epochs = min(epochs, int((seconds / max(took, 1e-6) - 3) / 3.5))
+        if epochs < 1:
+            return BlockReconstructed(name, before, before, 0)
     with _training(trained), torch.enable_grad():
-        _train(trained, masks, loss, len(targets), options, index)
+        _train(trained, masks, loss, len(targets), replace(options, epochs=epochs), index)
     after = total()
     if not after < before:  # NaN too
         for parameter, value in zip(trained, start, strict=True):
             parameter.data = value
         after = before
-    return BlockReconstructed(name, before, after)
+    return BlockReconstructed(name, before, after, epochs)
 
 
-def _squares(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum of squared differences, without padded tokens."""
-    squares = (output.float() - target.float()).square()
-    return squares.sum() if mask is None else (squares.sum(dim=-1) * mask.to(squares.device)).sum()
+def _token_weights(target: Tensor, mask: Tensor | None) -> Tensor:
+    """1 / ||y||^2 [batch, tokens] of the targets [batch, tokens, features]; 0 for a padded token or one of zeros."""
+    energy = target.float().square().sum(dim=-1)
+    weights = torch.where(energy > 0, 1 / energy, 0)
+    return weights if mask is None else weights * mask.to(weights.device)
 
 
 @contextmanager
@@ -123,19 +147,38 @@ def _train(
     options: Reconstruction,
     index: int,
 ) -> None:
-    optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.Adam(_groups(parameters), betas=(0.9, 0.95), fused=True)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(options.seed + index)
-    steps = options.epochs * math.ceil(batches / options.batch)
+    processes = distributed.world_size()
+    most = math.ceil(distributed.total(batches) / processes)  # a process may have one batch less than others
+    steps = options.epochs * math.ceil(most / options.batch)
     step = 0
     for _ in range(options.epochs):
-        for chosen in torch.randperm(batches, generator=generator).split(options.batch):
-            for batch in chosen.tolist():  # one at a time: batches may differ in length
+        order = torch.randperm(batches, generator=generator)
+        for first in range(0, most, options.batch):
+            for batch in order[first : first + options.batch].tolist():  # one by one: lengths may differ
                 loss(batch).backward()
+            distributed.add_gradients(parameters)
             for parameter, mask in masks.items():
                 if parameter.grad is not None:
                     parameter.grad.mul_(mask)  # Adam never moves what never had a gradient
             rise, fall = (step + 1) / (0.1 * steps), 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.param_groups[0]["lr"] = options.learning_rate * min(1.0, rise) * fall
+            for group, size in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = options.learning_rate * size * min(1.0, rise) * fall
             optimizer.step()
             optimizer.zero_grad()
             step += 1
+
+
+def _groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """A group a parameter, its "lr" the root mean square of what is not zero in it; of the matrices, if all is."""
+    sizes = [_rms(parameter) for parameter in parameters]
+    matrices = [size for size, it in zip(sizes, parameters, strict=True) if it.ndim > 1 and size > 0]
+    usual = sum(matrices) / len(matrices) if matrices else 1.0
+    return [{"params": [it], "lr": size or usual} for it, size in zip(parameters, sizes, strict=True)]
+
+
+def _rms(parameter: nn.Parameter) -> float:
+    kept = max(int(parameter.count_nonzero()), 1)
+    return float(parameter.detach().square().sum() / kept) ** 0.5

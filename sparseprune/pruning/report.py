@@ -10,6 +10,9 @@ from sparseprune.report import Column, Table
 __all__ = ["BlockReconstructed", "LayerPruned", "PruneReport"]
 
 
+_INPUTS = {"dense": "dense model", "sequential": "blocks pruned before"}
+
+
 @dataclass(frozen=True)
 class LayerPruned:
     """What happened to one layer.
@@ -42,13 +45,14 @@ class LayerPruned:
 
 @dataclass(frozen=True)
 class BlockReconstructed:
-    """How far a block's output is from the dense model's, ||Y - Y'||^2 / ||Y - X||^2: a share of what the dense block
-    adds to its input X. Before its reconstruction and after it, both on the calibration inputs.
+    """How far a block's outputs y' are from the dense model's y: the mean over tokens of ||y - y'||^2 / ||y||^2, before
+    the block's reconstruction and after it (`epochs` passes), both on the calibration inputs.
     """
 
     name: str
     before: float
     after: float
+    epochs: int
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,18 @@ class PruneReport:
         return self.zeros / max(self.weights, 1)
 
     def table(self) -> Table:
-        columns = ("layer", "shape", Column("zeros before", ".1%"), Column("zeros after", ".1%"))
-        rows = [(it.name, it.shape, it.sparsity_before, it.sparsity_after) for it in self.layers]
+        columns: tuple[str | Column, ...] = (
+            "layer",
+            "shape",
+            Column("zeros before", ".1%"),
+            Column("zeros after", ".1%"),
+        )
+        rows: list[tuple[object, ...]] = [
+            (it.name, it.shape, it.sparsity_before, it.sparsity_after) for it in self.layers
+        ]
+        if any(it.error is not None for it in self.layers):
+            columns = (*columns, Column("output error", ".1%"))
+            rows = [(*row, it.error) for row, it in zip(rows, self.layers, strict=True)]
         title = f"Pruned by {self.method}, {self.pattern}"
         if self.scope in ("row", "layer"):
             title += f" {self.sparsity:.1%}, ranked per {self.scope}"
@@ -101,8 +115,19 @@ class PruneReport:
             f"total: {len(self.layers)} layers, {self.weights:,} weights, {self.zeros:,} zeros "
             f"({self.sparsity_after:.1%}); the model has {self.model_parameters:,} parameters"
         ]
+        if self.allocation != "uniform":
+            footer.append(f"allocation: {self.allocation}")
         if self.calibration is not None:
-            footer.append(f"calibration: {self.calibration}")
+            inputs = "" if self.inputs is None else f", inputs of the {_INPUTS[self.inputs]}"
+            footer.append(f"calibration: {self.calibration}{inputs}")
+        if self.blocks:
+            before, after = self.blocks[-1].before, self.blocks[-1].after
+            footer.append(
+                f"reconstruction: {len(self.blocks)} blocks; the last one's output is {after:.2%} of its energy away "
+                f"from the dense model's, {before:.2%} before its own"
+            )
+        footer.extend(self.notes)
+        footer.append(f"took {self.seconds:.1f} s")
         return Table(title, columns, rows, footer)
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,8 +141,17 @@ class PruneReport:
             for layer in self.layers
         ]
         totals = {"weights": self.weights, "zeros": self.zeros, "sparsity_after": self.sparsity_after}
-        fields = ("method", "pattern", "sparsity", "scope", "calibration", "model_parameters")
-        return {**{name: getattr(self, name) for name in fields}, **totals, "layers": layers}
+        fields = (
+            "method", "pattern", "sparsity", "scope", "calibration", "model_parameters", "inputs", "allocation",
+            "notes", "seconds",
+        )  # fmt: skip
+        blocks = [asdict(block) for block in self.blocks]
+        return {
+            **{name: getattr(self, name) for name in fields},
+            **totals,
+            "blocks": blocks,
+            "layers": layers,
+        }
 
     def __str__(self) -> str:
         return self.table().render()

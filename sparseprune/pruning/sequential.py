@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,14 @@ class BlockRun:
     Attributes:
         sequential: statistics on the outputs of the pruned blocks before, rather than the dense ones.
         reconstruction: how each block is trained towards the dense one's outputs; None: not at all.
+        statistics: of every layer, where they were taken before; None: taken in each block.
+        seconds: for the whole walk; reconstruction makes as many of its epochs as fit.
     """
 
     sequential: bool = True
     reconstruction: Reconstruction | None = None
+    statistics: Mapping[str, Any] | None = None
+    seconds: float | None = None
 
 
 def prune_blocks(
@@ -57,8 +62,11 @@ def prune_blocks(
     reconstructed: list[BlockReconstructed] = []
     # the dense model's hidden states, beside those that the pruned blocks give
     dense = list(walk.hidden) if run.reconstruction is not None else None
+    end = None if run.seconds is None else time.perf_counter() + run.seconds
     for index, (name, block) in enumerate(track(blocks, f"pruning ({method.name})", enabled=progress)):
         inside = [layer for layer in layers if layer.name.startswith(f"{name}.")]
+        begin = time.perf_counter()
+        share = None if end is None else (end - begin) / (len(blocks) - index)
         outputs = None
         if dense is not None:
             outputs = Walk(dense, walk.calls, walk.masks, walk.autocast)
@@ -66,7 +74,9 @@ def prune_blocks(
         masks: dict[nn.Parameter, Tensor] = {}
         if inside:
             statistics: dict[str, Any] = {}
-            if method.statistic is not None:
+            if run.statistics is not None:
+                statistics = dict(run.statistics)
+            elif method.statistic is not None:
                 statistics = block_statistics(block, inside, walk, index, method.statistic)
             if not run.sequential:
                 advance(block, walk, index)
@@ -78,8 +88,11 @@ def prune_blocks(
                 masks[layer.module.weight] = mask.t() if is_conv1d(layer.module) else mask  # type: ignore[index]
             statistics.clear()
             if run.reconstruction is not None and outputs is not None:
+                left = None if share is None else begin + share - time.perf_counter()
                 reconstructed.append(
-                    reconstruct(name, block, index, masks, walk, outputs.hidden, run.reconstruction, rewriter)
+                    reconstruct(
+                        name, block, index, masks, walk, outputs.hidden, run.reconstruction, rewriter, left
+                    )
                 )
         if run.sequential or not inside:
             advance(block, walk, index)

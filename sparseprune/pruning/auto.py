@@ -1,0 +1,46 @@
+"""`method="auto"`: the recipe that kept most of the model in our measurements (docs/quality.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sparseprune._native import isa
+from sparseprune.models import device_of
+from sparseprune.pruning.reconstruction import Reconstruction
+
+__all__ = ["Recipe", "choose", "fast_dtype"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method by name, what follows it in each block, and why."""
+
+    method: str
+    reconstruction: Reconstruction | None
+    reason: str
+
+
+def choose(chain: bool, minutes: float | None) -> Recipe:
+    """The best recipe that there is time for.
+
+    ADMM finds mask and weights together and was the best solver on every pattern; training each block towards the dense
+    one's outputs then halves what is left of the damage.
+
+    Args:
+        chain: whether the model is a chain of blocks.
+        minutes: for all of it; None: the recipe as measured, whatever it takes.
+    """
+    if not chain:
+        return Recipe("admm", None, "auto: admm; the model is no chain of blocks, so none is reconstructed")
+    within = "" if minutes is None else f", as many epochs as fit in {minutes:g} minutes"
+    return Recipe("admm", Reconstruction(), f"auto: admm, then each block reconstructed{within}")
+
+
+def fast_dtype(model: nn.Module) -> torch.dtype | None:
+    """bfloat16 for a float32 model where the device multiplies it several times as fast; None: the model's own."""
+    first = next((it for it in model.parameters() if it.is_floating_point()), None)
+    fast = device_of(model).type == "cuda" or isa() in ("avx512_bf16", "amx")
+    return torch.bfloat16 if first is not None and first.dtype == torch.float32 and fast else None
