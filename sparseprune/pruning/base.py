@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.calibration import Statistic
+from sparseprune.gradients import Loss
 from sparseprune.pruning.patterns import Pattern, Scope, mask_from_scores
 
 __all__ = ["Method", "Pruned", "Target"]
@@ -50,6 +51,8 @@ class Method:
         statistic: collected over the calibration data for each layer and handed to the steps; None if the
             method looks at weights only.
         scope: what it ranks together by default under the unstructured pattern.
+        loss: what a statistic of gradients differentiates; None: what the batches imply, see
+            `sparseprune.gradients.model_loss`.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Method:
     solve: Callable[[Tensor, Any, Target], Pruned] | None = None
     refine: Callable[[Tensor, Tensor, Any, Target], Tensor] | None = None
     update: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         if (self.score is None) == (self.solve is None):

@@ -8,15 +8,20 @@ from typing import Any
 from sparseprune.calibration import Gram
 from sparseprune.pruning.admm import ADMM
 from sparseprune.pruning.base import Method
+from sparseprune.pruning.gradient import GRADIENT, TAYLOR
 from sparseprune.pruning.least_squares import least_squares_update
 from sparseprune.pruning.magnitude import MAGNITUDE
+from sparseprune.pruning.random_scores import RANDOM
+from sparseprune.pruning.ria import RIA
 from sparseprune.pruning.sparsegpt import SPARSEGPT
 from sparseprune.pruning.swaps import swap_refine
 from sparseprune.pruning.wanda import WANDA
 
 __all__ = ["METHODS", "SUFFIXES", "find_method"]
 
-METHODS: dict[str, Method] = {method.name: method for method in (MAGNITUDE, WANDA, SPARSEGPT, ADMM)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (MAGNITUDE, RANDOM, GRADIENT, TAYLOR, WANDA, RIA, SPARSEGPT, ADMM)
+}
 
 SUFFIXES: dict[str, dict[str, Any]] = {
     "swaps": {"refine": swap_refine},
@@ -45,6 +50,11 @@ def find_method(method: str | Method) -> Method:
         if suffix not in SUFFIXES or suffixes.count(suffix) > 1:
             raise ValueError(
                 f"method: what follows {base} must be among +{', +'.join(SUFFIXES)}, each once, got {method!r}"
+            )
+        if found.statistic is not None and not issubclass(Gram, found.statistic):
+            raise ValueError(
+                f"method: {base} ranks by gradients and +{suffix} needs the inputs, one pass cannot give both, got "
+                f"{method!r}; leave the suffix out, or start from wanda"
             )
         found = replace(found, statistic=Gram, **SUFFIXES[suffix])
     return replace(found, name=method) if suffixes else found

@@ -229,6 +229,10 @@ class _Job:
         self.inputs = "sequential" if options.sequential else "dense"
         if statistic is not None and issubclass(statistic, WeightGradients):
             # a block has no loss of its own: one pass of the dense model, before anything changes
+            if options.sequential and options.reconstruction is None:
+                raise ValueError(
+                    f"sequential: method {self.method.name} ranks by gradients of the dense model, got True; leave it out"
+                )
             options = replace(options, statistics=self._collect(self.layers))
             if options.reconstruction is None:
                 self.inputs = "dense"

@@ -35,8 +35,8 @@ class BlockRun:
 
     sequential: bool = True
     reconstruction: Reconstruction | None = None
-    statistics: Mapping[str, Any] | None = None
     seconds: float | None = None
+    statistics: Mapping[str, Any] | None = None
 
 
 def prune_blocks(
