@@ -65,9 +65,14 @@ def sensitivity(context: AllocationContext) -> dict[str, float]:
     data, pieces = hold_out(context.calibrated("sensitivity"), "sensitivity", TOKENS)
     levels = levels_around(context.sparsity)
     grid = [levels[0], context.sparsity, levels[-1]]
-    deadline = time.monotonic() + 60 * (context.minutes or _MINUTES)
+    deadline = time.monotonic() + 60 * min(
+        _MINUTES, math.inf if context.minutes is None else context.minutes / 2
+    )
     with Candidates(context, grid, statistics_for(context, data)) as candidates:
         curves = measure_curves(context, candidates, Judge(context.model, pieces), grid, deadline)
+    context.notes.append(
+        f"sensitivity: {curves.measured} of {len(context.layers)} layers' curves were measured"
+    )
     fine = [0.0] + [round(_FINE * step, 2) for step in range(1, int(0.96 / _FINE))]
     fine = [level for level in fine if level == 0 or levels[0] - 0.1 <= level <= levels[-1] + 0.1]
     sizes = {layer.name: layer.weight.numel() for layer in context.layers}

@@ -50,7 +50,7 @@ class Search:
     the held-out quarter. Uniform is among the trials, so nothing worse is ever given.
 
     Attributes:
-        minutes: to spend, about, if `prune` is not told any.
+        minutes: to spend, about; at most half of the minutes that `prune` is told.
         trials: to end after so many; the same seed then gives the same allocation, given time enough.
         bytes: the layers' weights may take together, packed as bitmaps (dense where a layer stays whole). The
             `sparsity` of `prune` is then no target; the search looks around it.
@@ -81,7 +81,10 @@ class Search:
 
     def __call__(self, context: AllocationContext) -> dict[str, float]:
         begin = time.monotonic()
-        budget_seconds = 60 * (context.minutes or self.minutes)
+        limit = (
+            math.inf if context.minutes is None else context.minutes / 2
+        )  # the rest is for the pruning itself
+        budget_seconds = 60 * min(self.minutes, limit)
         data, pieces = hold_out(context.calibrated("search"), "search", _TOKENS)
         levels = levels_around(context.sparsity)
         options = [0.0, *levels]
