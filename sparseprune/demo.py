@@ -27,6 +27,7 @@ from sparseprune.inspection import memory_bytes
 from sparseprune.models import demo_model_path, load_dense
 from sparseprune.nn import SparseLinear
 from sparseprune.pruning.prune import prune
+from sparseprune.pruning.report import PruneReport
 from sparseprune.report import Column, Table, human_bytes, track
 
 __all__ = ["DemoReport", "Measured", "Recipe", "demo_texts", "run"]
@@ -189,6 +190,7 @@ def run(
             pruned = prune(
                 model, recipe.pattern, recipe.method, recipe.sparsity, calibration, progress=progress
             )
+            assert isinstance(pruned, PruneReport)
             zeros[recipe.name] = pruned.sparsity_after
             say("Timing dense against sparse kernels and swapping")
             conversions.append(sparsify(model, batch=1, progress=progress))

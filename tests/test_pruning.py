@@ -525,3 +525,36 @@ class TestBlockByBlock:
         report = prune(tiny.lstm_classifier(), "2:4", "auto", calibration=CALIBRATION)
         assert (report.method, report.blocks) == ("admm", ())
         assert "no chain of blocks" in report.notes[0]
+
+
+class TestStructures:
+    @pytest.mark.parametrize(("structure", "shape"), [("neurons", (40, 32)), ("heads", (16, 32))])
+    def test_prune_cuts_them_out(self, structure, shape):
+        model = tiny.llama()
+        report = prune(model, structure, "l1", 0.25 if structure == "neurons" else 0.5)
+        layer = (
+            model.model.layers[1].mlp.gate_proj
+            if structure == "neurons"
+            else model.model.layers[1].self_attn.q_proj
+        )
+        assert layer.weight.shape == shape
+        assert report.to_dict()
+        assert model(tiny.ids()).logits.isfinite().all()
+
+    def test_magnitude_is_l1(self):
+        a, b = tiny.llama(), tiny.llama()
+        prune(a, "neurons", sparsity=0.25)
+        prune(b, "neurons", "l1", 0.25)
+        assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+
+    def test_arguments_for_single_weights(self):
+        for name, value in {
+            "scope": "row",
+            "sequential": True,
+            "reconstruction": True,
+            "lm_head": True,
+        }.items():
+            with pytest.raises(ValueError, match=f"{name}: has no meaning for pattern neurons"):
+                prune(tiny.llama(), "neurons", "l1", 0.25, **{name: value})
+        with pytest.raises(ValueError, match="method: pattern layers takes a criterion by name"):
+            prune(tiny.llama(), "layers", METHODS["wanda"], 0.5)

@@ -15,6 +15,7 @@ from sparseprune.blockwise import Walk, WalkError, capture
 from sparseprune.calibration import Batch, CalibrationData, Gram, collect
 from sparseprune.gradients import WeightGradients, collect_gradients
 from sparseprune.models import LinearLayer, find_blocks, find_linears
+from sparseprune.overlap import remember
 from sparseprune.pruning.allocation import Allocation, AllocationContext, allocation_name, resolve_allocation
 from sparseprune.pruning.auto import choose, fast_dtype
 from sparseprune.pruning.base import Method, Target
@@ -24,6 +25,7 @@ from sparseprune.pruning.reconstruction import Reconstruction
 from sparseprune.pruning.report import BlockReconstructed, LayerPruned, PruneReport
 from sparseprune.pruning.rewrite import Rewriter, apply_mask, pack_layer_mask, weight_of
 from sparseprune.pruning.sequential import BlockRun, prune_blocks, prune_layer
+from sparseprune.pruning.structured import STRUCTURES, StructuredReport, prune_structured
 from sparseprune.report import track
 
 __all__ = ["prune"]
@@ -47,11 +49,13 @@ def prune(
     minutes: float | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> PruneReport:
+) -> PruneReport | StructuredReport:
     """Prunes the model's linear layers, in place.
 
     Args:
-        pattern: "2:4", "4:8", any "N:M", "unstructured", or blocks "RxC" such as "16x1".
+        pattern: "2:4", "4:8", any "N:M", "unstructured", blocks "RxC" such as "16x1"; or "neurons", "heads" or
+            "layers", which cuts them out and leaves a smaller dense model: see `sparseprune.pruning.structured`, whose
+            criteria `method` then names ("magnitude" is their "l1").
         method: a name of `sparseprune.pruning.METHODS`, with "+swaps" or "+least-squares" behind it if you like, a
             `Method` of your own, or "auto" for the best recipe in `minutes` (see `sparseprune.pruning.auto`).
         sparsity: fraction of weights to remove, in [0, 1); implied by N:M, needed otherwise.
@@ -78,6 +82,25 @@ def prune(
             Inf in weights or activations; the message names the layer.
     """
     begin = time.perf_counter()
+    if isinstance(pattern, str) and pattern in STRUCTURES:
+        weightwise = {
+            "scope": scope is not None,
+            "allocation": allocation != "uniform",
+            "sequential": sequential is not None,
+            "reconstruction": bool(reconstruction),
+            "lm_head": lm_head,
+        }
+        unfit = next((name for name, used in weightwise.items() if used), None)
+        if unfit is not None:
+            raise ValueError(
+                f"{unfit}: has no meaning for pattern {pattern}, which removes them whole; leave it out"
+            )
+        if not isinstance(method, str):
+            raise ValueError(f"method: pattern {pattern} takes a criterion by name, got {method!r}")
+        criterion = "l1" if method == "magnitude" else method  # what magnitude is for whole structures
+        return prune_structured(
+            model, pattern, sparsity, criterion, calibration, include, exclude, progress=progress, seed=seed
+        )
     pattern = Pattern.parse(pattern)
     sparsity = pattern.resolve_sparsity(sparsity)
     if minutes is not None and not minutes > 0:
@@ -88,7 +111,7 @@ def prune(
         recipe = choose(bool(find_blocks(model)), minutes)
         method, options = recipe.method, options or recipe.reconstruction
         notes.append(recipe.reason)
-    method = find_method(method)
+    method = find_method(method, seed)
     ranked = resolve_scope(pattern, method, scope)
     if sequential is False and options is not None:
         raise ValueError(
@@ -103,7 +126,7 @@ def prune(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         context = AllocationContext(
-            model, layers, method, pattern, sparsity, ranked, data, minutes, seed, progress
+            model, layers, method, pattern, sparsity, ranked, data, minutes, seed, progress, notes=notes
         )
         targets = resolve_allocation(allocation, context)
         job = _Job(model, layers, method, targets, data, progress, notes=notes)
@@ -114,6 +137,8 @@ def prune(
         job.run(
             BlockRun(walk_sequentially, options, seconds), required=bool(sequential) or options is not None
         )
+    if data is not None:
+        remember(model, data)
     warned = [str(it.message) for it in caught if issubclass(it.category, RuntimeWarning)]
     return PruneReport(
         tuple(job.rows[layer.name] for layer in layers),
