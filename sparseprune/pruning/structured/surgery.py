@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseprune.models import is_conv1d, parent_of
+from sparseprune.pruning.zeros import Snapshot
 from sparseprune.sizes import SIZES, apply_sizes, name_sizes
 
 __all__ = [
@@ -116,24 +117,12 @@ def counts(model: nn.Module) -> tuple[int, int]:
 @contextmanager
 def undo_on_error(model: nn.Module) -> Iterator[None]:
     """An error inside leaves the model's modules, parameters, attributes and config as they were."""
-    saved = [(module, _state_of(module)) for module in model.modules()]
-    config: Any = getattr(model, "config", None)
-    saved_config = dict(vars(config)) if hasattr(config, "__dict__") else None
+    before = Snapshot(model, values=False)  # a cut makes new parameters, and writes to none
     try:
         yield
     except BaseException:
-        for module, state in saved:
-            module.__dict__.clear()
-            module.__dict__.update(state)
-        if saved_config is not None:
-            config.__dict__.clear()
-            config.__dict__.update(saved_config)
+        before.restore()
         raise
-
-
-def _state_of(module: nn.Module) -> dict[str, Any]:
-    own = ("_parameters", "_buffers", "_modules")
-    return {**vars(module), **{name: dict(vars(module)[name]) for name in own}}
 
 
 def commit(model: nn.Module, plan: Plan) -> None:

@@ -1,0 +1,93 @@
+"""What schedules share: the steps they report, checks, measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from sparseprune.report import Column, Table
+
+__all__ = [
+    "Evaluate",
+    "Recover",
+    "ScheduleReport",
+    "Step",
+    "at_least_one",
+    "check_target",
+    "measure",
+]
+
+Recover = Callable[[nn.Module], Any]
+Evaluate = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: what was pruned, and to what; losses where the schedule was given `evaluate`.
+
+    `sparsity` is the fraction of zeros after it, in what the schedule prunes. `loss_pruned` is measured before the
+    recovery, `loss` at the end.
+    """
+
+    number: int
+    pruned: str
+    sparsity: float
+    loss_pruned: float | None
+    loss: float | None
+    trials: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ScheduleReport:
+    """What a schedule did, step by step; `stopped` says why it ended."""
+
+    schedule: str
+    target: float
+    loss_before: float | None
+    steps: tuple[Step, ...]
+    stopped: str
+
+    @property
+    def sparsity(self) -> float:
+        return self.steps[-1].sparsity if self.steps else 0.0
+
+    def table(self) -> Table:
+        columns = (
+            "step",
+            "pruned",
+            Column("zeros", ".1%"),
+            Column("loss, pruned", ".4f"),
+            Column("loss, recovered", ".4f"),
+            "trials",
+            Column("seconds", ".1f"),
+        )
+        rows = [tuple(asdict(step).values()) for step in self.steps]
+        footer = [f"stopped: {self.stopped}"]
+        if self.loss_before is not None:
+            footer.append(f"loss before: {self.loss_before:.4f}")
+        return Table(f"{self.schedule} to {self.target:.1%}", columns, rows, footer)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "sparsity": self.sparsity, "steps": [asdict(step) for step in self.steps]}
+
+    def __str__(self) -> str:
+        return self.table().render()
+
+
+def check_target(target: float) -> None:
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < 1:
+        raise ValueError(f"target: must be in (0, 1), got {target!r}; pass the fraction of weights to remove")
+
+
+def at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: must be at least 1, got {value!r}")
+
+
+def measure(evaluate: Evaluate | None, model: nn.Module) -> float | None:
+    return None if evaluate is None else float(evaluate(model))
