@@ -174,7 +174,7 @@ def _check_loss(value: Any) -> None:
         )
     if not value.isfinite():
         raise ValueError(
-            f"loss: must be finite, got {float(value)}; check the batches, or load the model in float32"
+            f"loss: must be finite, got {value.item()}; check the batches, or load the model in float32"
         )
 
 

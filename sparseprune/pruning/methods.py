@@ -11,7 +11,7 @@ from sparseprune.pruning.base import Method
 from sparseprune.pruning.gradient import GRADIENT, TAYLOR
 from sparseprune.pruning.least_squares import least_squares_update
 from sparseprune.pruning.magnitude import MAGNITUDE
-from sparseprune.pruning.random_scores import RANDOM
+from sparseprune.pruning.random_scores import RANDOM, random_method
 from sparseprune.pruning.ria import RIA
 from sparseprune.pruning.sparsegpt import SPARSEGPT
 from sparseprune.pruning.swaps import swap_refine
@@ -30,9 +30,12 @@ SUFFIXES: dict[str, dict[str, Any]] = {
 """Steps that follow a method's mask, by name: "wanda+swaps+least-squares"."""
 
 
-def find_method(method: str | Method) -> Method:
+def find_method(method: str | Method, seed: int = 0) -> Method:
     """The method of that name, with the steps that its suffixes add; one given as such, registered or not,
     passes through.
+
+    Args:
+        seed: of what a method draws at random.
 
     Raises:
         ValueError: no such method or suffix, or a suffix twice.
@@ -45,7 +48,7 @@ def find_method(method: str | Method) -> Method:
             f"method: must be one of {', '.join(sorted(METHODS))}, with +{' or +'.join(SUFFIXES)} after it or "
             f"not, got {method!r}"
         )
-    found = METHODS[base]
+    found = random_method(seed) if base == "random" else METHODS[base]
     for suffix in suffixes:
         if suffix not in SUFFIXES or suffixes.count(suffix) > 1:
             raise ValueError(
