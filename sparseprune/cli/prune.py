@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sparseprune.cli import console, files
+from sparseprune.cli import stream as streaming
 from sparseprune.cli.options import Batches, DType, DTypeOption, Exclude, Include, Json, Model, Policy
 
 __all__ = ["prune"]
@@ -77,6 +78,21 @@ def prune(
     exclude: Exclude = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Prune the output head too.")] = False,
     dtype: DTypeOption = DType.auto,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read and write a Hugging Face folder block by block, never all of it; goes on where it was killed. "
+            "[default: if the weights take more than half of the memory]",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help='With --stream: what the program may take, "1.5GB"; the rest goes to the disk.'),
+    ] = None,
+    spill: Annotated[
+        Path | None, typer.Option(help="With --stream: folder for hidden states [default: in OUT].")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Prune MODEL, swap its layers for sparse ones, and write the result to the folder OUT."""
@@ -85,9 +101,19 @@ def prune(
     from sparseprune.pruning.prune import prune as prune_model
 
     _check(pattern, method, sparsity)
+    given = _allocation(allocation, max_bytes, max_ms, batch[0])
+    layers: dict[str, Any] = {"include": include or None, "exclude": exclude or None}
+    if streaming.wanted(model, stream, memory, spill):
+        streaming.prune_streamed(
+            model, out, pattern, method, None if calibration is None else (calibration, length, samples, seed),
+            dtype, memory, as_json, {"--lm-head": lm_head, "--reconstruct": reconstruct, "--minutes": minutes is not None},
+            sparsity=sparsity, allocation=given or "uniform", scope=scope, sequential=sequential, format=format,
+            spill=spill, **layers,
+        )  # fmt: skip
+        return
     files.check_out(model, out)
     asked: dict[str, Any] = {
-        "allocation": _allocation(allocation, max_bytes, max_ms, batch[0]),
+        "allocation": given,
         "scope": scope,
         "sequential": sequential,
         "reconstruction": reconstruct or None,
@@ -96,10 +122,10 @@ def prune(
     loaded, tokenizer = files.load_dense(model, dtype)
     data = None
     if calibration is not None:
-        from sparseprune.calibration import windows
+        from sparseprune.models import max_length
 
-        data = windows(files.read_text("--calibration", calibration), tokenizer, length, samples, seed)
-    layers: dict[str, Any] = {"include": include or None, "exclude": exclude or None, "lm_head": lm_head}
+        data = streaming.calibration_data(calibration, tokenizer, length, samples, seed, max_length(loaded))
+    layers["lm_head"] = lm_head
     asked = {name: value for name, value in asked.items() if value is not None}
     pruned = prune_model(loaded, pattern, method, sparsity, data, seed=seed, progress=True, **layers, **asked)
     converted = sparsify(loaded, format, policy.value, batch, progress=True, **layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,13 +54,13 @@ class _Nowhere(list[Tensor]):
 
 @dataclass
 class Job:
-    """What is to be done; see `prune_folder`. `layers` all lie in `blocks`."""
+    """What is to be done; see `prune_folder`. `layers` all lie in `blocks`; `targets`: what each is to become, by name."""
 
     streamed: StreamedModel
     blocks: Sequence[tuple[str, nn.Module]]
     layers: Sequence[LinearLayer]
     method: Method
-    target: Target
+    targets: Mapping[str, Target]
     data: CalibrationData | None
     sequential: bool
     form: Format | None
@@ -83,7 +83,7 @@ class Job:
     def check(self, selection: dict[str, Any], memory: int | None) -> None:
         """All that can be known before the long work; finds the state to go on from.
 
-        selection: which layers were asked for, for the settings that a resumed run must share.
+        selection: what was asked for, among the settings that a resumed run must share.
         """
         self._check_model()
         self.state = State.find(self.out, self._settings(selection))
@@ -179,7 +179,7 @@ class Job:
             statistics.clear()
             if self._main:
                 shard, infos, formats = write_block(
-                    self.out, (index, self.shards), self.streamed, name, layers, self.target.pattern, self.form,
+                    self.out, (index, self.shards), self.streamed, name, layers, self.targets, self.form,
                     self._header(),
                 )  # fmt: skip
                 self._add(shard, infos)
@@ -198,7 +198,9 @@ class Job:
         mine: dict[int, dict[str, Any]] = {}
         for position, layer in enumerate(layers):
             if position % size == distributed.rank():
-                row, _ = prune_layer(layer, self.method, statistics.get(layer.name), self.target, rewriter)
+                row, _ = prune_layer(
+                    layer, self.method, statistics.get(layer.name), self.targets[layer.name], rewriter
+                )
                 mine[position] = asdict(row)
         rows = [mine]
         if size > 1:
@@ -283,7 +285,7 @@ class Job:
                     f"MODEL: {alias} is tied to {first}; blocks that share weights cannot be streamed, prune it in memory"
                 )
         for layer in self.layers:
-            self.target.pattern.check_shape(layer.out_features, layer.in_features, layer.name)
+            self.targets[layer.name].pattern.check_shape(layer.out_features, layer.in_features, layer.name)
 
     def _settings(self, selection: dict[str, Any]) -> dict[str, Any]:
         from sparseprune import __version__
@@ -291,10 +293,7 @@ class Job:
         settings = {
             "model": self.streamed.source.fingerprint(),
             "dtype": str(self.streamed.model.dtype),
-            "pattern": str(self.target.pattern),
             "method": self.method.name,
-            "sparsity": self.target.sparsity,
-            "scope": self.target.scope,
             "sequential": self.sequential,
             "format": "auto" if self.form is None else str(self.form),
             "calibration": None if self.data is None else fingerprint(self.data),
@@ -311,7 +310,7 @@ class Job:
         total = self.streamed.nbytes(self.streamed.names(""))
         for layer in self.layers:
             size = layer.in_features * layer.out_features
-            saved = size * self.target.sparsity * layer.weight.dtype.itemsize - size / 8
+            saved = size * self.targets[layer.name].sparsity * layer.weight.dtype.itemsize - size / 8
             total -= int(max(0.0, saved))
         return total
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 
 from sparseprune.calibration import Batch, CalibrationData
 from sparseprune.formats import Format
+from sparseprune.gradients import WeightGradients
 from sparseprune.models import LinearLayer, find_blocks, find_linears, max_length
-from sparseprune.pruning.base import Method, Target
+from sparseprune.pruning.allocation import AllocationContext, allocation_name, resolve_allocation
+from sparseprune.pruning.base import Method
 from sparseprune.pruning.methods import find_method
 from sparseprune.pruning.patterns import Pattern, Scope
 from sparseprune.pruning.prune import resolve_calibration, resolve_scope
@@ -26,6 +28,8 @@ from sparseprune.streaming.source import Source, StreamedModel
 __all__ = ["prune_folder"]
 
 SPILL_FOLDER = ".activations"
+AUTO = "admm"
+"""What `method="auto"` stands for."""
 
 
 def prune_folder(
@@ -37,6 +41,7 @@ def prune_folder(
     calibration: CalibrationData | Iterable[Batch] | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    allocation: str | Mapping[str, float | str] = "uniform",
     scope: Scope | None = None,
     sequential: bool | None = None,
     format: str | Format = "auto",
@@ -58,6 +63,9 @@ def prune_folder(
         out: made if missing; one shard for each block, one for the rest, an index, config.json and the tokenizer.
         pattern, method, sparsity, calibration, include, exclude, scope, sequential: as for `sparseprune.prune`. Only
             layers in blocks are pruned. Windows longer than the model's positions are cut, and the report says so.
+            "auto" is ADMM, without the reconstruction of blocks that it does in memory. Methods that rank by gradients
+            need the whole model.
+        allocation: "uniform", or a mapping from layer names (or shell patterns) to sparsities or patterns.
         format: of the sparse layers: "auto" takes N:M for its pattern, else bitmap, or CSR below 6 % of weights kept,
             and leaves a layer dense where none is smaller. Nothing is measured, unlike in `sparsify`.
         dtype: of the weights; None keeps what the folder states.
@@ -79,15 +87,28 @@ def prune_folder(
     folder, out = Path(folder), Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"OUT: must be a folder, got the file {out}; name another")
+    notes = []
+    if method == "auto":
+        method = AUTO
+        notes.append(f"auto: {AUTO}, the best solver; blocks are reconstructed in memory only")
     pattern, method = Pattern.parse(pattern), find_method(method)
-    target = Target(pattern, pattern.resolve_sparsity(sparsity), resolve_scope(pattern, method, scope))
+    removed = pattern.resolve_sparsity(sparsity)
+    ranked = resolve_scope(pattern, method, scope)
+    if method.statistic is not None and issubclass(method.statistic, WeightGradients):
+        raise ValueError(
+            f"method: must do without gradients to be streamed, got {method.name}, whose gradients need the whole model; "
+            "pass wanda, ria, sparsegpt or admm, or prune in memory"
+        )
+    if not (allocation == "uniform" or isinstance(allocation, Mapping)):
+        raise ValueError(
+            f'allocation: must be "uniform" or a mapping to be streamed, got {allocation!r}; others look at the whole model'
+        )
     form = None if format == "auto" else Format.parse(format)
     data = resolve_calibration(method, calibration, [])
     if method.statistic is None and sequential:
         raise ValueError(f"sequential: method {method.name} looks at weights only, got True; leave it out")
     with Source(folder) as source:
         streamed = StreamedModel(folder, source, dtype)
-        notes = []
         if data is not None:
             data, cut = clamp(data, max_length(streamed.model))
             notes += [cut] if cut is not None else []
@@ -95,21 +116,25 @@ def prune_folder(
         prefixes = tuple(f"{name}." for name, _ in blocks)
         found = find_linears(streamed.model, include, exclude)
         layers = [layer for layer in found if layer.name.startswith(prefixes)]
+        context = AllocationContext(streamed.model, layers, method, pattern, removed, ranked, data)
+        targets = resolve_allocation(allocation, context)
         notes += _left_out(found, layers, streamed.unused)
         job = Job(
-            streamed, blocks, layers, method, target, data,
+            streamed, blocks, layers, method, targets, data,
             method.changes_weights if sequential is None else sequential,
             form, out, Path(spill) if spill is not None else out / SPILL_FOLDER, progress,
         )  # fmt: skip
         with closing(job):
-            job.check({"include": include, "exclude": exclude}, memory)
+            selection = {"include": include, "exclude": exclude, "allocation": allocation}
+            job.check({"pattern": str(pattern), "sparsity": removed, "scope": ranked, **selection}, memory)
             job.run(begin)
             job.finish(tokenizer)
     pruned = PruneReport(
-        job.rows(), method.name, str(pattern), target.sparsity,
-        "group" if pattern.structured else target.scope,
+        job.rows(), method.name, str(pattern), removed,
+        "group" if pattern.structured else ranked,
         None if data is None else data.source,
         sum(parameter.numel() for parameter in streamed.model.parameters()),
+        allocation=allocation_name(allocation),
         inputs=None if data is None else ("sequential" if job.sequential else "dense"),
         notes=tuple(notes),
         seconds=job.state.seconds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sparseprune._safetensors import TensorInfo, TensorSource, write
 from sparseprune._shards import INDEX_FILE, shard_name
 from sparseprune.formats import DTYPES, SPEC_FIELDS, Format, SparseWeight
 from sparseprune.models import LinearLayer
+from sparseprune.pruning.base import Target
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.streaming.source import StreamedModel
 from sparseprune.streaming.state import flush_folder, replace_file
@@ -51,11 +52,11 @@ def write_block(
     streamed: StreamedModel,
     name: str,
     layers: Sequence[LinearLayer],
-    pattern: Pattern,
+    targets: Mapping[str, Target],
     form: Format | None,
     header: dict[str, str],
 ) -> tuple[str, list[TensorInfo], list[str]]:
-    """Writes the block `name`, which is in memory, as shard (number, of so many); `layers` are its ones pruned to `pattern`.
+    """Writes the block `name`, which is in memory, as shard (number, of so many); `layers` are its pruned ones.
 
     Memory: the canonical form of one layer at a time.
 
@@ -67,7 +68,7 @@ def write_block(
     sources, formats = [], []
     for key in streamed.names(name):
         layer = pruned.get(key)
-        chosen = None if layer is None else choose_format(layer.weight, pattern, form)
+        chosen = None if layer is None else choose_format(layer.weight, targets[layer.name].pattern, form)
         if layer is not None:
             formats.append("dense" if chosen is None else str(chosen))
         if layer is None or chosen is None:

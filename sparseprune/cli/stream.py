@@ -1,0 +1,99 @@
+"""`sparseprune prune` on a checkpoint that is streamed, not loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparseprune.cli import console, files
+from sparseprune.cli.options import DType
+
+__all__ = ["calibration_data", "prune_streamed", "wanted"]
+
+
+def wanted(model: Path, stream: bool | None, memory: str | None, spill: Path | None) -> bool:
+    """Whether to stream MODEL: if asked for, or if its weights take more than half of the memory there is."""
+    from sparseprune._shards import INDEX_FILE, WEIGHTS_FILE
+    from sparseprune.memory import available_memory
+    from sparseprune.report import human_bytes
+
+    if stream is False and (memory is not None or spill is not None):
+        raise ValueError("--memory, --spill: go with --stream, got --no-stream; leave them out")
+    if stream is not None:
+        return stream
+    if memory is not None or spill is not None:
+        return True
+    folder = (model / "config.json").is_file() and any(
+        (model / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)
+    )
+    available = available_memory()
+    if not folder or available is None:
+        return False
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    if size <= available // 2:
+        return False
+    console.say(
+        f"{model} has {human_bytes(size)} of weights, more than half of the {human_bytes(available)} available: it is "
+        "streamed block by block (--no-stream loads it)"
+    )
+    return True
+
+
+def calibration_data(
+    path: Path, tokenizer: Any, length: int, samples: int, seed: int, limit: int | None
+) -> Any:
+    """Windows of the text in `path`, no longer than the model's positions."""
+    from sparseprune.calibration import windows
+
+    if limit is not None and length > limit:
+        console.say(
+            f"calibration windows have {limit} tokens instead of {length}: the model's positions end there"
+        )
+        length = limit
+    return windows(files.read_text("--calibration", path), tokenizer, length, samples, seed)
+
+
+def prune_streamed(
+    model: Path,
+    out: Path,
+    pattern: str,
+    method: str,
+    calibration: tuple[Path, int, int, int] | None,
+    dtype: DType,
+    memory: str | None,
+    as_json: bool,
+    unfit: dict[str, bool],
+    **options: Any,
+) -> None:
+    """Prunes MODEL into OUT and shows the report.
+
+    Args:
+        calibration: text file, tokens in a window, windows, seed.
+        unfit: options that only work on a loaded model -> whether they were given.
+        options: passed on to `sparseprune.streaming.prune_folder`.
+    """
+    import torch
+
+    from sparseprune.checkpoint import load_tokenizer
+    from sparseprune.memory import parse_size
+    from sparseprune.skeleton import read_config
+    from sparseprune.streaming import prune_folder
+
+    given = [name for name, used in unfit.items() if used]
+    if given:
+        raise ValueError(f"{given[0]}: needs the whole model in memory; leave it out, or pass --no-stream")
+    if not (model / "config.json").is_file():
+        raise ValueError(f"MODEL: must be a Hugging Face folder to be streamed, {model} has no config.json")
+    tokenizer = load_tokenizer(model)
+    data = None
+    if calibration is not None:
+        path, length, samples, seed = calibration
+        limit = getattr(read_config(model), "max_position_embeddings", None)
+        data = calibration_data(path, tokenizer, length, samples, seed, limit)
+    report = prune_folder(
+        model, out, pattern, method, calibration=data, tokenizer=tokenizer, progress=True,
+        dtype=None if dtype is DType.auto else getattr(torch, dtype.value),
+        memory=None if memory is None else parse_size(memory), **options,
+    )  # fmt: skip
+    lines = [*report.pruned.table().footer, *report.footer(), f"saved in {out}"]
+    console.out({**report.to_dict(), "saved": str(out)}, lambda: "\n".join(lines), as_json)
