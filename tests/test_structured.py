@@ -213,9 +213,9 @@ class TestCompensation:
         inputs = torch.randn(300, 20) @ torch.randn(20, 20)
         weight, keep = torch.randn(7, 20), torch.arange(0, 20, 2)
         gram = inputs.t() @ inputs
-        found = compensated(weight, gram, keep).double()
+        found = compensated(weight, gram, 300, keep).double()
         kept, target = inputs[:, keep].double(), inputs.double() @ weight.double().t()
-        damping, _ = damped(gram[keep][:, keep])
+        damping, _ = damped(gram[keep][:, keep], 20 / 300)
         root = damping**0.5
         exact = torch.linalg.lstsq(
             torch.cat([kept, root * torch.eye(10, dtype=torch.float64)]),
@@ -228,13 +228,13 @@ class TestCompensation:
     def test_singular_and_dead(self):
         inputs = torch.randn(5, 12)
         inputs[:, 3] = 0
-        found = compensated(torch.randn(4, 12), inputs.t() @ inputs, torch.arange(8))
+        found = compensated(torch.randn(4, 12), inputs.t() @ inputs, 5, torch.arange(8))
         assert found.isfinite().all()
         zero = torch.zeros(12, 12)
         weight = torch.randn(4, 12)
-        assert torch.equal(compensated(weight, zero, torch.arange(8)), weight[:, :8])
+        assert torch.equal(compensated(weight, zero, 5, torch.arange(8)), weight[:, :8])
         with pytest.raises(ValueError, match="gram: must be finite"):
-            compensated(weight, torch.full((12, 12), float("nan")), torch.arange(8))
+            compensated(weight, torch.full((12, 12), float("nan")), 5, torch.arange(8))
 
 
 class TestNeurons:
@@ -335,7 +335,7 @@ class TestNeurons:
         partly.model.layers[0] = walked.model.layers[0]
         gram = collect(partly, [next(it for it in find_linears(partly) if it.name == layer.name)], data, Gram)
         keep = torch.tensor(sorted(set(range(48)) - set(report.cuts[1].removed)))
-        exact = compensated(layer.weight, gram[layer.name].matrix, keep)
+        exact = compensated(layer.weight, gram[layer.name].matrix, 4 * 48, keep)
         found = next(it for it in find_linears(walked) if it.name == layer.name).weight
         torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
 

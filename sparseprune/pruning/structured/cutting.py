@@ -274,7 +274,9 @@ def _decide(it: Units, statistics: _Statistics, options: Options) -> tuple[list[
     edits = it.edits(gone)
     if options.compensate:
         keep = edits.columns[it.consumer.name]
-        edits.weights[it.consumer.name] = compensated(it.consumer.weight, statistic.matrix, keep)
+        edits.weights[it.consumer.name] = compensated(
+            it.consumer.weight, statistic.matrix, statistic.tokens, keep
+        )
     return gone, edits
 
 
