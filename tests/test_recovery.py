@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -22,6 +23,7 @@ from sparseprune.recovery import (
     recover,
     to_dense,
 )
+from sparseprune.recovery.attention import FastAttention
 from sparseprune.recovery.distill import Objective
 from sparseprune.recovery.losses import IGNORED, head_loss, hidden_loss
 from sparseprune.recovery.schedule import learning_rate_factor
@@ -267,6 +269,33 @@ def test_head_loss_in_bfloat16_is_close_to_float64():
         head_loss(leaf, (weight.to(dtype), None), labels, *its, 0.5, 0.5, 1.0, compute).total.backward()
         grads.append(leaf.grad.double())
     assert (grads[0] - grads[1]).norm() < 0.02 * grads[0].norm()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("tokens", [7, 128, 150])
+def test_attention_goes_backwards_like_float64(tokens, heads, key_heads, is_causal):
+    torch.manual_seed(5)
+    shapes = [(2, it, tokens, 16) for it in (heads, key_heads, key_heads)]
+    inputs = [2 * torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    upstream = torch.randn(shapes[0], dtype=torch.float64)
+
+    def run(dtype, fast):
+        leaves = [it.to(dtype, copy=True).requires_grad_() for it in inputs]
+        with FastAttention() if fast else contextlib.nullcontext():
+            output = F.scaled_dot_product_attention(
+                *leaves, is_causal=is_causal, scale=0.2, enable_gqa=heads != key_heads
+            )
+        assert ("_Attention" in type(output.grad_fn).__name__) is fast
+        output.backward(upstream.to(dtype))
+        return [output.detach(), *(it.grad for it in leaves)]
+
+    exact = run(torch.float64, False)
+    torchs, ours = ([it.double() for it in run(torch.bfloat16, fast)] for fast in (False, True))
+    for mine, its, reference in zip(ours, torchs, exact, strict=True):
+        error = (mine - reference).norm()
+        assert error < 0.015 * reference.norm()
+        assert error < 2 * (its - reference).norm() + 1e-6
 
 
 def test_hidden_loss_counts_every_token_alike():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparseprune.calibration import Batch, attention_mask, no_cache
 from sparseprune.models import evaluation_mode, find_blocks
+from sparseprune.recovery.attention import FastAttention
 from sparseprune.recovery.losses import IGNORED, Head, head_loss, hidden_loss
 
 __all__ = ["Distillation", "LossFunction", "Losses", "Objective"]
@@ -119,7 +120,8 @@ class Objective(nn.Module):
             with torch.no_grad(), evaluation_mode(self._teacher[0]):
                 taught = self._read(self._teacher[0], batch)
         device = _first_tensor(batch).device
-        with torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        cast = torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+        with cast, FastAttention():
             read = self._read(self.student, batch)
             given = self.loss(read.output, batch) if self.loss is not None else None
         zero = read.states.new_zeros((), dtype=torch.promote_types(read.states.dtype, torch.float32))

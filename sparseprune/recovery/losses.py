@@ -23,8 +23,10 @@ IGNORED = -100
 Head = tuple[Tensor, Tensor | None]
 """Weight [vocabulary, in] and bias [vocabulary] of an output head."""
 
-# 64 rows of 49152 float32 are 12 MB: of the size of a core's share of the last cache, and large enough a matmul.
-_ROWS = 64
+# Rows of logits at a time. A product needs many to be fast (64 take twice the time of 256 on a core with AMX); the ten
+# passes of a softmax, its loss and gradient need few, to find their data in the cache.
+_PRODUCT_ROWS = 256
+_SOFTMAX_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -97,24 +99,19 @@ class _Head(torch.autograd.Function):
         grads = _Gradients(ctx.needs_input_grad, inputs, weight, bias, exact)
         sums = torch.zeros(2, dtype=torch.float64, device=states.device)
         with torch.autocast(states.device.type, enabled=False):
-            for start in range(0, len(states), _ROWS):
-                rows = slice(start, start + _ROWS)
-                logits = _logits(inputs[rows], matrix, offset, exact)
-                taught = None
-                if teacher is not None:
-                    its_states, its_head = teacher
-                    its_weight, its_bias = (None, None) if its_head is None else its_head
-                    read = its_states[rows] if its_weight is None else its_states[rows].to(its_weight.dtype)
-                    taught = _logits(read, its_weight, its_bias, exact)
-                targets = None if labels is None else labels[rows]
-                grad, ce, kl = _row_losses(logits, targets, taught, factors)
-                ignored = None if targets is None else targets == IGNORED
-                if ignored is not None and ignored.any():
-                    grad, ce, kl = (
-                        part.masked_fill_(ignored.view(-1, *[1] * (part.ndim - 1)), 0)
-                        for part in (grad, ce, kl)
-                    )
-                sums += torch.stack([ce.sum(dtype=torch.float64), kl.sum(dtype=torch.float64)])
+            for rows in _slices(len(states), _PRODUCT_ROWS):
+                logits = _logits(inputs[rows], matrix, offset)
+                taught = None if teacher is None else _teacher_logits(teacher, rows)
+                grad = torch.empty_like(logits)
+                for part in _slices(len(logits), _SOFTMAX_ROWS):
+                    targets = None if labels is None else labels[rows][part]
+                    its = None if taught is None else taught[part].to(exact, copy=True)
+                    result = _row_losses(logits[part].to(exact, copy=True), targets, its, factors)
+                    if targets is not None and (ignored := targets == IGNORED).any():
+                        for it in result:
+                            it[ignored] = 0
+                    grad[part], ce, kl = result
+                    sums += torch.stack([ce.sum(dtype=torch.float64), kl.sum(dtype=torch.float64)])
                 grads.add(rows, grad, inputs[rows], matrix)
         ctx.grads = grads
         ce_sum, kl_sum = sums.unbind()
@@ -146,8 +143,7 @@ class _Gradients:
     def add(self, rows: slice, grad: Tensor, inputs: Tensor, matrix: Tensor | None) -> None:
         """`grad` [rows, vocabulary] of the logits."""
         if self.bias is not None:
-            self.bias += grad.sum(dim=0)
-        grad = grad.to(inputs.dtype)
+            self.bias += grad.sum(dim=0, dtype=self.bias.dtype)
         if self.states is not None and matrix is None:
             self.states[rows] = grad
         elif self.states is not None and matrix is not None:
@@ -160,11 +156,20 @@ class _Gradients:
             yield None if grad is None else grad.mul_(scale).to(dtype)
 
 
-def _logits(states: Tensor, weight: Tensor | None, bias: Tensor | None, exact: torch.dtype) -> Tensor:
-    """[rows, vocabulary], a new tensor of dtype `exact`."""
-    if weight is None:
-        return states.to(exact, copy=True)
-    return F.linear(states, weight, bias).to(exact)
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, total, size))
+
+
+def _logits(states: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return states if weight is None else F.linear(states, weight, bias)
+
+
+def _teacher_logits(teacher: tuple[Tensor, Head | None], rows: slice) -> Tensor:
+    states, head = teacher
+    if head is None:
+        return states[rows]
+    weight, bias = head
+    return F.linear(states[rows].to(weight.dtype), weight, bias)
 
 
 def _row_losses(
