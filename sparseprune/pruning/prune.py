@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from sparseprune.pruning.patterns import Pattern, Scope, check_scope
 from sparseprune.pruning.reconstruction import Reconstruction
 from sparseprune.pruning.report import BlockReconstructed, LayerPruned, PruneReport
 from sparseprune.pruning.rewrite import Rewriter, apply_mask, pack_layer_mask, weight_of
+from sparseprune.pruning.scheduled import find_schedule, prune_scheduled
+from sparseprune.pruning.schedules import Gradual, Greedy
 from sparseprune.pruning.sequential import BlockRun, prune_blocks, prune_layer
 from sparseprune.pruning.structured import STRUCTURES, StructuredReport, prune_structured
 from sparseprune.report import track
@@ -46,6 +49,9 @@ def prune(
     allocation: str | Mapping[str, float | str] | Allocation = "uniform",
     sequential: bool | None = None,
     reconstruction: Reconstruction | bool = False,
+    schedule: str | Gradual | Greedy = "one-shot",
+    recover: Callable[[nn.Module], Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     minutes: float | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -70,6 +76,9 @@ def prune(
         reconstruction: train each block towards the dense one's outputs before the next is pruned; True for the
             defaults of `Reconstruction`. Implies `sequential`. A float32 model's blocks then run in bfloat16
             (autocast) where that is several times as fast; the report says so.
+        schedule: "one-shot"; "gradual" or "greedy" (or a `Gradual` or `Greedy` with options) for many steps, with
+            `recover(model)` after each, any training loop: what is zero stays zero in it. Greedy steps go where
+            `evaluate(model)`, a loss, grows least.
         minutes: how long it may take: reconstruction makes as many of its epochs as fit, an allocation that searches
             stops in time.
         seed: of whatever is drawn at random.
@@ -102,6 +111,22 @@ def prune(
             model, pattern, sparsity, criterion, calibration, include, exclude, progress=progress, seed=seed
         )
     pattern = Pattern.parse(pattern)
+    steps = find_schedule(schedule)
+    if steps is not None:
+        once = partial(
+            prune, model, pattern, method,
+            calibration=calibration if calibration is None else _as_data(calibration),
+            include=include, exclude=exclude, lm_head=lm_head, scope=scope, allocation=allocation,
+            sequential=sequential, reconstruction=reconstruction, minutes=minutes, seed=seed,
+        )  # fmt: skip
+        layers = find_layers(model, pattern, include, exclude, lm_head)
+        wanted = pattern.resolve_sparsity(sparsity)
+        return prune_scheduled(steps, model, layers, pattern, wanted, once, recover, evaluate, progress)
+    for name, given in {"recover": recover, "evaluate": evaluate}.items():
+        if given is not None:
+            raise ValueError(
+                f'{name}: belongs to a schedule of several steps; pass schedule="gradual", or leave it out'
+            )
     sparsity = pattern.resolve_sparsity(sparsity)
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes: must be positive, got {minutes}")
@@ -123,8 +148,10 @@ def prune(
     if method.statistic is None and sequential and options is None:
         raise ValueError(f"sequential: method {method.name} looks at weights only, got True; leave it out")
 
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, Rewriter() as prepared:
         warnings.simplefilter("always", RuntimeWarning)
+        if method.prepare is not None:
+            notes += method.prepare(model, layers, method, pattern, data, prepared.remember, progress)
         context = AllocationContext(
             model, layers, method, pattern, sparsity, ranked, data, minutes, seed, progress, notes=notes
         )
@@ -217,13 +244,17 @@ def resolve_calibration(
     if calibration is not None:
         if method.statistic is None and not others:
             raise ValueError(f"calibration: method {method.name} looks at weights only; leave it out")
-        return calibration if isinstance(calibration, CalibrationData) else CalibrationData(list(calibration))
+        return _as_data(calibration)
     if method.statistic is not None or "reconstruction" in others:
         who = f"method {method.name}" if method.statistic is not None else "reconstruction"
         raise ValueError(
             f"calibration: {who} needs some, got None; pass sparseprune.calibration.windows(text, tokenizer)"
         )
     return None
+
+
+def _as_data(calibration: CalibrationData | Iterable[Batch]) -> CalibrationData:
+    return calibration if isinstance(calibration, CalibrationData) else CalibrationData(list(calibration))
 
 
 @dataclass

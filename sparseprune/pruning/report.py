@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sparseprune.pruning.schedules.base import ScheduleReport
 from sparseprune.report import Column, Table
 
 __all__ = ["BlockReconstructed", "LayerPruned", "PruneReport"]
@@ -65,6 +66,7 @@ class PruneReport:
         blocks: the blocks that were reconstructed.
         notes: what the user should know: a recipe chosen, a matrix that needed damping, inputs that had to be the
             dense model's.
+        schedule: the steps, where it took several; the rest is then the last step's.
     """
 
     layers: tuple[LayerPruned, ...]
@@ -79,6 +81,7 @@ class PruneReport:
     blocks: tuple[BlockReconstructed, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    schedule: ScheduleReport | None = None
 
     @property
     def weights(self) -> int:
@@ -154,4 +157,5 @@ class PruneReport:
         }
 
     def __str__(self) -> str:
-        return self.table().render()
+        steps = "" if self.schedule is None else f"\n{self.schedule}"
+        return self.table().render() + steps

@@ -12,7 +12,7 @@ from sparseprune.models import LinearLayer, is_conv1d
 from sparseprune.pruning.base import Pruned
 from sparseprune.pruning.report import LayerPruned
 
-__all__ = ["Rewriter", "apply_mask", "pack_layer_mask", "weight_of"]
+__all__ = ["Rewriter", "apply_mask", "count_zeros", "pack_layer_mask", "weight_of"]
 
 
 class Rewriter:
@@ -74,6 +74,10 @@ def apply_mask(layer: LinearLayer, bits: Tensor) -> LayerPruned:
 def _stored(layer: LinearLayer, matrix: Tensor) -> Tensor:
     """A matrix [out, in] turned as the layer stores its weight."""
     return matrix.t() if is_conv1d(layer.module) else matrix
+
+
+def count_zeros(layer: LinearLayer) -> int:
+    return _zeros(layer.weight)
 
 
 def _zeros(weight: Tensor) -> int:
