@@ -4,6 +4,7 @@ from helpers import tiny
 from torch import nn
 
 from sparseprune.calibration import CalibrationData, InputSquares, collect
+from sparseprune.gradients import collect_gradients
 from sparseprune.models import find_linears
 from sparseprune.pruning.allocation import AllocationContext, resolve_allocation
 from sparseprune.pruning.base import Method
@@ -135,6 +136,23 @@ def test_owl_against_the_formula(method):
         expected = 0.7 - (keep[block] - mean)
         assert abs(targets[layer.name].sparsity - expected) <= rounding, layer.name
     assert max(keep) - min(keep) == pytest.approx(0.16)
+
+
+def test_scores_of_gradients():
+    it = context(method="taylor", sparsity=0.5)
+    targets = resolve_allocation("global", it)
+    gradients = collect_gradients(it.model, it.layers, DATA, it.method.statistic)
+    scores = {layer.name: it.method.score(layer.weight, gradients[layer.name]) for layer in it.layers}
+    threshold = torch.cat([score.flatten() for score in scores.values()]).quantile(0.5)
+    for name, score in scores.items():
+        assert targets[name].sparsity == pytest.approx(float((score < threshold).float().mean()), abs=0.01)
+
+
+def test_block_patterns_add_up_in_blocks():
+    it = context(spread(tiny.llama(layers=3)), "wanda", 0.5, "16x1", "layer")
+    targets = resolve_allocation("owl", it)
+    assert len({target.sparsity for target in targets.values()}) > 2
+    assert 0 <= uniform_weights(it) - removed_weights(it, targets) < 16
 
 
 def test_layers_outside_blocks_stand_alone():

@@ -10,6 +10,9 @@ import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
+import torch
+
+from sparseprune.distributed import broadcast
 from sparseprune.models import LinearLayer
 from sparseprune.pruning.allocation.context import AllocationContext, exact_targets, uniform_targets
 from sparseprune.pruning.allocation.curves import sensitivity
@@ -80,9 +83,18 @@ def resolve_allocation(
             raise ValueError(
                 f"allocation: {allocation_name(allocation)} must give every layer a sparsity, gave {layer.name} {wish}"
             )
+    wishes = _of_first_process(wishes, context)
     if isinstance(function, Search) and not function.sums_to_sparsity:
         return {name: Target(context.pattern, wish, context.scope) for name, wish in wishes.items()}
     return exact_targets(context, wishes)
+
+
+def _of_first_process(wishes: Mapping[str, float], context: AllocationContext) -> dict[str, float]:
+    """Every process's wishes become the first one's: a search goes by the clock, which no two share."""
+    values = torch.tensor([wishes[layer.name] for layer in context.layers], dtype=torch.float64)
+    values = values.to(context.layers[0].weight.device)
+    broadcast(values, 0)
+    return {layer.name: value for layer, value in zip(context.layers, values.tolist(), strict=True)}
 
 
 def allocation_name(allocation: str | Mapping[str, float | str] | Allocation) -> str:

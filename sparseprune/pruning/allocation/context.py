@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from sparseprune.calibration import CalibrationData, InputSquares, Statistic, collect
+from sparseprune.calibration import Batch, CalibrationData, InputSquares, Statistic, collect
+from sparseprune.gradients import WeightGradients, collect_gradients
 from sparseprune.models import LinearLayer, find_blocks
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.patterns import Pattern, Scope, removed
@@ -60,7 +61,15 @@ class AllocationContext:
             return self.statistics
         if self.calibration is None or (own is None and self.method.score is not None):
             return {}
-        return collect(self.model, self.layers, self.calibration, statistic, self.progress)
+        return self.collect(self.calibration, statistic)
+
+    def collect(self, batches: Iterable[Batch], statistic: type[Statistic]) -> Mapping[str, Any]:
+        """A statistic of every layer, by name, by the passes that it takes."""
+        if issubclass(statistic, WeightGradients):
+            return collect_gradients(
+                self.model, self.layers, batches, statistic, self.progress, self.method.loss
+            )
+        return collect(self.model, self.layers, batches, statistic, self.progress)
 
 
 def layer_scores(context: AllocationContext, layer: LinearLayer, statistic: Any) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparseprune.calibration import CalibrationData, collect
+from sparseprune.calibration import CalibrationData
 from sparseprune.pruning.allocation.candidates import Candidates
 from sparseprune.pruning.allocation.context import AllocationContext, block_of
 from sparseprune.pruning.allocation.judge import Judge, hold_out
@@ -92,8 +92,7 @@ def statistics_for(context: AllocationContext, data: CalibrationData) -> Mapping
     """The method's statistics over the first batches of `data`; none for a method that looks at weights only."""
     if context.method.statistic is None:
         return {}
-    batches = data.batches[:STATISTIC_BATCHES]
-    return collect(context.model, context.layers, batches, context.method.statistic, context.progress)
+    return context.collect(data.batches[:STATISTIC_BATCHES], context.method.statistic)
 
 
 def measure_curves(

@@ -15,14 +15,15 @@ from sparseprune.models import device_of, evaluation_mode, find_blocks
 
 __all__ = ["Judge", "hold_out"]
 
-PIECE = 256
-"""Tokens of each held-out window that are read: more windows tell more than longer ones."""
+PIECE = 512
+"""Tokens of each held-out window that are read. More windows tell more than longer ones; but pruning hurts most where
+there is little context: a search judged by 256 tokens gained 18 % of perplexity there, and 4 % in windows of 512."""
 
 
 def hold_out(data: CalibrationData, argument: str, tokens: int) -> tuple[CalibrationData, list[Batch]]:
     """Batches for statistics, and about `tokens` tokens of other batches to judge by.
 
-    Every fourth batch, and at least one, is held out. Of token ids [1, length] the first 256 are read, several windows
+    Every fourth batch, and at least one, is held out. Of token ids [1, length] the first 512 are read, several windows
     at once.
 
     Raises:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from sparseprune.gradients import WeightGradients
 from sparseprune.models import LinearLayer
 from sparseprune.pruning.allocation.context import AllocationContext, block_of, layer_scores
 from sparseprune.pruning.patterns import removed
@@ -22,14 +23,15 @@ OWL_LAMBDA = 0.08
 def global_threshold(context: AllocationContext) -> dict[str, float]:
     """One threshold over all layers' scores.
 
-    Scores of weights alone (magnitude) are compared as they are, which is pruning by one threshold over the whole
-    model. Scores that hold inputs are divided by their mean in the layer: activations grow with depth.
+    Scores of weights alone (magnitude) and of gradients (the change of the loss) are compared as they are. Those that
+    hold inputs are divided by their mean in the layer: activations grow with depth.
     """
     statistics = context.score_statistics()
+    comparable = all(isinstance(found, WeightGradients) for found in statistics.values())
 
     def scores(layer: LinearLayer) -> Tensor:
         found = layer_scores(context, layer, statistics.get(layer.name))
-        return found / found.mean().clamp_min(1e-30) if statistics else found
+        return found if comparable else found / found.mean().clamp_min(1e-30)
 
     return _under_one_threshold(context, scores)
 

@@ -29,7 +29,7 @@ from sparseprune.report import human_bytes, track
 
 __all__ = ["Search", "default_search", "packed_bytes"]
 
-_TOKENS = 2048
+_TOKENS = 4096
 """Held-out tokens that each trial is judged on."""
 _SEGMENTS = 8
 """Stretches of depth that the search weighs against each other; single blocks are told apart by their curves."""
