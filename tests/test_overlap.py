@@ -10,6 +10,7 @@ from sparseprune.calibration import CalibrationData, windows
 from sparseprune.checkpoint import CheckpointError, load, save
 from sparseprune.evaluate import perplexity
 from sparseprune.overlap import SHINGLE, Fingerprint, overlap, recall, remember
+from sparseprune.pruning import prune
 
 
 def text(tokens, seed, vocabulary=96):
@@ -93,6 +94,11 @@ class TestModels:
         assert "WARNING: the model was calibrated on" in str(result)
         assert result.to_dict()["warning"] in str(result)
         assert perplexity(model, None, text(3000, 1), 64).warning is None
+
+    def test_pruning_leaves_the_note(self):
+        model, ids = tiny.llama(), text(3000, 0)
+        prune(model, "2:4", "wanda", calibration=windows(ids, None, 64, 20))
+        assert perplexity(model, None, ids, 64).warning
 
     def test_what_is_not_read_is_not_held_against_it(self):
         model, ids = tiny.llama(), text(3000, 0)
