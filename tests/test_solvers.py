@@ -450,13 +450,13 @@ class TestFindMethod:
     @pytest.mark.parametrize("name", ["magic", "", "+swaps", "magic+swaps", None, 3])
     def test_no_such_method(self, name):
         with pytest.raises(
-            ValueError, match="method: must be one of admm, .*sparsegpt, .*swaps.*least-squares"
+            ValueError, match="method: must be one of admm, .*sparsegpt, .*permute.*swaps.*least-squares"
         ):
             find_method(name)
 
     @pytest.mark.parametrize("name", ["wanda+", "wanda+magic", "wanda+swaps+swaps"])
     def test_no_such_suffix(self, name):
         with pytest.raises(
-            ValueError, match="method: what follows wanda must be among .swaps, .least-squares"
+            ValueError, match="method: what follows wanda must be among .permute, .swaps, .least-squares"
         ):
             find_method(name)

@@ -51,6 +51,8 @@ class Method:
         statistic: collected over the calibration data for each layer and handed to the steps; None if the
             method looks at weights only.
         scope: what it ranks together by default under the unstructured pattern.
+        prepare: changes the whole model before its layers are pruned, so that its outputs stay what they are; as
+            `sparseprune.pruning.permutation.permute_neurons`.
         loss: what a statistic of gradients differentiates; None: what the batches imply, see
             `sparseprune.gradients.model_loss`.
     """
@@ -62,6 +64,7 @@ class Method:
     solve: Callable[[Tensor, Any, Target], Pruned] | None = None
     refine: Callable[[Tensor, Tensor, Any, Target], Tensor] | None = None
     update: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+    prepare: Callable[..., list[str]] | None = None
     loss: Loss | None = None
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from sparseprune.pruning.base import Method
 from sparseprune.pruning.gradient import GRADIENT, TAYLOR
 from sparseprune.pruning.least_squares import least_squares_update
 from sparseprune.pruning.magnitude import MAGNITUDE
+from sparseprune.pruning.permutation import permute_neurons
 from sparseprune.pruning.random_scores import RANDOM, random_method
 from sparseprune.pruning.ria import RIA
 from sparseprune.pruning.sparsegpt import SPARSEGPT
@@ -24,10 +25,11 @@ METHODS: dict[str, Method] = {
 }
 
 SUFFIXES: dict[str, dict[str, Any]] = {
-    "swaps": {"refine": swap_refine},
-    "least-squares": {"update": least_squares_update},
+    "permute": {"prepare": permute_neurons},
+    "swaps": {"refine": swap_refine, "statistic": Gram},
+    "least-squares": {"update": least_squares_update, "statistic": Gram},
 }
-"""Steps that follow a method's mask, by name: "wanda+swaps+least-squares"."""
+"""Steps around a method, by name: "ria+permute", "wanda+swaps+least-squares"."""
 
 
 def find_method(method: str | Method, seed: int = 0) -> Method:
@@ -45,8 +47,8 @@ def find_method(method: str | Method, seed: int = 0) -> Method:
     base, *suffixes = method.split("+") if isinstance(method, str) else [method]
     if base not in METHODS:
         raise ValueError(
-            f"method: must be one of {', '.join(sorted(METHODS))}, with +{' or +'.join(SUFFIXES)} after it or "
-            f"not, got {method!r}"
+            f"method: must be one of {', '.join(sorted(METHODS))}, with any of +{', +'.join(SUFFIXES)} after "
+            f"it, got {method!r}"
         )
     found = random_method(seed) if base == "random" else METHODS[base]
     for suffix in suffixes:
@@ -54,10 +56,11 @@ def find_method(method: str | Method, seed: int = 0) -> Method:
             raise ValueError(
                 f"method: what follows {base} must be among +{', +'.join(SUFFIXES)}, each once, got {method!r}"
             )
-        if found.statistic is not None and not issubclass(Gram, found.statistic):
+        step = SUFFIXES[suffix]
+        if "statistic" in step and found.statistic is not None and not issubclass(Gram, found.statistic):
             raise ValueError(
                 f"method: {base} ranks by gradients and +{suffix} needs the inputs, one pass cannot give both, got "
                 f"{method!r}; leave the suffix out, or start from wanda"
             )
-        found = replace(found, statistic=Gram, **SUFFIXES[suffix])
+        found = replace(found, **step)
     return replace(found, name=method) if suffixes else found
