@@ -19,6 +19,7 @@ from sparseprune.recovery.data import Sampler, as_sampler
 from sparseprune.recovery.distill import Distillation, LossFunction, Objective
 from sparseprune.recovery.distributed import processes
 from sparseprune.recovery.loop import Loop, Options
+from sparseprune.recovery.lora import adapters
 from sparseprune.recovery.masks import SparsityMasks
 from sparseprune.recovery.optimizers import Train, make_optimizer, trained_parameters
 from sparseprune.recovery.report import RecoveryReport
@@ -39,6 +40,7 @@ def recover(
     loss: LossFunction | None = None,
     optimizer: str | Callable[[Sequence[nn.Parameter]], Optimizer] = "adamw",
     train: Train = "linears",
+    lora: int | None = None,
     warmup: float = 0.05,
     final: float = 0.0,
     clip: float | None = 1.0,
@@ -72,6 +74,8 @@ def recover(
         optimizer: "adamw", "adam", "sgd", "adagrad", or a callable from parameters to an optimizer, which brings
             its own learning rate.
         train: "linears": all but embeddings and the output head; "all".
+        lora: train adapters of this rank instead, and merge them at the end (`lora.py`): a hundredth of the
+            optimizer's memory, the same time a step.
         clip: the largest norm of the gradient; None does not clip.
         accumulate: parts that a step's batch is cut into, to save memory.
         autocast: "bfloat16" computes products in it, with float32 weights; None computes in the weights' dtype;
@@ -115,18 +119,24 @@ def recover(
         group = stack.enter_context(processes(device))
         stack.enter_context(_float32(model))
         stack.enter_context(_mode(model, dropout))
-        masks = SparsityMasks(find_linears(model, include, exclude, lm_head))
-        parameters = trained_parameters(model, train)
+        layers = find_linears(model, include, exclude, lm_head)
+        masks = SparsityMasks(layers)
+        if lora is None:
+            parameters = trained_parameters(model, train)
+        else:
+            parameters = stack.enter_context(adapters(layers, lora, seed=seed))
         stack.enter_context(_only_trained(model, parameters.values()))
         made = make_optimizer(optimizer, list(parameters.values()), learning_rate)
-        stack.enter_context(masks.enforce(made))
+        if lora is None:  # adapters have the mask built in, and the weights rest
+            stack.enter_context(masks.enforce(made))
         objective = Objective(model, _lower(teacher, dtype), distillation, loss, dtype)
         settings = {
             **options.settings(),
             "learning_rate": made.param_groups[0]["lr"],
             "optimizer": type(made).__name__,
             **asdict(distillation),
-            "train": train,
+            "train": train if lora is None else None,
+            "lora": lora,
             "autocast": None if dtype is None else str(dtype).removeprefix("torch."),
             "dropout": dropout,
             "data": sampler.source,
@@ -135,17 +145,18 @@ def recover(
         loop = Loop(options, group, objective, sampler, made, parameters)
         resumed = loop.restore({**settings, "zeros": masks.digest(), "samples": sampler.digest()}, resume)
         loop.run()
-        return RecoveryReport(
-            tuple(loop.losses),
-            tuple(loop.evaluations),
-            loop.seconds,
-            loop.tokens,
-            masks.weights,
-            zeros,
-            masks.count_zeros(),
-            settings,
-            resumed,
-        )
+        seconds = loop.seconds
+    return RecoveryReport(
+        tuple(loop.losses),
+        tuple(loop.evaluations),
+        seconds,
+        loop.tokens,
+        masks.weights,
+        zeros,
+        masks.count_zeros(),
+        settings,
+        resumed,
+    )
 
 
 def _check(model: nn.Module, teacher: nn.Module | None, distillation: Distillation) -> None:
