@@ -108,6 +108,36 @@ def test_prune_passes_on_what_was_asked_for(folders, tmp_path, monkeypatch):
     assert asked.pop()[1]["reconstruction"] is True
 
 
+@pytest.mark.parametrize(("structure", "parameters"), [("neurons", 0.8), ("heads", 0.9), ("layers", 0.7)])
+def test_prune_structures(folders, tmp_path, structure, parameters):
+    arguments = ("prune", folders / "dense", tmp_path / "out", "--pattern", structure, "--sparsity", 0.5)
+    pruned = run_json(*arguments)["pruned"]
+    assert pruned["parameters_after"] < parameters * pruned["parameters_before"]
+    model = load(tmp_path / "out")
+    assert sum(it.numel() for it in model.parameters()) == pruned["parameters_after"]
+    data = run_json(
+        "eval", tmp_path / "out", "--text", folders / "text.txt", "--window", 64, "--max-windows", 3
+    )
+    assert 1 < data["value"] < 200
+    output = run(*arguments).stdout
+    assert f"of the {structure} by l1" in output
+    assert f"saved in {tmp_path / 'out'}" in output
+
+
+@pytest.mark.parametrize("schedule", ["gradual", "greedy"])
+def test_prune_by_schedule(folders, tmp_path, schedule):
+    arguments = (
+        "prune", folders / "dense", tmp_path / "out", "--pattern", "unstructured", "--sparsity", 0.2, "--schedule",
+        schedule, "--calibration", folders / "text.txt", "--length", 32, "--method", "wanda", "--policy", "always",
+    )  # fmt: skip
+    pruned = run_json(*arguments, "--samples", 2, "--recover-steps", 1)["pruned"]
+    assert pruned["sparsity_after"] == pytest.approx(0.2, abs=0.01)
+    steps = pruned["schedule"]["steps"]
+    assert len(steps) > 3
+    assert all(step["loss"] is not None for step in steps)
+    assert any(step["loss"] != step["loss_pruned"] for step in steps)  # trained in between
+
+
 def test_prune_by_mapping(folders, tmp_path):
     result = run_json(
         "prune", folders / "dense", tmp_path / "out", "--allocation", "*.q_proj=dense", "--allocation", "*.mlp.*=4:8",

@@ -18,7 +18,10 @@ def prune(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.")],
     pattern: Annotated[
-        str, typer.Option(help='"2:4", any "N:M", blocks such as "16x1", or "unstructured".')
+        str,
+        typer.Option(
+            help='"2:4", any "N:M", blocks such as "16x1", "unstructured"; or "neurons", "heads", "layers": cut out.'
+        ),
     ] = "2:4",
     method: Annotated[
         str,
@@ -59,6 +62,18 @@ def prune(
     reconstruct: Annotated[
         bool, typer.Option("--reconstruct", help="Train each block towards the dense one's outputs.")
     ] = False,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help='"gradual" or "greedy": many small steps, judged by the first tenth of --calibration [default: one step].'
+        ),
+    ] = None,
+    recover_steps: Annotated[
+        int,
+        typer.Option(
+            min=0, help="With --schedule: steps of distillation after each, on the rest of --calibration."
+        ),
+    ] = 0,
     minutes: Annotated[
         float | None, typer.Option(help="How long the pruning may take, where it can do with less.")
     ] = None,
@@ -99,14 +114,20 @@ def prune(
     from sparseprune.checkpoint import save
     from sparseprune.convert import sparsify
     from sparseprune.pruning.prune import prune as prune_model
+    from sparseprune.pruning.structured import StructuredReport
 
     _check(pattern, method, sparsity)
     given = _allocation(allocation, max_bytes, max_ms, batch[0])
+    if recover_steps and schedule is None:
+        raise ValueError(
+            "--recover-steps: must come with --schedule; or run `sparseprune recover` afterwards"
+        )
     layers: dict[str, Any] = {"include": include or None, "exclude": exclude or None}
     if streaming.wanted(model, stream, memory, spill):
         streaming.prune_streamed(
             model, out, pattern, method, None if calibration is None else (calibration, length, samples, seed),
-            dtype, memory, as_json, {"--lm-head": lm_head, "--reconstruct": reconstruct, "--minutes": minutes is not None},
+            dtype, memory, as_json, {"--lm-head": lm_head, "--reconstruct": reconstruct, "--minutes": minutes is not None,
+             "--schedule": schedule is not None},
             sparsity=sparsity, allocation=given or "uniform", scope=scope, sequential=sequential, format=format,
             spill=spill, **layers,
         )  # fmt: skip
@@ -125,22 +146,34 @@ def prune(
         from sparseprune.models import max_length
 
         data = streaming.calibration_data(calibration, tokenizer, length, samples, seed, max_length(loaded))
+    if schedule is not None:
+        from sparseprune.cli.schedule import callbacks
+
+        asked |= callbacks(schedule, recover_steps, calibration, loaded, tokenizer, length, seed)
     layers["lm_head"] = lm_head
     asked = {name: value for name, value in asked.items() if value is not None}
     pruned = prune_model(loaded, pattern, method, sparsity, data, seed=seed, progress=True, **layers, **asked)
-    converted = sparsify(loaded, format, policy.value, batch, progress=True, **layers)
+    result: dict[str, Any] = {"pruned": pruned.to_dict(), "saved": str(out)}
+    lines = [str(pruned)]
+    if not isinstance(pruned, StructuredReport):  # what that leaves is dense
+        converted = sparsify(loaded, format, policy.value, batch, progress=True, **layers)
+        result["converted"] = converted.to_dict()
+        footer = "\n".join(pruned.table().footer)
+        steps = [] if pruned.schedule is None else [str(pruned.schedule)]
+        lines = [str(converted), *steps, f"pruned by {pruned.method}: {footer}"]
     with console.bar("saving") as update:
         save(loaded, out, tokenizer, progress=update)
-    result = {"pruned": pruned.to_dict(), "converted": converted.to_dict(), "saved": str(out)}
-    footer = "\n".join(pruned.table().footer)
-    console.out(result, lambda: f"{converted}\npruned by {pruned.method}: {footer}\nsaved in {out}", as_json)
+    console.out(result, lambda: "\n".join([*lines, f"saved in {out}"]), as_json)
 
 
 def _check(pattern: str, method: str, sparsity: float | None) -> None:
     """What can be wrong before a model is loaded."""
     from sparseprune.pruning.methods import find_method
     from sparseprune.pruning.patterns import Pattern
+    from sparseprune.pruning.structured import STRUCTURES
 
+    if pattern in STRUCTURES:
+        return  # their criteria are methods of their own
     Pattern.parse(pattern).resolve_sparsity(sparsity)
     if method != "auto":
         find_method(method)

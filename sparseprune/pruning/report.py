@@ -152,6 +152,7 @@ class PruneReport:
         return {
             **{name: getattr(self, name) for name in fields},
             **totals,
+            "schedule": None if self.schedule is None else self.schedule.to_dict(),
             "blocks": blocks,
             "layers": layers,
         }

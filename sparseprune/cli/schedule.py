@@ -1,0 +1,53 @@
+"""What a schedule of several steps needs from the command line: a loss to go by, and training between the steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+from sparseprune.cli import files
+
+__all__ = ["callbacks"]
+
+_WINDOWS = 8  # of the held-out text that a loss is taken on
+
+
+def callbacks(
+    schedule: str, recover_steps: int, text: Path | None, model: Any, tokenizer: Any, length: int, seed: int
+) -> dict[str, Any]:
+    """`schedule`, `evaluate` and `recover` for `prune`.
+
+    The first tenth of the text gives the loss, the mean negative log-likelihood a token; the rest is for training, by
+    distillation from the model as it is now.
+
+    Raises:
+        ValueError: no text, or one too short.
+    """
+    if text is None:
+        raise ValueError(
+            f"--schedule: {schedule} goes by a loss on text, and trains on it; pass --calibration FILE"
+        )
+    from sparseprune.calibration import token_ids
+
+    ids = token_ids(files.read_text("--calibration", text), tokenizer)
+    held = max(length, min(len(ids) // 10, _WINDOWS * length))
+
+    def evaluate(it: Any) -> float:
+        from sparseprune.evaluate import perplexity
+
+        return math.log(perplexity(it, None, ids[:held], length).value)
+
+    given = {"schedule": schedule, "evaluate": evaluate}
+    if not recover_steps:
+        return given
+    from sparseprune.recovery import TokenStream, recover
+
+    stream = TokenStream(ids[held:], length=length)
+    teacher = copy.deepcopy(model)
+
+    def train(it: Any) -> Any:
+        return recover(it, stream, teacher, steps=recover_steps, seed=seed, progress=True)
+
+    return {**given, "recover": train}
