@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -65,24 +65,22 @@ class Processes:
         return float(shared)
 
 
-@contextmanager
-def processes(device: torch.device) -> Iterator[Processes]:
-    """The process group that is there, or the one that `WORLD_SIZE` in the environment asks for (env:// of torch).
+def processes(device: torch.device) -> Processes:
+    """The process group that is there, or else the one that `WORLD_SIZE` in the environment asks for (torch's env://).
 
-    A group made here is taken down at the end; gloo on the CPU, NCCL on a GPU.
+    A group made here, of gloo on a CPU and NCCL on a GPU, lasts until the interpreter ends: torchrun's store keeps the
+    addresses of the first, and a second would wait for them.
     """
     if not distributed.is_available():
-        yield Processes()
-        return
-    made = False
-    if not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return Processes()
+    if not distributed.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return Processes()
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        made = True
-    try:
-        if distributed.is_initialized():
-            yield Processes(distributed.get_rank(), distributed.get_world_size())
-        else:
-            yield Processes()
-    finally:
-        if made:
-            distributed.destroy_process_group()
+        atexit.register(_end)
+    return Processes(distributed.get_rank(), distributed.get_world_size())
+
+
+def _end() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

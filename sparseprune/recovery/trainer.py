@@ -115,8 +115,8 @@ def recover(
     _check(model, teacher, distillation)
     device = device_of(model)
     dtype = _autocast_dtype(autocast, device)
+    group = processes(device)
     with ExitStack() as stack:
-        group = stack.enter_context(processes(device))
         stack.enter_context(_float32(model))
         stack.enter_context(_mode(model, dropout))
         layers = find_linears(model, include, exclude, lm_head)
