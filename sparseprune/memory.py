@@ -6,7 +6,10 @@ import re
 import sys
 from pathlib import Path
 
-__all__ = ["available_memory", "parse_size", "peak_memory", "resident_memory"]
+import torch
+from torch import Tensor
+
+__all__ = ["all_finite", "available_memory", "parse_size", "peak_memory", "resident_memory"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -46,6 +49,14 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise ValueError(f'memory: must be a size such as "1.5GB" or "800MiB", got {text!r}')
     return size
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; `isfinite().all()` would take as much memory again as the tensor does."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # NaN if there is one anywhere
+    return bool(low.isfinite() & high.isfinite())
 
 
 def _status(field: str) -> int | None:

@@ -385,19 +385,6 @@ def test_loading_refuses_the_dense_shards_of_another_program(llama):
         load(llama)
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("1.5GB", 1_500_000_000), ("1GiB", 2**30), ("800m", 800_000_000), ("12", 12)]
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1.5 XB", "0"])
-def test_no_sizes(text):
-    with pytest.raises(ValueError, match='memory: must be a size such as "1.5GB"'):
-        parse_size(text)
-
-
 @pytest.fixture(scope="module")
 def with_tokenizer(tmp_path_factory):
     """The checkpoint of a model that reads words, and a text for it."""

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparseprune.memory import all_finite
+
 __all__ = ["Pattern", "Scope", "keep_best", "mask_from_scores", "removed"]
 
 Scope = Literal["row", "layer"]
@@ -17,7 +19,7 @@ Scope = Literal["row", "layer"]
 # Up to here sorting a slice beats selecting its threshold (11008x4096 in groups of 4: 0.5 s against 1.2 s).
 _SORT_LENGTH = 32
 # scores looked at together: sorting takes 24 bytes for each, and slices have nothing to do with each other
-_CHUNK = 1 << 22
+_CHUNK = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def mask_from_scores(
             f"scores: must be floating point [rows, columns], got {scores.dtype} {list(scores.shape)}"
         )
     pattern.check_shape(*scores.shape)
-    if not scores.isfinite().all():
+    if not all_finite(scores):
         raise ValueError("scores: must be finite, got NaN or Inf; check the weights and the calibration data")
     if scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -184,7 +186,10 @@ def _keep_top(scores: Tensor, keep: int) -> Tensor:
         return torch.full((slices, length), keep > 0, dtype=torch.bool, device=scores.device)
     chunk = max(1, _CHUNK // length)
     if slices > chunk:
-        return torch.cat([_keep_top(part, keep) for part in scores.split(chunk)])
+        mask = torch.empty((slices, length), dtype=torch.bool, device=scores.device)
+        for part, place in zip(scores.split(chunk), mask.split(chunk), strict=True):
+            place.copy_(_keep_top(part, keep))
+        return mask
     if length <= _SORT_LENGTH:
         order = scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
         return torch.zeros((slices, length), dtype=torch.bool, device=scores.device).scatter_(1, order, True)

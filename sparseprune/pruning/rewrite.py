@@ -43,7 +43,8 @@ class Rewriter:
         """Gives the layer its new weight."""
         before = _zeros(layer.weight)
         self.remember(layer.module.weight)  # type: ignore[arg-type]
-        layer.weight.copy_(torch.where(pruned.mask, pruned.weight, 0))
+        layer.weight.copy_(pruned.weight)
+        layer.weight.masked_fill_(~pruned.mask, 0)
         return LayerPruned(
             layer.name, (layer.out_features, layer.in_features), before, _zeros(layer.weight), error
         )

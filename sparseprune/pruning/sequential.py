@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparseprune.blockwise import Walk, advance, block_statistics
 from sparseprune.calibration import Gram
+from sparseprune.memory import all_finite
 from sparseprune.models import LinearLayer, is_conv1d
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.reconstruction import Reconstruction, reconstruct
@@ -114,7 +115,7 @@ def prune_layer(
         pruned = method.prune(weight, statistic, target)
     except ValueError as error:
         raise ValueError(f"{layer.name}: {error}") from error
-    if not pruned.weight.isfinite().all():
+    if not all_finite(pruned.weight):
         raise ValueError(
             f"{layer.name}: method {method.name} gave NaN or Inf; pass more calibration data, or use wanda"
         )

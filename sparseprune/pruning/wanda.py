@@ -19,7 +19,7 @@ def wanda_scores(weight: Tensor, statistic: InputSquares) -> Tensor:
     """S_ij = |W_ij| ||X_j||_2, [out, in], for weight [out, in] and the inputs' squares over the calibration
     tokens.
     """
-    return weight.abs() * statistic.norm()
+    return weight.abs().mul_(statistic.norm())
 
 
 WANDA = Method("wanda", wanda_scores, statistic=InputSquares, scope="row")

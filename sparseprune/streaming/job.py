@@ -22,7 +22,7 @@ from sparseprune.blockwise import Walk, capture, run_block
 from sparseprune.calibration import CalibrationData, collect_in, trunk
 from sparseprune.checkpoint import header, save_config
 from sparseprune.formats import Format
-from sparseprune.memory import peak_memory
+from sparseprune.memory import all_finite, peak_memory
 from sparseprune.models import LinearLayer
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.report import LayerPruned
@@ -165,7 +165,7 @@ class Job:
         following = None if walk is None or last else self._store(index + 1)
         with self.streamed.loaded(name), torch.no_grad():
             for layer in layers:
-                if not layer.weight.isfinite().all():
+                if not all_finite(layer.weight):
                     raise ValueError(
                         f"{layer.name}: weights must be finite, got NaN or Inf; repair the checkpoint, or exclude it"
                     )

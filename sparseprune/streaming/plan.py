@@ -21,8 +21,9 @@ from sparseprune.streaming.source import StreamedModel
 
 __all__ = ["Needs", "check_disk", "check_memory", "needs_of"]
 
-# float32 copies of the layer being pruned: the weight, its scores, one temporary, the result. A solver's differ by little.
-_LAYER_COPIES = 4
+# float32 copies of the layer being pruned, at the worst moment: weight and scores or result, the mask, and what sorting
+# takes. A solver has one more.
+_LAYER_COPIES = 2.5
 # of the Gram matrix, in a solver: damped, factored, inverted
 _GRAM_COPIES = 3
 
@@ -122,7 +123,8 @@ def check_disk(wanted: dict[Path, int]) -> None:
 
 
 def _layer_bytes(layer: LinearLayer, method: Method) -> int:
-    size = _LAYER_COPIES * 4 * layer.in_features * layer.out_features
+    copies = _LAYER_COPIES + (1 if method.changes_weights else 0)
+    size = int(copies * 4) * layer.in_features * layer.out_features
     if method.statistic is not None and issubclass(method.statistic, Gram):
         size += _GRAM_COPIES * 4 * layer.in_features**2
     return size
