@@ -9,9 +9,12 @@ import pytest
 import torch
 from helpers import tiny
 
+from sparseprune import distributed
 from sparseprune.calibration import Gram, InputSquares, collect
+from sparseprune.checkpoint import load
 from sparseprune.models import find_linears
 from sparseprune.pruning.prune import prune
+from sparseprune.streaming import prune_folder
 
 TESTS = Path(__file__).parent
 METHODS = ("wanda", "sparsegpt")
@@ -26,6 +29,7 @@ from sparseprune.pruning.prune import prune
 import test_distributed as cases
 
 torch.distributed.init_process_group("gloo")
+cases.stream(sys.argv[1])
 torch.save(cases.results(), f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
 torch.distributed.destroy_process_group()
 """
@@ -51,6 +55,12 @@ def results():
     return statistics, shared, weights
 
 
+def stream(folder):
+    """Prunes the checkpoint in `folder` by each method, from file to file."""
+    for method in METHODS:
+        prune_folder(f"{folder}/dense", f"{folder}/{method}", "2:4", method, calibration=batches())
+
+
 def torchrun(script, *arguments, processes=2):
     """Runs `script`, a text, in `processes` processes that torch.distributed knows of."""
     path = Path(arguments[0]) / "script.py"
@@ -74,12 +84,13 @@ def torchrun(script, *arguments, processes=2):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
+    tiny.llama().save_pretrained(folder / "dense", max_shard_size="20KB")
     torchrun(TWO, folder)
-    return results(), *(torch.load(folder / f"{rank}.pt") for rank in range(2))
+    return results(), *(torch.load(folder / f"{rank}.pt") for rank in range(2)), folder
 
 
 def test_statistics_add_up_to_those_of_one_process(runs):
-    (one, shared, _), *processes = runs
+    (one, shared, _), *processes, _ = runs
     for statistics, shared_there, _ in processes:
         assert shared_there == shared < len(one)  # q, k and v read one tensor, and are added up once
         for name, (matrix, squares, tokens) in one.items():
@@ -91,7 +102,7 @@ def test_statistics_add_up_to_those_of_one_process(runs):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pruning_gives_the_same_masks_in_two_processes_as_in_one(runs, method):
-    (_, _, one), *processes = runs
+    (_, _, one), *processes, _ = runs
     for _, _, weights in processes:
         for name, weight in one[method].items():
             assert torch.equal(weights[method][name] != 0, weight != 0), name
@@ -106,3 +117,25 @@ def test_a_share_alone_gives_other_statistics(runs):
     model = tiny.llama()
     half = collect(model, find_linears(model), batches()[::2], InputSquares)
     assert all(not torch.allclose(found.sum_squares, one[name][1]) for name, found in half.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stream_of_two_processes_gives_the_same_masks_as_one(runs, method):
+    (_, _, one), *_, folder = runs
+    assert sorted(path.name for path in (folder / method).iterdir()) == [
+        "config.json", "generation_config.json", *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)),
+        "model.safetensors.index.json",
+    ]  # fmt: skip
+    model = load(folder / method)
+    for name, weight in one[method].items():
+        found = model.get_submodule(name).weight
+        assert torch.equal(found != 0, weight != 0), name
+        torch.testing.assert_close(found, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_there_must_be_a_batch_for_each_process(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert distributed.share([1, 2, 3, 4, 5]) == [2, 4]
+    with pytest.raises(ValueError, match="batches: must be at least one for each of the 2 processes, got 1"):
+        distributed.share([1])
