@@ -99,6 +99,11 @@ def prune_folder(
             f"method: must do without gradients to be streamed, got {method.name}, whose gradients need the whole model; "
             "pass wanda, ria, sparsegpt or admm, or prune in memory"
         )
+    if method.prepare is not None:
+        raise ValueError(
+            f"method: must prune each block by itself to be streamed, got {method.name}, whose +permute looks at the whole "
+            "model; leave +permute out, or prune in memory"
+        )
     if not (allocation == "uniform" or isinstance(allocation, Mapping)):
         raise ValueError(
             f'allocation: must be "uniform" or a mapping to be streamed, got {allocation!r}; others look at the whole model'
