@@ -136,6 +136,33 @@ class TestProbe:
 
         assert find_neurons(Skip(), torch.randn(3, 8)) == []
 
+    def test_experts(self):
+        class Experts(nn.Module):
+            """Each token goes to one of four experts."""
+
+            def __init__(self):
+                super().__init__()
+                self.embedding, self.router = nn.Embedding(96, 16), nn.Linear(16, 4)
+                self.experts = nn.ModuleList(
+                    nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)) for _ in range(4)
+                )
+
+            def forward(self, ids):
+                hidden = self.embedding(ids)
+                choice = self.router(hidden).argmax(-1)
+                output = hidden.clone()
+                for index in choice.unique().tolist():
+                    output[choice == index] = self.experts[index](hidden[choice == index])
+                return output
+
+        torch.manual_seed(0)
+        model = Experts().eval()
+        with pytest.raises(ValueError, match="must reach every layer, .* did not run on its first batch"):
+            remove_neurons(model, 1 / 3, calibration=[tiny.ids(1, 2)])
+        report = remove_neurons(model, 1 / 3, calibration=[tiny.ids(8, 32)])
+        assert [cut.name for cut in report.cuts] == [f"experts.{index}.2" for index in range(4)]
+        assert all(expert[0].out_features == expert[2].in_features == 16 for expert in model.experts)
+
     @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.bert, phi3, gpt_neox])
     def test_heads(self, make):
         model = make()
@@ -668,6 +695,11 @@ class TestErrors:
             ),
             (lambda: remove_layers(tiny.lstm_classifier(), 1, "l1"), "must have one stack of blocks"),
             (lambda: remove_neurons(nn.Sequential(nn.Linear(8, 8)), 0.5, "l1"), "has no hidden neurons"),
+            (
+                lambda: remove_layers(model, 1, calibration=[tiny.ids(1, 65)]),
+                "the model's positions end at 64",
+            ),
+            (lambda: remove_heads(model, 0.5, calibration=[]), "batches: must hold at least one"),
             (lambda: remove_neurons(nn.Conv2d(3, 3, 3), 0.5, "l1"), "calibration: must be given to see"),
         ]
         for call, message in cases:

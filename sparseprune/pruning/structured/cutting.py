@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from sparseprune import blockwise
-from sparseprune.calibration import Batch, CalibrationData, Gram, InputSquares, collect, no_cache
+from sparseprune.calibration import (
+    Batch,
+    CalibrationData,
+    Gram,
+    InputSquares,
+    check_lengths,
+    collect,
+    no_cache,
+)
 from sparseprune.models import LinearLayer, evaluation_mode, find_blocks
 from sparseprune.pruning.structured import criteria
 from sparseprune.pruning.structured.compensation import compensated
@@ -28,7 +36,17 @@ from sparseprune.pruning.structured.surgery import (
 )
 from sparseprune.report import track
 
-__all__ = ["Options", "Units", "check_criterion", "check_fraction", "chosen_groups", "cut", "place_holder"]
+__all__ = [
+    "Options",
+    "Units",
+    "as_data",
+    "check_criterion",
+    "check_fraction",
+    "chosen",
+    "chosen_groups",
+    "cut",
+    "place_holder",
+]
 
 
 @dataclass(frozen=True)
@@ -95,25 +113,42 @@ def check_criterion(
         )
 
 
+def as_data(
+    model: nn.Module, calibration: CalibrationData | Iterable[Batch] | None
+) -> CalibrationData | None:
+    """The calibration data, of lengths that the model's positions allow."""
+    if calibration is None:
+        return None
+    data = calibration if isinstance(calibration, CalibrationData) else CalibrationData(list(calibration))
+    check_lengths(model, data.batches)
+    return data
+
+
+def chosen(
+    names: Iterable[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> bool:
+    """Whether some name matches some `include` (None: all), and none an `exclude`."""
+
+    def match(patterns: str | Sequence[str]) -> bool:
+        return any(
+            fnmatchcase(name, it)
+            for name in names
+            for it in ((patterns,) if isinstance(patterns, str) else patterns)
+        )
+
+    names = list(names)
+    return (include is None or match(include)) and not (exclude is not None and match(exclude))
+
+
 def chosen_groups(
     groups: Sequence[Any], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
 ) -> list[Any]:
-    """Those with a linear whose name matches some `include` (default: all) and none that matches an `exclude`."""
-
-    def patterns(value: str | Sequence[str] | None, default: tuple[str, ...]) -> Sequence[str]:
-        if value is None:
-            return default
-        return (value,) if isinstance(value, str) else value
-
-    included, excluded = patterns(include, ("*",)), patterns(exclude, ())
-    chosen = []
-    for group in groups:
-        names = [layer.name for layer in (group.consumer, *group.producers)]
-        if any(fnmatchcase(name, it) for name in names for it in included) and not any(
-            fnmatchcase(name, it) for name in names for it in excluded
-        ):
-            chosen.append(group)
-    return chosen
+    """The groups that are chosen by the names of their linears."""
+    return [
+        it
+        for it in groups
+        if chosen((layer.name for layer in (it.consumer, *it.producers)), include, exclude)
+    ]
 
 
 def place_holder(units: Sequence[Units]) -> Edits:

@@ -13,13 +13,14 @@ from sparseprune.pruning.structured.criteria import CRITERIA, Loss
 from sparseprune.pruning.structured.cutting import (
     Options,
     Units,
+    as_data,
     check_criterion,
     check_fraction,
     chosen_groups,
     cut,
     place_holder,
 )
-from sparseprune.pruning.structured.neurons import CALIBRATED, as_data, resolve_compensate
+from sparseprune.pruning.structured.neurons import CALIBRATED, resolve_compensate
 from sparseprune.pruning.structured.probe import HeadGroup, find_heads, sample_batch
 from sparseprune.pruning.structured.report import StructuredReport
 from sparseprune.pruning.structured.surgery import Plan, bare, plain_attributes, plan
@@ -64,7 +65,7 @@ def remove_heads(
         raise ValueError(
             f'unit: must be "group" or "query", got {unit!r}; leave it out for what comes nearer'
         )
-    data = as_data(calibration)
+    data = as_data(model, calibration)
     check_criterion(criterion, CRITERIA, CALIBRATED, data)
     config: Any = getattr(model, "config", None)
     heads = getattr(config, "num_attention_heads", None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from sparseprune.calibration import Batch, CalibrationData, no_cache
 from sparseprune.models import evaluation_mode, find_blocks
 from sparseprune.pruning.structured.criteria import Loss, resolve_loss
-from sparseprune.pruning.structured.cutting import check_criterion, check_fraction
-from sparseprune.pruning.structured.neurons import as_data
+from sparseprune.pruning.structured.cutting import as_data, check_criterion, check_fraction, chosen
 from sparseprune.pruning.structured.probe import run, sample_batch
 from sparseprune.pruning.structured.report import StructureCut, StructuredReport
 from sparseprune.pruning.structured.surgery import Edits, Plan, commit, counts, plan, undo_on_error
@@ -58,21 +56,17 @@ def remove_layers(
     Raises:
         ValueError: an argument out of range, a model without blocks, or one whose config cannot say what is left.
     """
-    data = as_data(calibration)
+    data = as_data(model, calibration)
     check_criterion(criterion, LAYER_CRITERIA, CALIBRATED, data)
     blocks = find_blocks(model)
     stack = _stack(model, blocks)
-    candidates = [
-        index
-        for index, (name, _) in enumerate(blocks)
-        if _match(name, include, True) and not _match(name, exclude, False)
-    ]
+    candidates = [index for index, (name, _) in enumerate(blocks) if chosen([name], include, exclude)]
     number = _number(count, len(blocks), len(candidates))
     modules = [module for _, module in blocks]
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not parameter.isfinite().all():
             raise ValueError(f"{name}: weights must be finite, got NaN or Inf; repair the checkpoint")
-    planned = _plan(model, stack, _kept(len(blocks), candidates[:number]))
+    _plan(model, stack, _kept(len(blocks), candidates[:number]))  # may it be, before the long work
     if criterion == "loss":
         assert data is not None
         gone = _greedy(model, modules, candidates, number, data, loss, progress)
@@ -108,12 +102,6 @@ def remove_layers(
         data.source if data is not None and criterion in CALIBRATED else None,
         planned.reloads,
     )
-
-
-def _match(name: str, patterns: str | Sequence[str] | None, default: bool) -> bool:
-    if patterns is None:
-        return default
-    return any(fnmatchcase(name, it) for it in ((patterns,) if isinstance(patterns, str) else patterns))
 
 
 def _number(count: int | float, blocks: int, candidates: int) -> int:

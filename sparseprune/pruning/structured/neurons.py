@@ -10,17 +10,19 @@ import torch
 from torch import nn
 
 from sparseprune.calibration import Batch, CalibrationData
+from sparseprune.models import find_linears
 from sparseprune.pruning.structured.criteria import CRITERIA, Loss
 from sparseprune.pruning.structured.cutting import (
     Options,
     Units,
+    as_data,
     check_criterion,
     check_fraction,
     chosen_groups,
     cut,
     place_holder,
 )
-from sparseprune.pruning.structured.probe import NeuronGroup, find_neurons, sample_batch
+from sparseprune.pruning.structured.probe import NeuronGroup, NotReachedError, find_neurons, sample_batch
 from sparseprune.pruning.structured.report import StructuredReport
 from sparseprune.pruning.structured.surgery import plan
 
@@ -67,10 +69,10 @@ def remove_neurons(
     check_fraction(fraction, "neurons")
     if not isinstance(multiple_of, int) or multiple_of < 1:
         raise ValueError(f"multiple_of: must be at least 1, got {multiple_of!r}")
-    data = as_data(calibration)
+    data = as_data(model, calibration)
     check_criterion(criterion, CRITERIA, CALIBRATED, data)
-    batch = sample_batch(model, data)
-    groups = chosen_groups(find_neurons(model, batch), include, exclude)
+    batch, found = _found(model, data, [layer.name for layer in find_linears(model, include, exclude)])
+    groups = chosen_groups(found, include, exclude)
     if not groups:
         raise ValueError(
             f"model: {type(model).__name__} has no hidden neurons to remove under include={include!r}, "
@@ -88,10 +90,17 @@ def remove_neurons(
     return cut(model, units, planned, batch, options)
 
 
-def as_data(calibration: CalibrationData | Iterable[Batch] | None) -> CalibrationData | None:
-    if calibration is None or isinstance(calibration, CalibrationData):
-        return calibration
-    return CalibrationData(list(calibration))
+def _found(
+    model: nn.Module, data: CalibrationData | None, needed: Sequence[str]
+) -> tuple[Batch, list[NeuronGroup]]:
+    batch = sample_batch(model, data)
+    try:
+        return batch, find_neurons(model, batch, needed)
+    except NotReachedError:
+        if data is None:
+            raise
+    batch = sample_batch(model, data, whole=True)
+    return batch, find_neurons(model, batch, needed)
 
 
 def resolve_compensate(

@@ -13,7 +13,7 @@ A producer whose output goes anywhere else belongs to neither: its width is not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sparseprune.calibration import Batch, CalibrationData, no_cache, to_device
 from sparseprune.models import LinearLayer, device_of, evaluation_mode, find_linears
 
-__all__ = ["HeadGroup", "NeuronGroup", "find_heads", "find_neurons", "run", "sample_batch"]
+__all__ = ["HeadGroup", "NeuronGroup", "NotReachedError", "find_heads", "find_neurons", "run", "sample_batch"]
 
 # Positions of a probe: enough that attention over several and attention to oneself differ.
 _TOKENS = 8
@@ -84,15 +84,15 @@ class HeadGroup:
         return torch.tensor([head * dim + channel for head in heads for channel in range(dim)])
 
 
-def sample_batch(model: nn.Module, calibration: CalibrationData | None) -> Batch:
-    """Something small to run the model on: the start of the first batch, or token ids made up.
+def sample_batch(model: nn.Module, calibration: CalibrationData | None, whole: bool = False) -> Batch:
+    """Something to run the model on: the start of the first batch (or the `whole` of it), or token ids made up.
 
     Raises:
         ValueError: no calibration, and a model whose inputs are not known without.
     """
     generator = torch.Generator().manual_seed(0)
     if calibration is not None:
-        return _shorten(calibration.batches[0])
+        return calibration.batches[0] if whole else _shorten(calibration.batches[0])
     if hasattr(model, "dummy_inputs"):
         return dict(model.dummy_inputs)  # type: ignore[arg-type]
     first = next((it for it in model.modules() if not list(it.children())), model)
@@ -199,9 +199,23 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def find_neurons(model: nn.Module, batch: Batch) -> list[NeuronGroup]:
-    """The model's groups of hidden neurons, in model order."""
+class NotReachedError(ValueError):
+    """A linear did not run, so that what depends on it is not known."""
+
+
+def find_neurons(model: nn.Module, batch: Batch, needed: Collection[str] = ()) -> list[NeuronGroup]:
+    """The model's groups of hidden neurons, in model order.
+
+    Raises:
+        NotReachedError: a linear among `needed` did not run on `batch`, such as an expert that got no token.
+    """
     probe = _probe(model, batch)
+    unseen = [name for name in needed if name in probe.layers and name not in probe.inputs]
+    if unseen:
+        raise NotReachedError(
+            f"calibration: must reach every layer, {len(unseen)} did not run on its first batch, such as {unseen[0]}; "
+            "pass a larger first batch, or exclude them"
+        )
     groups = []
     for consumer, producers in probe.links():
         parts = _elementwise(probe, consumer, producers)
