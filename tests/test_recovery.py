@@ -256,6 +256,10 @@ BAD = [
     ({"steps": 1, "evaluate_every": 1}, "evaluate_every: needs evaluate"),
     ({"steps": 1, "checkpoint_every": 1}, "checkpoint_every: needs checkpoint"),
     ({"steps": 1, "teacher": None, "distillation": Distillation()}, "teacher: must be given"),
+    (
+        {"steps": 1, "teacher": None, "distillation": Distillation(1.0, logits=0, hidden=1)},
+        "teacher: must be given for the losses logits=0, hidden=1",
+    ),
 ]
 
 

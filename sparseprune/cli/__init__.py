@@ -1,4 +1,4 @@
-"""The command line: `sparseprune demo | prune | eval | bench | inspect`; a command is a file of this folder.
+"""The command line: `sparseprune demo | prune | recover | eval | bench | inspect`; a command is a file of this folder.
 
 Tables and JSON go to stdout, progress and errors to stderr. A mistake of the user's (a file that is missing or damaged,
 an option out of range) is one line on stderr and exit code 2.
@@ -19,6 +19,7 @@ from sparseprune.cli.demo import demo
 from sparseprune.cli.evaluate import evaluate
 from sparseprune.cli.inspect import inspect
 from sparseprune.cli.prune import prune
+from sparseprune.cli.recover import recover
 
 __all__ = ["app"]
 
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(prune)
+app.command()(recover)
 app.command(name="eval")(evaluate)
 app.command()(bench)
 app.command()(inspect)

@@ -167,8 +167,11 @@ def _check(model: nn.Module, teacher: nn.Module | None, distillation: Distillati
             "sparseprune.recovery.to_dense(model) first"
         )
     if teacher is None:
-        if not distillation.cross_entropy:
-            raise ValueError("teacher: must be given to distill from, got None; or pass cross_entropy=1")
+        if distillation.logits or distillation.hidden:
+            raise ValueError(
+                f"teacher: must be given for the losses logits={distillation.logits:g}, hidden={distillation.hidden:g}, "
+                "got None; or leave cross_entropy alone above 0"
+            )
         return
     if teacher is model or {id(it) for it in teacher.parameters()} & {id(it) for it in model.parameters()}:
         raise ValueError(

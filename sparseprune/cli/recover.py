@@ -1,0 +1,121 @@
+"""`sparseprune recover`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparseprune.cli import console, files
+from sparseprune.cli.options import Batches, DType, Exclude, Include, Json, Model, Policy
+
+__all__ = ["recover"]
+
+
+def recover(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.")],
+    text: Annotated[Path, typer.Option(help="Text file to learn from, UTF-8.")],
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="The dense model, to distill from [default: learn from the text alone]."),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="How long to train; or --steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="How many steps to train; or --minutes.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-4,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text in a step.")] = 2,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    cross_entropy: Annotated[
+        float | None, typer.Option(help="Weight of the loss on the text [default: 0 with a teacher, else 1].")
+    ] = None,
+    hidden: Annotated[float, typer.Option(help="Weight of the loss on the blocks' outputs.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="Softens teacher and student in their divergence.")
+    ] = 1.0,
+    optimizer: Annotated[str, typer.Option(help='"adamw", "adam", "sgd" or "adagrad".')] = "adamw",
+    lora: Annotated[
+        int | None, typer.Option(help="Train adapters of this rank and merge them [default: the weights].")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for the state of the run; a killed run goes on from it.")
+    ] = None,
+    dev: Annotated[
+        Path | None, typer.Option(help="Other text, to measure perplexity before and after.")
+    ] = None,
+    evaluate_every: Annotated[int | None, typer.Option(min=1, help="And every so many steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides the order of the windows.")] = 0,
+    format: Annotated[str, typer.Option(help='"auto", "2:4" (any "N:M"), "bitmap" or "csr".')] = "auto",
+    policy: Annotated[
+        Policy,
+        typer.Option(help="auto: swap the layers that get faster here; always: swap all, measure nothing."),
+    ] = Policy.auto,
+    batch: Batches = [1],  # noqa: B006, typer reads the default and never changes it
+    include: Include = None,
+    exclude: Exclude = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Keep the output head's zeros too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the pruned MODEL around its zeros, towards the dense TEACHER, and write the result to the folder OUT.
+
+    Runs on several processes under torchrun or accelerate; --windows is theirs together.
+    """
+    from sparseprune.checkpoint import save
+    from sparseprune.convert import sparsify
+    from sparseprune.models import max_length
+    from sparseprune.recovery import Distillation, TokenStream, to_dense
+    from sparseprune.recovery import recover as recover_model
+
+    files.check_out(model, out)
+    weights = Distillation(
+        cross_entropy=(0.0 if teacher else 1.0) if cross_entropy is None else cross_entropy,
+        logits=1.0 if teacher else 0.0,
+        temperature=temperature,
+        hidden=hidden,
+    )
+    loaded, tokenizer = files.load_any(model, DType.auto)
+    if tokenizer is None:
+        raise ValueError(
+            f"MODEL: must have a tokenizer to read a text, {model} has none; copy its files there"
+        )
+    dense = None if teacher is None else files.load_dense(teacher, DType.auto, "--teacher")[0]
+    limit = max_length(loaded)
+    data = TokenStream(
+        files.read_text("--text", text), tokenizer, length if limit is None else min(length, limit)
+    )
+    layers: dict[str, Any] = {"include": include or None, "exclude": exclude or None, "lm_head": lm_head}
+    report = recover_model(
+        to_dense(loaded),
+        data,
+        dense,
+        steps,
+        minutes,
+        learning_rate,
+        windows,
+        weights,
+        optimizer=optimizer,
+        lora=lora,
+        evaluate=None if dev is None else _perplexity(dev, tokenizer, limit),
+        evaluate_every=evaluate_every,
+        checkpoint=checkpoint,
+        seed=seed,
+        progress=True,
+        **layers,
+    )
+    if int(os.environ.get("RANK", "0")):
+        return  # of several processes, the first writes
+    converted = sparsify(loaded, format, policy.value, batch, progress=True, **layers)
+    with console.bar("saving") as update:
+        save(loaded, out, tokenizer, progress=update)
+    result = {"recovered": report.to_dict(), "converted": converted.to_dict(), "saved": str(out)}
+    console.out(result, lambda: f"{converted}\n{report}\nsaved in {out}", as_json)
+
+
+def _perplexity(path: Path, tokenizer: Any, limit: int | None) -> Callable[[Any], float]:
+    from sparseprune.evaluate import perplexity
+
+    content = files.read_text("--dev", path)
+    window = 1024 if limit is None else min(1024, limit)
+    return lambda model: perplexity(model, tokenizer, content, window, 16, text_name=path.name).value
