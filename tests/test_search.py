@@ -383,6 +383,37 @@ class TestAllocations:
         with pytest.raises(ValueError, match=r"seconds: the layers take at least .* at 80% zeros, got 1e-06"):
             resolve_allocation(Search(seconds=1e-6), it)
 
+    def test_marginals_are_losses_of_one_step_more_of_a_group(self):
+        it = job()
+        sizes = {layer.name: layer.weight.numel() for layer in it.layers}
+        levels = levels_around(0.6)
+        groups = search_module._groups(it)
+        with Candidates(it, levels, statistics_for(it, DATA)) as candidates:
+            judge = Judge(it.model, OTHER)
+            trials = search_module._Trials(candidates, judge, [0.0, *levels], {}, 0, False)
+            found = trials.marginals(0.6, groups, sizes)
+            by_hand = {}
+            for key in found:
+                candidates.use(dict.fromkeys(sizes, 0.6))
+                before = judge()
+                members = [name for name, pair in groups.items() if key in pair]
+                candidates.use(dict.fromkeys(members, 0.7))
+                by_hand[key] = (judge() - before) / sum(sizes[name] for name in members)
+        ratios = {key: value / by_hand[key] for key, value in found.items() if 0.05 < value < 20}
+        assert len(ratios) > 6
+        assert max(ratios.values()) == pytest.approx(min(ratios.values()), rel=1e-4)
+        idle = groups["model.layers.1.mlp.up_proj"][1]
+        others = {groups[f"model.layers.{block}.mlp.up_proj"][1] for block in (0, 2)}
+        assert len({idle, *others}) == 3
+        assert found[idle] < 0.3 * min(found[key] for key in others)
+
+    def test_nan_predictions(self):
+        model = uneven(layers=3)
+        with torch.no_grad():
+            model.lm_head.weight[0] = math.nan
+        with pytest.raises(ValueError, match="model: predictions must not be NaN"):
+            resolve_allocation(Search(trials=5), job(model=model))
+
     def test_processes_agree(self, tmp_path):
         torchrun(
             """
