@@ -13,16 +13,21 @@ from protocol import arguments, read_results, setup, write_results
 
 import sparseprune as sp
 from sparseprune.models import find_linears
-from sparseprune.pruning.allocation import Search
-from sparseprune.pruning.allocation.search import packed_bytes
+from sparseprune.pruning.allocation import AllocationContext, Search
+from sparseprune.pruning.allocation.search import layer_seconds, packed_bytes
+from sparseprune.pruning.methods import find_method
+from sparseprune.pruning.patterns import Pattern
 from sparseprune.report import Column, Table, human_bytes
+
+ALLOCATIONS = ("uniform", "owl", "sensitivity", "search", "search by time")
+"""The last one has the time of uniform's layers at batch 1 to spend, as measured here, not its bytes."""
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--methods", nargs="*", default=["wanda", "sparsegpt"])
-    parser.add_argument("--allocations", nargs="*", default=["uniform", "owl", "sensitivity", "search"])
+    parser.add_argument("--allocations", nargs="*", default=ALLOCATIONS)
     parser.add_argument(
         "--minutes", type=float, default=12.0, help="for a search, and for sensitivity curves"
     )
@@ -36,7 +41,10 @@ def main() -> None:
                 continue
             model = copy.deepcopy(protocol.model)
             begin = time.perf_counter()
-            chosen: Any = Search(minutes=options.minutes) if allocation == "search" else allocation
+            chosen: Any = allocation
+            if allocation.startswith("search"):
+                budget = uniform_seconds(model, options.sparsity) if allocation == "search by time" else None
+                chosen = Search(minutes=options.minutes, seconds=budget)
             # minutes would bound the method as well: only what looks for an allocation is told
             limit = {"minutes": options.minutes} if allocation == "sensitivity" else {}
             report = sp.prune(
@@ -58,6 +66,12 @@ def main() -> None:
             }
             write_results(options.out, results)
             print(table(results), flush=True)
+
+
+def uniform_seconds(model: Any, sparsity: float) -> float:
+    """One pass through all layers at batch 1, each in its fastest format, all of one sparsity."""
+    context = AllocationContext(model, find_linears(model), find_method("wanda"), Pattern(), sparsity, "row")
+    return sum(times[0] for times in layer_seconds(context, [sparsity], 1).values())
 
 
 def table(results: dict[str, Any]) -> str:

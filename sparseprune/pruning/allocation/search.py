@@ -28,7 +28,7 @@ from sparseprune.pruning.allocation.curves import (
 from sparseprune.pruning.allocation.judge import Judge, hold_out
 from sparseprune.report import human_bytes, track
 
-__all__ = ["Search", "default_search", "packed_bytes"]
+__all__ = ["Search", "default_search", "layer_seconds", "packed_bytes"]
 
 _TOKENS = 4096
 """Held-out tokens that each trial is judged on."""
@@ -182,7 +182,7 @@ class Search:
     ) -> tuple[dict[str, list[float]], float]:
         """(price of each layer at each option, budget) in weights that stay, bytes or seconds."""
         if self.seconds is not None:
-            return _measured_seconds(context, options, self.batch), self.seconds
+            return layer_seconds(context, options, self.batch), self.seconds
         price: Callable[[LinearLayer, float], float] = packed_bytes if self.bytes is not None else _kept
         prices = {layer.name: [price(layer, level) for level in options] for layer in context.layers}
         if self.bytes is not None:
@@ -213,9 +213,7 @@ def _kept(layer: LinearLayer, sparsity: float) -> float:
     return layer.weight.numel() * (1 - sparsity)
 
 
-def _measured_seconds(
-    context: AllocationContext, options: Sequence[float], batch: int
-) -> dict[str, list[float]]:
+def layer_seconds(context: AllocationContext, options: Sequence[float], batch: int) -> dict[str, list[float]]:
     """Seconds of each layer at each sparsity, in the fastest format: one measurement for each shape and dtype."""
     kinds: dict[tuple[int, int, torch.dtype, bool], list[str]] = {}
     for layer in context.layers:
