@@ -2,20 +2,18 @@
 
 import json
 import os
-import re
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny
-from typer.testing import CliRunner
+from helpers.checkpoints import save, weights
 
 from sparseprune._safetensors import CheckpointError
-from sparseprune.checkpoint import load, load_tokenizer
-from sparseprune.cli import app
+from sparseprune.checkpoint import load
 from sparseprune.memory import parse_size
-from sparseprune.models import find_linears, load_dense
+from sparseprune.models import load_dense
 from sparseprune.nn import SparseLinear
 from sparseprune.pruning.prune import prune
 from sparseprune.streaming import job, prune_folder, source
@@ -39,12 +37,25 @@ def qwen():
     return model
 
 
-MODELS = {"llama": tiny.llama, "tied": lambda: tiny.llama(tied=True), "gpt2": tiny.gpt2, "qwen": qwen}
+def neox():
+    """A model whose head transformers renames when it loads it."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(config).eval()
 
 
-def save(model, folder, dtype=torch.float32, shard="20KB"):
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    return folder
+MODELS = {
+    "llama": tiny.llama,
+    "tied": lambda: tiny.llama(tied=True),
+    "gpt2": tiny.gpt2,
+    "qwen": qwen,
+    "neox": neox,
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +70,6 @@ def files(folder):
 def wanda(folder, out, **kwargs):
     arguments = {"pattern": "2:4", "method": "wanda", "calibration": BATCHES, **kwargs}
     return prune_folder(folder, out, **arguments)
-
-
-def weights(model):
-    """The linears' weights [out, in] by name, sparse ones made dense."""
-    found = {layer.name: layer.weight for layer in find_linears(model)}
-    sparse = {name: it.weight for name, it in model.named_modules() if isinstance(it, SparseLinear)}
-    return found | sparse
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -100,6 +104,18 @@ def test_the_weights_are_those_of_prune_in_memory(tmp_path, name, method, patter
     norms = {key: value for key, value in expected.state_dict().items() if "norm" in key or "ln_" in key}
     assert norms
     assert all(torch.equal(streamed.state_dict()[key], value) for key, value in norms.items())
+
+
+def test_experts_that_transformers_merges_are_refused(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    folder = save(MixtralForCausalLM(config), tmp_path / "dense")
+    with pytest.raises(CheckpointError, match=r"experts.*is merged or reordered by transformers .*in memory"):
+        wanda(folder, tmp_path / "out")
 
 
 def test_sequential_and_dense_inputs_differ_and_both_are_those_of_prune(tmp_path, llama):
@@ -383,90 +399,6 @@ def test_loading_shards_checks_them(tmp_path, llama, what):
 def test_loading_refuses_the_dense_shards_of_another_program(llama):
     with pytest.raises(CheckpointError, match="not written by sparseprune"):
         load(llama)
-
-
-@pytest.fixture(scope="module")
-def with_tokenizer(tmp_path_factory):
-    """The checkpoint of a model that reads words, and a text for it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = save(tiny.llama(layers=3), tmp_path_factory.mktemp("words"))
-    words = [f"w{number}" for number in range(90)]
-    backend = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(["[UNK]", *words])}, "[UNK]")
-    )
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(folder)
-    text = folder / "text.txt"
-    text.write_text(" ".join(words[number * number % 89] for number in range(3000)))
-    return folder, text
-
-
-def command(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in ("prune", *arguments)])
-    assert result.exit_code == code, result.output + result.stderr
-    return result
-
-
-def test_the_command_streams(with_tokenizer, tmp_path):
-    folder, text = with_tokenizer
-    arguments = ("--method", "wanda", "--calibration", text, "--samples", 3, "--length", 100)
-    result = command(
-        folder, tmp_path / "out", "--stream", "--memory", "4GB", "--spill", tmp_path / "s", *arguments
-    )
-    assert "windows have 64 tokens instead of 100: the model's positions end there" in result.stderr
-    assert re.search(r"peak memory .* MiB of 3.7 GiB allowed", result.stdout)
-    assert "3 windows of 64 tokens" in result.stdout
-    assert f"saved in {tmp_path / 'out'}" in result.stdout
-    assert load_tokenizer(tmp_path / "out")("w3 w5").input_ids == [4, 6]
-    data = json.loads(command(folder, tmp_path / "whole", "--policy", "always", "--json", *arguments).stdout)
-    in_memory, streamed = weights(load(tmp_path / "whole")), weights(load(tmp_path / "out"))
-    assert all(torch.equal(streamed[name], weight) for name, weight in in_memory.items())
-    again = json.loads(command(folder, tmp_path / "again", "--memory", "4GB", "--json", *arguments).stdout)
-    assert again["pruned"]["layers"] == data["pruned"]["layers"]
-    assert again["saved"] == str(tmp_path / "again")
-
-
-def test_the_command_streams_by_itself_what_takes_half_of_the_memory(with_tokenizer, tmp_path, monkeypatch):
-    folder, _ = with_tokenizer
-    monkeypatch.setattr("sparseprune.memory.available_memory", lambda: 100_000)
-    result = command(folder, tmp_path / "whole", "--no-stream", "--policy", "always")
-    assert "streamed" not in result.stderr
-    monkeypatch.setattr("sparseprune.streaming.plan.available_memory", lambda: 1 << 30)
-    result = command(folder, tmp_path / "out", "--allocation", "*down_proj=dense")
-    assert "more than half of the 97.7 KiB available: it is streamed block by block" in result.stderr.replace(
-        "\n", ""
-    )
-    assert "formats: 18 2:4, 3 dense" in result.stdout
-
-
-def test_the_command_refuses_what_cannot_be_streamed(with_tokenizer, tmp_path):
-    folder, text = with_tokenizer
-    for arguments, message in (
-        (("--lm-head",), "--lm-head: needs the whole model in memory"),
-        (("--reconstruct", "--calibration", text), "--reconstruct: needs the whole model in memory"),
-        (("--method", "taylor", "--calibration", text), "method: must do without gradients"),
-        (("--method", "ria+permute", "--calibration", text), "method: must prune each block by itself"),
-        (
-            ("--pattern", "unstructured", "--sparsity", "0.5", "--allocation", "owl"),
-            'allocation: must be "uniform" or',
-        ),
-        (("--memory", "lots"), "memory: must be a size such as"),
-        (("--memory", "100MB"), "memory: must be at least"),
-    ):
-        line = (
-            command(folder, tmp_path / "out", "--stream", *arguments, code=2).stderr.strip().splitlines()[-1]
-        )
-        assert line.startswith(f"error: {message}"), line
-    assert (
-        "--memory, --spill: go with"
-        in command(folder, tmp_path / "out", "--no-stream", "--memory", "1GB", code=2).stderr
-    )
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    error = command(tmp_path / "model.gguf", tmp_path / "out", "--stream", code=2).stderr
-    assert "MODEL: must be a Hugging Face folder to be streamed" in error
-    assert not (tmp_path / "out").exists()
 
 
 def test_auto_is_admm(tmp_path, llama):

@@ -191,8 +191,33 @@ class StreamedModel:
             embedding.weight = self._own[key]
 
     def _match(self) -> dict[str, str]:
-        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         infos = self.source.infos
+        renamed, changed = _on_loading(self.model, self._own, list(infos))
+        if changed is not None:
+            raise CheckpointError(
+                f"{self.folder}: {changed} is merged or reordered by transformers when it loads it (experts, for example), "
+                "which a stream does not do; prune the model in memory"
+            )
+        stored = dict(zip(infos, infos, strict=True))
+        found, missing = self._look_up(stored)
+        if missing:
+            found, missing = self._look_up(renamed | stored)
+        if missing:
+            raise CheckpointError(
+                f"{self.folder}: lacks {len(missing)} of the model's tensors, the first is {missing[0]}; copy it again"
+            )
+        for key, name in found.items():
+            shape, expected = infos[name].shape, tuple(self._own[key].shape)
+            if shape != expected:
+                raise CheckpointError(
+                    f"{self.folder}: {name}: shape must be {expected}, as in the model, got {shape}; config.json is not "
+                    "that of these weights"
+                )
+        return found
+
+    def _look_up(self, stored: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+        """(the model's names -> the checkpoint's, names that are missing); `stored`: possible names -> the checkpoint's."""
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         twins: dict[int, list[str]] = {}
         for key, tensor in self._own.items():
             twins.setdefault(id(tensor), []).append(key)
@@ -201,23 +226,44 @@ class StreamedModel:
         for key, tensor in self._own.items():
             names = [key, *twins[id(tensor)]]
             candidates = [name for own in names for name in (own, own.removeprefix(prefix), prefix + own)]
-            match = next((name for name in candidates if name in infos), None)
+            match = next((stored[name] for name in candidates if name in stored), None)
             if match is None:
                 missing.append(key)
-                continue
-            shape = infos[match].shape
-            if shape != tuple(tensor.shape):
-                raise CheckpointError(
-                    f"{self.folder}: {match}: shape must be {tuple(tensor.shape)}, as in the model, got {shape}; "
-                    "config.json is not that of these weights"
-                )
-            found[key] = match
-        if missing:
-            raise CheckpointError(
-                f"{self.folder}: lacks {len(missing)} of the model's tensors, the first is {missing[0]}; if transformers "
-                "renames or merges this checkpoint's tensors while it loads them, prune the model in memory"
-            )
-        return found
+            else:
+                found[key] = match
+        return found, missing
+
+
+def _on_loading(
+    model: nn.Module, own: Mapping[str, Tensor], names: list[str]
+) -> tuple[dict[str, str], str | None]:
+    """What transformers does with a checkpoint's tensors, beside reading them.
+
+    Returns:
+        its names for tensors -> those of the checkpoint, where they differ; and a tensor whose values it changes, None if
+        there is none.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except (
+        ImportError
+    ):  # a release that renames elsewhere: a tensor that it would rename is reported as missing
+        return {}, None
+    transforms: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [it for it in transforms if isinstance(it, WeightRenaming)]
+    converters = [it for it in transforms if isinstance(it, WeightConverter)]
+    prefix: Any = getattr(model, "base_model_prefix", "")
+    renamed: dict[str, str] = {}
+    for name in names:
+        found, converter = rename_source_key(name, renamings, converters, prefix, dict(own))
+        if found not in own:
+            continue
+        if converter is not None:
+            return renamed, name
+        if found != name:
+            renamed[found] = name
+    return renamed, None
 
 
 def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Random checkpoints of any size, written shard by shard, so that the model never exists in memory."""
+"""Checkpoints on the disk: of a tiny model, and of any size, written so that the model never exists in memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,24 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparseprune._safetensors import TensorInfo, TensorSource, write
 from sparseprune._shards import INDEX_FILE, shard_name
+from sparseprune.models import find_linears
+from sparseprune.nn import SparseLinear
+
+
+def save(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "20KB") -> Path:
+    """Saves a transformers model in shards; gives the folder."""
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The linears' weights [out, in] by name, sparse ones made dense."""
+    found = {layer.name: layer.weight for layer in find_linears(model)}
+    return found | {name: it.weight for name, it in model.named_modules() if isinstance(it, SparseLinear)}
 
 
 def random_llama(
