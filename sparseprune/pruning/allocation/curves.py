@@ -73,8 +73,9 @@ def sensitivity(context: AllocationContext) -> dict[str, float]:
     context.notes.append(
         f"sensitivity: {curves.measured} of {len(context.layers)} layers' curves were measured"
     )
-    fine = [0.0] + [round(_FINE * step, 2) for step in range(1, int(0.96 / _FINE))]
-    fine = [level for level in fine if level == 0 or levels[0] - 0.1 <= level <= levels[-1] + 0.1]
+    # not beyond the points that were measured
+    steps = max(1, round((levels[-1] - levels[0]) / _FINE))
+    fine = [levels[0] + (levels[-1] - levels[0]) * step / steps for step in range(steps + 1)]
     sizes = {layer.name: layer.weight.numel() for layer in context.layers}
     costs = {name: [curves.at(name, level) for level in fine] for name in sizes}
     prices = {name: [size * (1 - level) for level in fine] for name, size in sizes.items()}
