@@ -62,7 +62,7 @@ def prune(
         pattern: "2:4", "4:8", any "N:M", "unstructured", blocks "RxC" such as "16x1"; or "neurons", "heads" or
             "layers", which cuts them out and leaves a smaller dense model: see `sparseprune.pruning.structured`, whose
             criteria `method` then names ("magnitude" is their "l1").
-        method: a name of `sparseprune.pruning.METHODS`, with "+swaps" or "+least-squares" behind it if you like, a
+        method: a name of `sparseprune.pruning.METHODS`, with "+permute", "+swaps" or "+least-squares" behind it, a
             `Method` of your own, or "auto" for the best recipe in `minutes` (see `sparseprune.pruning.auto`).
         sparsity: fraction of weights to remove, in [0, 1); implied by N:M, needed otherwise.
         calibration: what the method runs the model on (`sparseprune.calibration.windows`, or any batches); needed by
