@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
+from helpers.checkpoints import weights
 
 from sparseprune import distributed
 from sparseprune.calibration import Gram, InputSquares, collect
@@ -24,12 +25,15 @@ import sys
 import torch
 from helpers import tiny
 from sparseprune.calibration import Gram, collect
+from sparseprune.cli import app
 from sparseprune.models import find_linears
 from sparseprune.pruning.prune import prune
 import test_distributed as cases
 
 torch.distributed.init_process_group("gloo")
 cases.stream(sys.argv[1])
+for name in ("--stream", "--no-stream"):
+    app(["prune", f"{sys.argv[1]}/dense", f"{sys.argv[1]}/cli{name}", name, "--policy", "always"], standalone_mode=False)
 torch.save(cases.results(), f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
 torch.distributed.destroy_process_group()
 """
@@ -79,13 +83,14 @@ def torchrun(script, *arguments, processes=2):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     tiny.llama().save_pretrained(folder / "dense", max_shard_size="20KB")
-    torchrun(TWO, folder)
+    (folder / "stdout").write_text(torchrun(TWO, folder))
     return results(), *(torch.load(folder / f"{rank}.pt") for rank in range(2)), folder
 
 
@@ -103,10 +108,10 @@ def test_statistics_add_up_to_those_of_one_process(runs):
 @pytest.mark.parametrize("method", METHODS)
 def test_pruning_gives_the_same_masks_in_two_processes_as_in_one(runs, method):
     (_, _, one), *processes, _ = runs
-    for _, _, weights in processes:
+    for _, _, found in processes:
         for name, weight in one[method].items():
-            assert torch.equal(weights[method][name] != 0, weight != 0), name
-            torch.testing.assert_close(weights[method][name], weight, rtol=1e-4, atol=1e-5)
+            assert torch.equal(found[method][name] != 0, weight != 0), name
+            torch.testing.assert_close(found[method][name], weight, rtol=1e-4, atol=1e-5)
     assert all(
         torch.equal(processes[0][2][method][name], processes[1][2][method][name]) for name in one[method]
     )
@@ -131,6 +136,14 @@ def test_a_stream_of_two_processes_gives_the_same_masks_as_one(runs, method):
         found = model.get_submodule(name).weight
         assert torch.equal(found != 0, weight != 0), name
         torch.testing.assert_close(found, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_of_a_command_writes_and_speaks(runs):
+    *_, folder = runs
+    output = (folder / "stdout").read_text()
+    for name in ("--stream", "--no-stream"):
+        assert output.count(f"saved in {folder}/cli{name}\n") == 1
+        assert len(weights(load(folder / f"cli{name}"))) == len(weights(tiny.llama()))
 
 
 def test_there_must_be_a_batch_for_each_process(monkeypatch):

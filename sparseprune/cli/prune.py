@@ -111,11 +111,17 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Prune MODEL, swap its layers for sparse ones, and write the result to the folder OUT."""
+    import torch
+
     from sparseprune.checkpoint import save
     from sparseprune.convert import sparsify
     from sparseprune.pruning.prune import prune as prune_model
     from sparseprune.pruning.structured import StructuredReport
+    from sparseprune.recovery.distributed import processes
 
+    first = processes(
+        torch.device("cpu")
+    ).first  # under torchrun: calibration is shared out, one process writes
     _check(pattern, method, sparsity)
     given = _allocation(allocation, max_bytes, max_ms, batch[0])
     if recover_steps and schedule is None:
@@ -152,7 +158,11 @@ def prune(
         asked |= callbacks(schedule, recover_steps, calibration, loaded, tokenizer, length, seed)
     layers["lm_head"] = lm_head
     asked = {name: value for name, value in asked.items() if value is not None}
-    pruned = prune_model(loaded, pattern, method, sparsity, data, seed=seed, progress=True, **layers, **asked)
+    pruned = prune_model(
+        loaded, pattern, method, sparsity, data, seed=seed, progress=first, **layers, **asked
+    )
+    if not first:
+        return
     result: dict[str, Any] = {"pruned": pruned.to_dict(), "saved": str(out)}
     lines = [str(pruned)]
     if not isinstance(pruned, StructuredReport):  # what that leaves is dense

@@ -74,7 +74,9 @@ def prune_streamed(
     """
     import torch
 
+    from sparseprune._shards import STREAM_FILE
     from sparseprune.checkpoint import load_tokenizer
+    from sparseprune.distributed import rank
     from sparseprune.memory import parse_size
     from sparseprune.skeleton import read_config
     from sparseprune.streaming import prune_folder
@@ -90,10 +92,18 @@ def prune_streamed(
         path, length, samples, seed = calibration
         limit = getattr(read_config(model), "max_position_embeddings", None)
         data = calibration_data(path, tokenizer, length, samples, seed, limit)
-    report = prune_folder(
-        model, out, pattern, method, calibration=data, tokenizer=tokenizer, progress=True,
-        dtype=None if dtype is DType.auto else getattr(torch, dtype.value),
-        memory=None if memory is None else parse_size(memory), **options,
-    )  # fmt: skip
+    first = rank() == 0
+    try:
+        report = prune_folder(
+            model, out, pattern, method, calibration=data, tokenizer=tokenizer, progress=first,
+            dtype=None if dtype is DType.auto else getattr(torch, dtype.value),
+            memory=None if memory is None else parse_size(memory), **options,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        if (out / STREAM_FILE).is_file():
+            console.say(f"interrupted; the same command goes on where it was, or delete {out}")
+        raise
+    if not first:
+        return
     lines = [*report.pruned.table().footer, *report.footer(), f"saved in {out}"]
     console.out({**report.to_dict(), "saved": str(out)}, lambda: "\n".join(lines), as_json)
