@@ -40,7 +40,7 @@ class Reconstruction:
         seed: of their order.
     """
 
-    epochs: int = 6
+    epochs: int = 4
     learning_rate: float = 0.03
     batch: int = 2
     seed: int = 0
