@@ -32,6 +32,7 @@ def remove_layers(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     loss: Loss | None = None,
+    shortlist: int | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> StructuredReport:
@@ -45,11 +46,12 @@ def remove_layers(
             - "activation": mean over tokens of ||output - input|| / ||input||,
             - "taylor": sum over tokens of |<output - input, gradient of the loss>|,
             - "l1": sum of |w| over the block,
-            - "loss": greedily, at each step the one without which the calibration loss is least; as many passes over
-              the calibration data as there are blocks, for each block that goes,
+            - "loss": greedily, at each step the one without which the calibration loss is least; half as many passes
+              over the calibration data as there are blocks, for each block that goes,
             - "random": seeded, the control.
         include, exclude: shell patterns over block names ("model.layers.3"): which may go.
         loss: for "taylor" and "loss", see `remove_neurons`.
+        shortlist: "loss" tries only so many blocks, those of the least influence; None tries all.
 
     An error leaves the model as it was.
 
@@ -62,6 +64,10 @@ def remove_layers(
     stack = _stack(model, blocks)
     candidates = [index for index, (name, _) in enumerate(blocks) if chosen([name], include, exclude)]
     number = _number(count, len(blocks), len(candidates))
+    if shortlist is not None and not number <= shortlist:
+        raise ValueError(
+            f"shortlist: must be at least the {number} layers that go, got {shortlist}; leave it out to try all"
+        )
     modules = [module for _, module in blocks]
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not parameter.isfinite().all():
@@ -69,7 +75,10 @@ def remove_layers(
     _plan(model, stack, _kept(len(blocks), candidates[:number]))  # may it be, before the long work
     if criterion == "loss":
         assert data is not None
-        gone = _greedy(model, modules, candidates, number, data, loss, progress)
+        if shortlist is not None:
+            influence = _scores(model, modules, "influence", data, loss, seed, progress)
+            candidates = sorted(candidates, key=lambda index: influence[index])[:shortlist]
+        gone = _greedy(model, modules, sorted(candidates), number, data, loss, progress)
     else:
         scores = _scores(model, modules, criterion, data, loss, seed, progress)
         if not all(score == score and abs(score) != float("inf") for score in scores):
@@ -250,67 +259,86 @@ def _greedy(
     progress: bool,
 ) -> list[int]:
     measure = resolve_loss(model, loss)
-    alone = _return_tensors(model, blocks, sample_batch(model, data))
     gone: list[int] = []
-    trials = [step for step in range(number) for _ in range(len(candidates) - step)]
-    bar = iter(track(trials, "layers, by loss", enabled=progress))
-    for _ in range(number):
-        losses = {}
-        for index in candidates:
-            if index in gone:
-                continue
-            next(bar)
-            with (
-                _skipping([blocks[it] for it in (*gone, index)], alone),
-                evaluation_mode(model),
-                no_cache(model),
-            ):
-                losses[index] = _mean_loss(model, data, measure)
-        gone.append(min(losses, key=lambda index: losses[index]))
-    # past the end, so that the bar finishes
-    next(bar, None)
+    rounds = [(step, batch) for step in range(number) for batch in data]
+    losses: dict[int, float] = {}
+    with torch.no_grad(), evaluation_mode(model), no_cache(model):
+        for done, (_, batch) in enumerate(track(rounds, "layers, by loss", enabled=progress), 1):
+            for index, value in _losses_without(model, blocks, candidates, gone, batch, measure):
+                losses[index] = losses.get(index, 0.0) + (value if value == value else float("inf"))
+            if done % len(data) == 0:
+                gone.append(min(losses, key=lambda index: losses[index]))
+                losses = {}
     return gone
 
 
-def _mean_loss(model: nn.Module, data: CalibrationData, loss: Loss) -> float:
-    with torch.no_grad():
-        value = sum(float(loss(model, batch)) for batch in data) / len(data)
-    return value if value == value else float("inf")
+def _losses_without(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    candidates: Sequence[int],
+    gone: Sequence[int],
+    batch: Batch,
+    loss: Loss,
+) -> Iterator[tuple[int, float]]:
+    """The loss on one batch without each candidate, next to those that are gone.
 
-
-def _return_tensors(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> bool:
-    """Whether the blocks return hidden states alone, no tuple."""
+    What comes before a candidate is the same with and without it, and so is not computed again: the blocks before it
+    pass on what they get, and it gives what it got in the first pass.
+    """
+    inputs: dict[int, Tensor] = {}
     alone: list[bool] = []
+
+    def record(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            inputs[index] = _hidden(args, kwargs)
+            alone.append(isinstance(output, Tensor))
+
+        return hook
+
+    removed = [blocks[index] for index in gone]
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(no_cache(model))
-        for block in blocks:
-            hook = block.register_forward_hook(
-                lambda module, args, output: alone.append(isinstance(output, Tensor))
-            )
-            stack.callback(hook.remove)
-        run(model, batch)
-    return all(alone)
+        for index, block in enumerate(blocks):
+            if index not in gone:
+                stack.callback(block.register_forward_hook(record(index), with_kwargs=True).remove)
+        stack.enter_context(_skipping(removed))
+        loss(model, batch)
+    for index in candidates:
+        if index in gone:
+            continue
+        skipped = [blocks[it] for it in (*gone, index)]
+        if not all(alone):  # a block that returns more than hidden states has to run for the rest
+            with _skipping(skipped):
+                yield index, float(loss(model, batch))
+            continue
+        with _standing_in(blocks[: index + 1], inputs[index]), _standing_in(skipped, None):
+            yield index, float(loss(model, batch))
 
 
 @contextmanager
-def _skipping(blocks: Sequence[nn.Module], alone: bool) -> Iterator[None]:
-    """The blocks give back what they get; `alone`: what they give is no tuple, so that they need not run at all."""
+def _standing_in(blocks: Sequence[nn.Module], hidden: Tensor | None) -> Iterator[None]:
+    """The blocks do not run: they give `hidden`, or if it is None what they get."""
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        return _hidden(args, kwargs)
+        return _hidden(args, kwargs) if hidden is None else hidden
+
+    with ExitStack() as stack:
+        for block in blocks:
+            if "forward" not in vars(block):
+                block.forward = forward  # type: ignore[method-assign]
+                stack.callback(delattr, block, "forward")
+        yield
+
+
+@contextmanager
+def _skipping(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """The blocks give back the hidden states that they get."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         return _with_first(output, _hidden(args, kwargs))
 
     with ExitStack() as stack:
         for block in blocks:
-            if alone:
-                block.forward = forward  # type: ignore[method-assign]
-                stack.callback(delattr, block, "forward")
-            else:
-                stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
