@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 from dataclasses import dataclass
@@ -20,25 +21,21 @@ LENGTH = 1024
 
 @dataclass
 class Protocol:
-    """A model with text to calibrate on and other text to measure on.
-
-    Weights are bfloat16 while pruning, as a user of a CPU or GPU has them; perplexity is taken in float32.
-    """
+    """A model, bfloat16 as its users have it, with text to calibrate on and other text to measure on."""
 
     model: Any
     tokenizer: Any
     calibration_ids: torch.Tensor
     evaluation_ids: torch.Tensor
     windows: int
+    dtype: torch.dtype
 
     def calibration(self, count: int = 32, length: int = LENGTH, seed: int = 0) -> CalibrationData:
         return windows(self.calibration_ids, length=length, count=count, seed=seed)
 
     def perplexity(self, model: Any) -> float:
-        dtype = next(model.parameters()).dtype
-        value = sp.perplexity(model.float(), None, self.evaluation_ids, LENGTH, self.windows).value
-        model.to(dtype)
-        return value
+        model = copy.deepcopy(model).to(self.dtype)
+        return sp.perplexity(model, None, self.evaluation_ids, LENGTH, self.windows).value
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -59,7 +56,8 @@ def setup(options: argparse.Namespace) -> Protocol:
     model, tokenizer = load_dense(options.model or demo_model_path(), torch.bfloat16)
     calibration = token_ids(options.calibration.read_text(encoding="utf-8"), tokenizer)
     evaluation = token_ids(options.text.read_text(encoding="utf-8"), tokenizer)
-    return Protocol(model, tokenizer, calibration, evaluation, options.windows)
+    dtype = getattr(torch, options.dtype)
+    return Protocol(model, tokenizer, calibration, evaluation, options.windows, dtype)
 
 
 def read_results(path: Path) -> dict[str, Any]:

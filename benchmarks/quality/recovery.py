@@ -32,7 +32,7 @@ def main() -> None:
         "--plain-minutes", type=float, default=0, help="of plain fine-tuning, and of distillation again"
     )
     parser.add_argument("--patterns", nargs="*", default=["2:4", "50 %"])
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     options = parser.parse_args()
     protocol = setup(options)
     dense = protocol.model

@@ -32,7 +32,7 @@ def measures(model: Any) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=3, help="of recovery for each")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--cases", nargs="*", default=list(CASES)[:2])
     options = parser.parse_args()
     protocol = setup(options)
