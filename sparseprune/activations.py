@@ -56,13 +56,13 @@ class Activations(MutableSequence[Tensor]):
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f"{path}: the activations to go on with are missing or damaged ({error}); "
-                "delete the unfinished folder and start again"
+                "name the spill folder that the run began with, or delete its output and start again"
             ) from error
         if os.fstat(store._file.fileno()).st_size != store._end:
             store._file.close()
             raise ValueError(
-                f"{path}: the activations to go on with must have {store._end:,} bytes; delete the unfinished "
-                "folder and start again"
+                f"{path}: the activations to go on with must have {store._end:,} bytes; delete the run's output and "
+                "start again"
             )
         return store
 

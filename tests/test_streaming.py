@@ -193,7 +193,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, monkeypatch, wh
     if memory == "spilled":
         monkeypatch.setattr(job, "check_memory", lambda needs, limit: 0)
     wanda(llama, tmp_path / "whole", **arguments)
-    assert not (tmp_path / "spill").exists()
+    assert not list((tmp_path / "spill").iterdir())
     with monkeypatch.context() as patch:
         kill_at(patch, *KILLS[when])
         with pytest.raises(KilledError):
@@ -204,7 +204,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, llama, monkeypatch, wh
     report = wanda(llama, tmp_path / "out", **arguments)
     assert report.resumed_at == json.loads(json.dumps(report.to_dict()))["resumed_at"] is not None
     assert files(tmp_path / "out") == files(tmp_path / "whole")
-    assert not (tmp_path / "spill").exists()
+    assert not list((tmp_path / "spill").iterdir())
     assert len(report.pruned.layers) == 21
 
 
@@ -246,6 +246,10 @@ def test_formats_follow_the_density(tmp_path, llama):
 
 def test_settings_of_an_unfinished_run_must_be_the_same(tmp_path, llama, monkeypatch):
     with monkeypatch.context() as patch:
+        kill_at(patch, job, "write_block", 1, True)
+        with pytest.raises(KilledError):
+            wanda(llama, tmp_path / "out", pattern="4:8")  # nothing is done yet: no settings to keep to
+    with monkeypatch.context() as patch:
         kill_at(patch, job, "write_block", 2, True)
         with pytest.raises(KilledError):
             wanda(llama, tmp_path / "out")
@@ -278,6 +282,21 @@ def test_settings_of_an_unfinished_run_must_be_the_same(tmp_path, llama, monkeyp
     (tmp_path / "out" / "stream.json").write_text("{")
     with pytest.raises(ValueError, match="stream.json cannot be read .*; delete"):
         wanda(llama, tmp_path / "out")
+
+
+def test_two_streams_do_not_write_to_one_folder(tmp_path, llama, monkeypatch):
+    def second(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "write_block", original)
+            with pytest.raises(ValueError, match="OUT: another process is writing to .*out; wait for it"):
+                wanda(llama, tmp_path / "out")
+        return original(*arguments)
+
+    original = job.write_block
+    wanda(llama, tmp_path / "alone")
+    monkeypatch.setattr(job, "write_block", second)
+    wanda(llama, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "alone")
 
 
 def test_a_finished_or_foreign_out_is_left_alone(tmp_path, llama):

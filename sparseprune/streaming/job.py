@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from sparseprune.streaming.state import State
 from sparseprune.streaming.writer import write_block, write_index, write_rest
 
 __all__ = ["Job"]
+
+LOCK_FILE = ".lock"
 
 
 class _Final(Rewriter):
@@ -73,7 +76,7 @@ class Job:
         self.resumed_at: int | None = None
         self.activations = 0
         self._room = 0
-        self._stores: list[Activations] = []
+        self._open = ExitStack()
         self._main = distributed.rank() == 0
 
     @property
@@ -100,6 +103,7 @@ class Job:
         before = self.state.seconds
         self.out.mkdir(parents=True, exist_ok=True)
         self.spill.mkdir(parents=True, exist_ok=True)
+        self._lock()
         self._record(before, begin)
         if self.data is not None:
             overlap.remember(self.streamed.model, self.data)
@@ -138,6 +142,7 @@ class Job:
                 tokenizer.save_pretrained(self.out)
             write_index(self.out, self.state.weight_map, self.state.nbytes)
             (self.out / STREAM_FILE).unlink()
+            (self.out / LOCK_FILE).unlink()
         distributed.barrier()
         for path in self.spill.glob(f"hidden-*.{distributed.rank()}*"):
             path.unlink()
@@ -148,8 +153,7 @@ class Job:
 
     def close(self) -> None:
         """Closes the files that an error left open; they stay on the disk."""
-        for store in self._stores:
-            store.close()
+        self._open.close()
 
     def rows(self) -> tuple[LayerPruned, ...]:
         """What happened to each layer, also in the runs before a kill."""
@@ -244,6 +248,18 @@ class Job:
         walk.hidden = hidden
         return walk, hidden
 
+    def _lock(self) -> None:
+        """Keeps a second process from writing to the same folder; a lock ends with its process, however that ends."""
+        if not self._main:
+            return
+        file = self._open.enter_context((self.out / LOCK_FILE).open("w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"OUT: another process is writing to {self.out}; wait for it, or name another folder"
+            ) from None
+
     def _entrance(self) -> list[str]:
         """The tensors that what runs before the blocks needs in memory."""
         if self.data is None or self.method.statistic is None:
@@ -331,7 +347,7 @@ class Job:
         """The hidden states before `block`, to be written or found again."""
         path = self.spill / f"hidden-{block:05}.{distributed.rank()}"
         store = (Activations.open if resumed else Activations)(path, self._room)
-        self._stores.append(store)
+        self._open.callback(store.close)
         return store
 
 

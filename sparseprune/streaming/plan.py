@@ -98,7 +98,8 @@ def check_memory(needs: Needs, limit: int | None) -> int:
             f"{human_bytes(limit)}: {needs}, and {human_bytes(resident)} that the program takes already; raise the "
             "limit, or choose a method with a smaller statistic (wanda)"
         )
-    return room // 2  # the estimate is a lower bound
+    # a block may read from one store and fill another, and the estimate is a lower bound
+    return room // 3
 
 
 def check_disk(wanted: dict[Path, int]) -> None:

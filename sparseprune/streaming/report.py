@@ -42,6 +42,8 @@ class StreamReport:
     def footer(self) -> list[str]:
         """The totals in words."""
         limit = f" of {human_bytes(self.memory)} allowed" if self.memory is not None else ""
+        if self.memory is not None and self.peak_memory > self.memory:
+            limit += ", which was too little"
         lines = [
             f"streamed in {self.blocks} blocks; {self.shards} shards, {human_bytes(self.bytes_before)} before and "
             f"{human_bytes(self.bytes_after)} after ({self.bytes_after / max(1, self.bytes_before):.2f})",

@@ -36,7 +36,7 @@ class State:
 
     @classmethod
     def find(cls, folder: Path, settings: dict[str, Any]) -> State:
-        """The state of the run in `folder` that has these settings; a new one for a folder without a run.
+        """The state of the run in `folder` that has these settings; a new one for a folder where nothing is done yet.
 
         Raises:
             ValueError: `folder` holds a run with other settings, one that cannot be read, or a finished model.
@@ -58,6 +58,8 @@ class State:
             ) from error
         if state.version != _VERSION:
             raise ValueError(f"OUT: {folder} was begun by another version of sparseprune; delete it")
+        if state.done == 0:
+            return cls(settings)
         different = [
             f"{name} was {found.get(name)!r} and is {settings.get(name)!r}"
             for name in dict.fromkeys((*found, *settings))

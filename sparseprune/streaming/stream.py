@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -127,7 +128,7 @@ def prune_folder(
         job = Job(
             streamed, blocks, layers, method, targets, data,
             method.changes_weights if sequential is None else sequential,
-            form, out, Path(spill) if spill is not None else out / SPILL_FOLDER, progress,
+            form, out, _spill_folder(out, spill), progress,
         )  # fmt: skip
         with closing(job):
             selection = {"include": include, "exclude": exclude, "allocation": allocation}
@@ -148,6 +149,12 @@ def prune_folder(
         pruned, len(blocks), job.resumed_at, job.shards, source.nbytes, job.state.nbytes,
         job.state.peak_memory, memory, job.activations, job.state.spilled, job.state.formats, job.state.seconds,
     )  # fmt: skip
+
+
+def _spill_folder(out: Path, spill: str | Path | None) -> Path:
+    # one for each output: streams may share a fast disk
+    own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]
+    return out / SPILL_FOLDER if spill is None else Path(spill) / f"sparseprune-{own}"
 
 
 def _left_out(
