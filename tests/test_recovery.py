@@ -40,6 +40,19 @@ def test_distillation_halves_the_divergence_to_the_teacher(recipe):
         assert torch.equal(tensor, taught[name])
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch.compile, about itself
+def test_compiled_blocks_learn_the_same():
+    results = []
+    for compiled in (False, True):
+        model, teacher = pruned_pair()
+        options = {"autocast": None, "compile": compiled, "distillation": Distillation(hidden=0.3)}
+        results.append(recover(model, stream(), teacher, steps=4, learning_rate=1e-3, **options))
+        assert all("forward" not in vars(module) for it in (model, teacher) for module in it.modules())
+    for eager, fused in zip(*(report.losses for report in results), strict=True):
+        assert fused.total == pytest.approx(eager.total, rel=1e-3)
+
+
 def test_distillation_beats_fine_tuning_on_text_that_says_nothing():
     # the tokens are random: only the teacher knows anything that can be learned
     results = {}
@@ -284,6 +297,9 @@ def test_bad_teachers_and_data_are_named():
         recover(model, stream(100), teacher, steps=1)
     with pytest.raises(ValueError, match="at least one window of 50 tokens, got 10"):
         TokenStream(torch.arange(10), length=50)
+    with pytest.raises(ValueError, match="no repeated blocks to compile"):
+        batches = CalibrationData([tiny.ids()])
+        recover(tiny.lstm_classifier(), batches, tiny.lstm_classifier(), steps=1, compile=True)
     with pytest.raises(ValueError, match="must have labels"):
         recover(tiny.bert(head=True), CalibrationData([tiny.ids()]), steps=1)
     with pytest.raises(ValueError, match="temperature: must be above 0"):
