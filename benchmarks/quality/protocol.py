@@ -46,6 +46,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--calibration", type=Path, required=True, help="text to calibrate and recover on")
     parser.add_argument("--text", type=Path, required=True, help="other text, to measure on")
     parser.add_argument("--windows", type=int, default=16, help=f"evaluation windows of {LENGTH} tokens")
+    parser.add_argument("--dtype", default="float32", help="that perplexity is taken in")
     parser.add_argument(
         "--out", type=Path, required=True, help="JSON to write; what is in it already is kept"
     )
