@@ -80,6 +80,17 @@ def test_the_first_process_writes_the_checkpoint(runs):
         assert [path.name for path in (folder / kind).iterdir()] == ["recovery.safetensors"]
 
 
+def test_a_wrapped_model_is_refused(tmp_path):
+    model, teacher = pruned_pair()
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="model: must be the plain model in each process"):
+            recover(torch.nn.parallel.DistributedDataParallel(model), stream(), teacher, steps=1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_batch_that_processes_cannot_share_is_refused():
     assert [list(Processes(rank, 2).share(4)) for rank in (0, 1)] == [[0, 1], [2, 3]]
     with pytest.raises(ValueError, match="batch: must be a multiple of the number of processes, 2, got 3"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparseprune.calibration import Batch, CalibrationData
@@ -168,6 +169,12 @@ def recover(
 
 
 def _check(model: nn.Module, teacher: nn.Module | None, distillation: Distillation) -> None:
+    sharded = any(hasattr(it, "to_local") for it in model.parameters())  # DTensor
+    if sharded or isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "model: must be the plain model in each process, it is wrapped for parallel training (FSDP and its shards are "
+            "not supported); pass the model itself, recover averages the gradients"
+        )
     sparse = next((name for name, module in model.named_modules() if isinstance(module, SparseLinear)), None)
     if sparse is not None:
         raise ValueError(
