@@ -83,10 +83,10 @@ def sensitivity(context: AllocationContext) -> dict[str, float]:
     return {name: fine[index] for name, index in cheapest(costs, prices, budget).items()}
 
 
-def levels_around(sparsity: float) -> list[float]:
-    """Five sparsities about `sparsity`, in steps of 0.1, or less where 0 or 1 is near."""
-    step = min(0.1, sparsity / 2.5, (1 - sparsity) / 2.5)
-    return [round(sparsity + step * offset, 6) for offset in (-2, -1, 0, 1, 2)]
+def levels_around(sparsity: float, sides: int = 2) -> list[float]:
+    """`sides` sparsities on each side of this one and itself, in steps of 0.1, or less where 0 or 1 is near."""
+    step = min(0.1, sparsity / (sides + 0.5), (1 - sparsity) / (sides + 0.5))
+    return [sparsity + step * offset for offset in range(-sides, sides + 1)]
 
 
 def statistics_for(context: AllocationContext, data: CalibrationData) -> Mapping[str, Any]:
