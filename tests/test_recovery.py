@@ -167,6 +167,27 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, optimizer, dropout):
     )
 
 
+def test_each_step_reads_the_next_samples(tmp_path):
+    class Recording(TokenStream):
+        def draw(self, index: int, seed: int = 0) -> torch.Tensor:
+            drawn.append((index, seed))
+            return super().draw(index, seed)
+
+    drawn: list[tuple[int, int]] = []
+    model, teacher = pruned_pair()
+    options = {"batch": 3, "seed": 5, "autocast": None, "checkpoint": tmp_path}
+    recover(model, Recording(tiny.ids(1, 500)[0], length=16), teacher, steps=4, **options)
+    assert drawn == [(index, 5) for index in range(12)]
+
+
+def test_what_a_kill_left_half_written_is_ignored_and_replaced(tmp_path):
+    partial = tmp_path / ".recovery.safetensors.partial"
+    partial.write_bytes(b"half")
+    model, teacher = pruned_pair()
+    report = recover(model, stream(), teacher, steps=1, autocast=None, checkpoint=tmp_path)
+    assert report.resumed_at is None and not partial.exists()
+
+
 def test_minutes_count_what_an_earlier_run_used(tmp_path):
     model, teacher = pruned_pair()
     options = {"minutes": 0.02, "autocast": None, "checkpoint": tmp_path}

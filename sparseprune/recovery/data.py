@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseprune.calibration import Batch, CalibrationData, token_ids
 
-__all__ = ["Sampler", "TokenStream", "as_sampler"]
+__all__ = ["Sampler", "TokenStream", "as_sampler", "batches_of"]
 
 
 class Sampler(Protocol):
@@ -121,6 +121,13 @@ def as_sampler(data: Sampler | CalibrationData | Iterable[Batch]) -> Sampler:
             "sparseprune.recovery.TokenStream(text, tokenizer)"
         )
     return _Batches(CalibrationData(list(data)))
+
+
+def batches_of(sampler: Sampler) -> Iterable[Batch]:
+    """All that the sampler draws from, where it is one of ours."""
+    if isinstance(sampler, TokenStream):
+        return [sampler.ids.unsqueeze(0)]
+    return sampler.data if isinstance(sampler, _Batches) else []
 
 
 def join(samples: Sequence[Batch]) -> list[Batch]:

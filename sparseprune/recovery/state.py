@@ -45,7 +45,7 @@ def save_run(
             f"optimizer: its state must be tensors, numbers and text to be saved, {error}; pass checkpoint=None"
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{_FILE}.{os.getpid()}"
+    aside = folder / f".{_FILE}.partial"  # one name: what a kill leaves behind is written over by the next
     try:
         # contiguous: safetensors refuses views; a parameter that a Conv1D holds is one already
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"run": text})

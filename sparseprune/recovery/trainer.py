@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from sparseprune.calibration import Batch, CalibrationData
 from sparseprune.models import device_of, find_linears
 from sparseprune.nn import SparseLinear
+from sparseprune.overlap import remember
 from sparseprune.recovery.compiled import compiled_blocks
-from sparseprune.recovery.data import Sampler, as_sampler
+from sparseprune.recovery.data import Sampler, as_sampler, batches_of
 from sparseprune.recovery.distill import Distillation, LossFunction, Objective
 from sparseprune.recovery.distributed import processes
 from sparseprune.recovery.loop import Loop, Options
@@ -155,6 +156,7 @@ def recover(
         resumed = loop.restore({**settings, "zeros": masks.digest(), "samples": sampler.digest()}, resume)
         loop.run()
         seconds = loop.seconds
+    remember(model, batches_of(sampler))
     return RecoveryReport(
         tuple(loop.losses),
         tuple(loop.evaluations),
