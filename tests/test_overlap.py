@@ -11,6 +11,7 @@ from sparseprune.checkpoint import CheckpointError, load, save
 from sparseprune.evaluate import perplexity
 from sparseprune.overlap import SHINGLE, Fingerprint, overlap, recall, remember
 from sparseprune.pruning import prune
+from sparseprune.recovery import TokenStream, recover
 
 
 def text(tokens, seed, vocabulary=96):
@@ -98,6 +99,12 @@ class TestModels:
     def test_pruning_leaves_the_note(self):
         model, ids = tiny.llama(), text(3000, 0)
         prune(model, "2:4", "wanda", calibration=windows(ids, None, 64, 20))
+        assert perplexity(model, None, ids, 64).warning
+
+    @pytest.mark.parametrize("as_stream", [True, False])
+    def test_recovery_leaves_the_note(self, as_stream):
+        model, ids = tiny.llama(), text(3000, 0)
+        recover(model, TokenStream(ids, length=64) if as_stream else windows(ids, None, 64, 20), steps=1)
         assert perplexity(model, None, ids, 64).warning
 
     def test_what_is_not_read_is_not_held_against_it(self):
