@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 from pathlib import Path
@@ -9,9 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "available_memory", "parse_size", "peak_memory", "resident_memory"]
+__all__ = [
+    "all_finite",
+    "available_memory",
+    "parse_size",
+    "peak_memory",
+    "resident_memory",
+    "room_under_ulimit",
+    "spare_address_space",
+]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+_M_ARENA_MAX = -8  # malloc.h
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -33,8 +47,23 @@ def resident_memory() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that programs can still get without swapping, None where the system does not say."""
-    return _field(Path("/proc/meminfo"), "MemAvailable")
+    """Bytes that this process can still get without swapping, in its container if it is in one; None where the system
+    does not say.
+    """
+    known = [_field(Path("/proc/meminfo"), "MemAvailable"), *(_cgroup_room(*names) for names in _CGROUPS)]
+    return min((size for size in known if size is not None), default=None)
+
+
+def room_under_ulimit() -> int | None:
+    """Bytes until an allocation fails by `ulimit -v` or `-d`, None without such a limit."""
+    import resource
+
+    rooms = []
+    for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        allowed, taken = resource.getrlimit(limit)[0], _status(used)
+        if allowed != resource.RLIM_INFINITY and taken is not None:
+            rooms.append(allowed - taken)
+    return min(rooms, default=None)
 
 
 def parse_size(text: str) -> int:
@@ -51,12 +80,35 @@ def parse_size(text: str) -> int:
     return size
 
 
+def spare_address_space() -> None:
+    """Under a limit on address space (`ulimit -v`), lets all threads share one malloc arena.
+
+    glibc reserves 64 to 128 MiB for each thread's, whatever little it comes to hold.
+    """
+    import resource
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; `isfinite().all()` would take as much memory again as the tensor does."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)  # NaN if there is one anywhere
     return bool(low.isfinite() & high.isfinite())
+
+
+def _cgroup_room(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    try:
+        allowed, used = (int((folder / name).read_text()) for name in (limit, usage))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such cgroup, or "max"
+        return None
+    return allowed - used + int(stat.get(cache, 0))  # files that are only cached make room
 
 
 def _status(field: str) -> int | None:

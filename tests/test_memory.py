@@ -1,12 +1,15 @@
 """Working within a limit on memory: sizes, checks without temporaries, tensors that wait on the disk."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from sparseprune import memory
 from sparseprune.activations import Activations
-from sparseprune.memory import all_finite, parse_size, peak_memory, resident_memory
+from sparseprune.memory import all_finite, available_memory, parse_size, peak_memory, resident_memory
 from sparseprune.pruning import patterns
 from sparseprune.pruning.patterns import mask_from_scores
 
@@ -48,6 +51,44 @@ def test_the_peak_counts_what_was_freed():
     assert before >= resident_memory() > 10 << 20
     torch.ones(resident_memory() // 4 + (64 << 20))
     assert peak_memory() >= before + (64 << 20)
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
+    machine = available_memory()
+    names = ("memory.max", "memory.current", "inactive_file")
+    monkeypatch.setattr(memory, "_CGROUPS", ((tmp_path, *names),))
+    for name, content in (
+        ("memory.max", "5000000"),
+        ("memory.current", "3000000"),
+        ("memory.stat", "inactive_file 7\n"),
+    ):
+        (tmp_path / name).write_text(content)
+    assert available_memory() == 2_000_007 < machine
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory() > 2_000_007
+
+
+ULIMIT = """
+import resource, torch
+from sparseprune.memory import room_under_ulimit, spare_address_space
+assert room_under_ulimit() is None
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+spare_address_space()
+assert (1 << 30) < room_under_ulimit() < (3 << 30)
+resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
+room = room_under_ulimit()
+assert room < (1 << 30)
+torch.ones(room // 8)
+try:
+    torch.ones(room // 4 + (1 << 20))
+except RuntimeError:
+    print("refused")
+"""
+
+
+def test_the_room_that_ulimit_leaves_is_what_can_be_allocated():
+    done = subprocess.run([sys.executable, "-c", ULIMIT], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "refused\n", done.stderr
 
 
 TENSORS = [

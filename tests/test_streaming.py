@@ -370,6 +370,12 @@ def test_what_cannot_work_is_said_before_it_starts(tmp_path, llama, monkeypatch)
         ValueError, match="memory: must be at least .* MiB for this model, got 200 MiB: the largest block"
     ):
         wanda(llama, out, memory=200 * 2**20)
+    with monkeypatch.context() as patch:
+        patch.setattr("sparseprune.streaming.plan.room_under_ulimit", lambda: 1 << 10)
+        with pytest.raises(
+            ValueError, match="memory: .* are needed at once .*, ulimit leaves 1.0 KiB; raise ulimit -v"
+        ):
+            wanda(llama, out)
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 1000))

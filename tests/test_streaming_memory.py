@@ -30,6 +30,8 @@ if growth:  # the limit is on what comes on top of the program itself
 seed = torch.Generator().manual_seed(1)
 batches = [torch.randint(96, (1, 32), generator=seed) for _ in range(windows)]
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # ulimit -d: past it, allocations fail
+if not growth:
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # ulimit -v: all that is mapped, the libraries too
 report = prune_folder(folder, out, "2:4", "wanda", calibration=batches, memory=None if growth else limit)
 try:
     torch.ones(limit // 4)  # what the limit is there for
@@ -92,7 +94,7 @@ def test_a_model_larger_than_the_memory_allowed(tmp_path):
 
 @pytest.mark.slow
 def test_three_gigabytes_under_a_limit_of_one_and_a_half(tmp_path):
-    """The limit is enforced by the kernel (RLIMIT_DATA), and the high-water mark of all memory is below it too."""
+    """The limit is enforced by the kernel (ulimit -d and -v), and the high-water mark of all memory is below it too."""
     limit = 1_500_000_000
     assert random_llama(tmp_path / "dense") > 3e9
     report = finish(start(tmp_path / "dense", tmp_path / "whole", limit, windows=4))

@@ -77,7 +77,7 @@ def prune_streamed(
     from sparseprune._shards import STREAM_FILE
     from sparseprune.checkpoint import load_tokenizer
     from sparseprune.distributed import rank
-    from sparseprune.memory import parse_size
+    from sparseprune.memory import parse_size, spare_address_space
     from sparseprune.skeleton import read_config
     from sparseprune.streaming import prune_folder
 
@@ -86,6 +86,7 @@ def prune_streamed(
         raise ValueError(f"{given[0]}: needs the whole model in memory; leave it out, or pass --no-stream")
     if not (model / "config.json").is_file():
         raise ValueError(f"MODEL: must be a Hugging Face folder to be streamed, {model} has no config.json")
+    spare_address_space()  # before the tokenizer's threads
     tokenizer = load_tokenizer(model)
     data = None
     if calibration is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.calibration import Batch, Gram
-from sparseprune.memory import available_memory, resident_memory
+from sparseprune.memory import available_memory, resident_memory, room_under_ulimit
 from sparseprune.models import LinearLayer
 from sparseprune.pruning.base import Method
 from sparseprune.report import human_bytes
@@ -98,6 +98,14 @@ def check_memory(needs: Needs, limit: int | None) -> int:
             f"{human_bytes(limit)}: {needs}, and {human_bytes(resident)} that the program takes already; raise the "
             "limit, or choose a method with a smaller statistic (wanda)"
         )
+    allowed = room_under_ulimit()
+    if allowed is not None:
+        if allowed < needs.memory:
+            raise ValueError(
+                f"memory: {human_bytes(needs.memory)} are needed at once ({needs}), ulimit leaves {human_bytes(allowed)}; "
+                "raise ulimit -v and -d"
+            )
+        room = min(room, allowed - needs.memory)
     # a block may read from one store and fill another, and the estimate is a lower bound
     return room // 3
 

@@ -14,6 +14,7 @@ import torch
 from sparseprune.calibration import Batch, CalibrationData
 from sparseprune.formats import Format
 from sparseprune.gradients import WeightGradients
+from sparseprune.memory import spare_address_space
 from sparseprune.models import LinearLayer, find_blocks, find_linears, max_length
 from sparseprune.pruning.allocation import AllocationContext, allocation_name, resolve_allocation
 from sparseprune.pruning.base import Method
@@ -85,6 +86,7 @@ def prune_folder(
         OSError: not enough space on the disk.
     """
     begin = time.perf_counter()
+    spare_address_space()
     folder, out = Path(folder), Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"OUT: must be a folder, got the file {out}; name another")
