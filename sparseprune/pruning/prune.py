@@ -133,7 +133,7 @@ def prune(
     options = Reconstruction(seed=seed) if reconstruction is True else reconstruction or None
     notes = []
     if method == "auto":
-        recipe = choose(bool(find_blocks(model)), minutes)
+        recipe = choose(pattern, bool(find_blocks(model)), minutes)
         method, options = recipe.method, options or recipe.reconstruction
         notes.append(recipe.reason)
     method = find_method(method, seed)
