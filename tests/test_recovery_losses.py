@@ -94,12 +94,13 @@ def test_head_loss_in_bfloat16_is_close_to_float64():
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
-@pytest.mark.parametrize("tokens", [7, 128, 150])
-def test_attention_goes_backwards_like_float64(tokens, heads, key_heads, is_causal):
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 7), (1, 128), (2, 150)])
+def test_attention_goes_backwards_like_float64(batch, tokens, heads, key_heads, is_causal):
     torch.manual_seed(5)
-    shapes = [(2, it, tokens, 16) for it in (heads, key_heads, key_heads)]
-    inputs = [2 * torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    upstream = torch.randn(shapes[0], dtype=torch.float64)
+    shapes = [(batch, tokens, it, 16) for it in (heads, key_heads, key_heads, heads)]
+    # a model's projections give [batch, tokens, heads, features], and heads are moved forward as a view
+    tensors = [torch.randn(shape, dtype=torch.float64).transpose(1, 2) for shape in shapes]
+    inputs, upstream = [2 * it for it in tensors[:3]], tensors[3]
 
     def run(dtype, fast):
         leaves = [it.to(dtype, copy=True).requires_grad_() for it in inputs]

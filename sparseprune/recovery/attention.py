@@ -92,13 +92,13 @@ def _backward(
     values = value.reshape(groups, tokens, features)
     queries = query.reshape(groups, sharing, tokens, features)
     grads = grad.reshape(groups, sharing, tokens, features)
-    grad_query = torch.empty_like(queries)
+    grad_query = torch.empty(queries.shape, dtype=queries.dtype)  # not like queries, which may lie transposed
     grad_key = torch.zeros(keys.shape, dtype=torch.float32)
     grad_value = torch.zeros(values.shape, dtype=torch.float32)
     for start in range(0, tokens, _ROWS):
         end = min(start + _ROWS, tokens)
         seen = end if is_causal else tokens
-        rows = (queries[:, :, start:end] * scale).view(groups, -1, features)
+        rows = (queries[:, :, start:end] * scale).reshape(groups, -1, features)
         out = grads[:, :, start:end].reshape(groups, -1, features)
         scores = rows @ keys[:, :seen].transpose(1, 2)
         if is_causal:

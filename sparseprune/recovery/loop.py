@@ -161,7 +161,7 @@ class Loop:
         self.group.sum(sums)
         values = sums.tolist()
         if not math.isfinite(values[0]):
-            raise FloatingPointError(
+            raise ValueError(
                 f"learning_rate: the loss is {values[0]} at step {step}; lower the learning rate, or check the model"
             )
         if options.clip is not None:

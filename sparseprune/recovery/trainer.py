@@ -98,8 +98,8 @@ def recover(
     theirs together, and the result is that of one process up to rounding.
 
     Raises:
-        ValueError: an argument out of range, a model that is not dense, a checkpoint of another run.
-        FloatingPointError: the loss is not finite; the model keeps its last finite weights.
+        ValueError: an argument out of range, a model that is not dense, a checkpoint of another run; a loss that is
+            not finite, where the model keeps its last finite weights.
     """
     options = Options(
         Budget(steps, minutes),
