@@ -91,6 +91,8 @@ def test_the_command_refuses_what_cannot_be_streamed(with_tokenizer, tmp_path):
         "--memory, --spill: go with"
         in command(folder, tmp_path / "out", "--no-stream", "--memory", "1GB", code=2).stderr
     )
+    for how in ("--stream", "--no-stream"):  # in shards, so there is no model.safetensors to see
+        assert "error: OUT:" in command(folder, folder, how, code=2).stderr
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     error = command(tmp_path / "model.gguf", tmp_path / "out", "--stream", code=2).stderr
     assert "MODEL: must be a Hugging Face folder to be streamed" in error

@@ -46,11 +46,12 @@ def load_dense(path: Path, dtype: DType, argument: str = "MODEL") -> tuple[Any, 
 
 def check_out(model: Path, out: Path) -> None:
     """Nothing of the user's may be lost, and better now than after minutes of work."""
-    from sparseprune.checkpoint import WEIGHTS_FILE, is_checkpoint
+    from sparseprune._shards import INDEX_FILE, WEIGHTS_FILE
+    from sparseprune.checkpoint import is_checkpoint
 
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"OUT: must be a folder, got the file {out}; name another")
-    if (out / WEIGHTS_FILE).exists() and not is_checkpoint(out):
+    if any((out / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE)) and not is_checkpoint(out):
         raise ValueError(f"OUT: {out} holds a model that is not of sparseprune; name another folder")
 
 
