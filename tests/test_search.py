@@ -297,9 +297,9 @@ class TestCheapest:
 
 def test_levels_stay_in_range():
     assert levels_around(0.6) == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8])
-    for sparsity, sides in itertools.product((0.01, 0.1, 1 / 3, 0.95, 0.999), (2, 3)):
-        levels = levels_around(sparsity, sides)
-        assert levels[sides] == sparsity
+    for sparsity in (0.01, 0.1, 1 / 3, 0.95, 0.999):
+        levels = levels_around(sparsity)
+        assert levels[2] == sparsity
         assert levels == sorted(set(levels))
         assert levels[0] > 0
         assert levels[-1] < 1
@@ -380,7 +380,7 @@ class TestAllocations:
         assert not any(
             0 < sparsity < 0.5 for sparsity in slow
         )  # never slower than dense and worse than dense
-        with pytest.raises(ValueError, match=r"seconds: the layers take at least .* at 90% zeros, got 1e-06"):
+        with pytest.raises(ValueError, match=r"seconds: the layers take at least .* at 80% zeros, got 1e-06"):
             resolve_allocation(Search(seconds=1e-6), it)
 
     def test_marginals_are_losses_of_one_step_more_of_a_group(self):
@@ -460,7 +460,7 @@ torch.distributed.destroy_process_group()
         ]:
             with pytest.raises(ValueError, match=message):
                 Search(**options)
-        with pytest.raises(ValueError, match=r"bytes: the layers take at least .* at 90% zeros, got 100 B"):
+        with pytest.raises(ValueError, match=r"bytes: the layers take at least .* at 80% zeros, got 100 B"):
             resolve_allocation(Search(bytes=100), it)
         with pytest.raises(ValueError, match="calibration: allocation search needs some"):
             resolve_allocation("search", job("magnitude", data=None))

@@ -83,10 +83,14 @@ def sensitivity(context: AllocationContext) -> dict[str, float]:
     return {name: fine[index] for name, index in cheapest(costs, prices, budget).items()}
 
 
-def levels_around(sparsity: float, sides: int = 2) -> list[float]:
-    """`sides` sparsities on each side of this one and itself, in steps of 0.1, or less where 0 or 1 is near."""
-    step = min(0.1, sparsity / (sides + 0.5), (1 - sparsity) / (sides + 0.5))
-    return [sparsity + step * offset for offset in range(-sides, sides + 1)]
+def levels_around(sparsity: float) -> list[float]:
+    """Five sparsities about this one, in steps of 0.1, or less where 0 or 1 is near.
+
+    Not more: with 0.3 to either side a search at 60 % gave the queries 90 %, and in as many trials ended at a loss of
+    1.61, with these at 1.49 (SmolLM2-135M, Wanda).
+    """
+    step = min(0.1, sparsity / 2.5, (1 - sparsity) / 2.5)
+    return [sparsity + step * offset for offset in (-2, -1, 0, 1, 2)]
 
 
 def statistics_for(context: AllocationContext, data: CalibrationData) -> Mapping[str, Any]:

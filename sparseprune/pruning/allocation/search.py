@@ -88,10 +88,7 @@ class Search:
         allowed = math.inf if context.minutes is None else context.minutes / 2
         budget_seconds = 60 * min(self.minutes, allowed)
         data, pieces = hold_out(context.calibrated("search"), "search", _TOKENS)
-        # a mask by scores costs a sort, a solver as much again for each level
-        cheap = not context.method.changes_weights and context.method.refine is None
-        levels = levels_around(context.sparsity, 3 if cheap else 2)
-        middle = len(levels) // 2
+        levels = levels_around(context.sparsity)
         options = [0.0, *levels]
         prices, budget = self._prices(context, options)
         least = sum(min(price) for price in prices.values())
@@ -104,7 +101,7 @@ class Search:
             few()
             trial = time.monotonic() - started
             until = time.monotonic() + _CURVES_SHARE * (begin + budget_seconds - time.monotonic())
-            curves = measure_curves(context, candidates, few, [levels[middle - 1], levels[middle + 1]], until)
+            curves = measure_curves(context, candidates, few, [levels[1], levels[3]], until)
             # on a slow machine more trials tell more than more tokens
             affordable = int((begin + budget_seconds - time.monotonic()) / (_TRIALS * trial))
             judge = Judge(context.model, pieces[: max(1, affordable)])
