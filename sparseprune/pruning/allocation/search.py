@@ -37,6 +37,8 @@ _SEGMENTS = 8
 _CURVES_SHARE = 0.2
 """Of the time, for the curves that trials start from."""
 _MINUTES = 15.0
+_STARTS = ((0.25, 0.5), (0.5, 0.5), (0.0, 0.5), (0.25, 0.3), (0.25, 0.8), (0.5, 0.0))
+"""(trust in the curves, share of the marginals' logarithm), the best of some runs first."""
 _TRIALS = 100  # that there should be time for
 _PATIENCE = 200
 
@@ -146,9 +148,10 @@ class Search:
             key: math.log(value) for key, value in trials.marginals(context.sparsity, groups, sizes).items()
         }
         best_weights, best_trust = dict.fromkeys(keys, 0.0), 0.0
-        for trust, step in ((0.0, 1.0), (0.25, 1.0), (0.25, 0.5), (0.5, 0.5), (0.5, 0.0), (1.0, 0.0)):
+        for index, (trust, step) in enumerate(_STARTS):
             weights = {key: step * marginal[key] for key in keys}
-            if self._more(deadline, trials) and trials(blended(trust, factors(weights))):
+            # the first one even where the time went into candidates
+            if (index == 0 or self._more(deadline, trials)) and trials(blended(trust, factors(weights))):
                 best_weights, best_trust = weights, trust
         generator = random.Random(context.seed)
         width = 0.5
@@ -171,9 +174,7 @@ class Search:
             yield
 
     def _more(self, deadline: float, trials: _Trials) -> bool:
-        """Until time or trials run out, or nothing new was found to try for a while; one at least."""
-        if not trials.best:
-            return True
+        """Whether there is time for another trial, and something new was found to try lately."""
         left = self.trials is None or len(trials.losses) < self.trials
         return left and time.monotonic() < deadline and trials.repeated < _PATIENCE
 
