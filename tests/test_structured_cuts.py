@@ -16,7 +16,7 @@ from sparseprune.pruning.structured import (
     remove_layers,
     remove_neurons,
 )
-from sparseprune.pruning.structured.probe import find_heads, sample_batch
+from sparseprune.pruning.structured.probe import find_heads, find_neurons, sample_batch
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,54 @@ class TestLayers:
             chosen.append(min(losses, key=losses.get))
         report = remove_layers(model, 2, "loss", data)
         assert report.cuts[0].removed == tuple(sorted(chosen))
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_the_block_before_makes_up_for_them(self, family, data):
+        model = tiny.llama(layers=4) if family == "llama" else tiny.gpt2()
+        for group in find_neurons(model, tiny.ids()):
+            group.consumer.weight.mul_(5)
+        ids, expected = data.batches[0], logits(model, data.batches[0])
+        last = find_blocks(model)[-1][0]
+        include = ["model.layers.1", "model.layers.2"] if family == "llama" else last
+        errors, counted = {}, {}
+        for compensate in (False, True):
+            cut = copy.deepcopy(model)
+            report = remove_layers(
+                cut, 2 if family == "llama" else 1, "influence", data, include=include, compensate=compensate
+            )
+            errors[compensate] = (logits(cut, ids) - expected).norm()
+            counted[compensate] = report.parameters_after
+            assert report.compensated is compensate
+        assert errors[True] < 0.9 * errors[False]
+        assert counted[True] == counted[False]
+
+    @torch.no_grad()
+    def test_making_up_is_least_squares(self, data):
+        model = tiny.llama(layers=4)
+        down = model.model.layers[0].mlp.down_proj
+        inputs, before, after = [], [], []
+        handles = [
+            down.register_forward_pre_hook(lambda module, args: inputs.append(args[0])),
+            model.model.layers[1].register_forward_pre_hook(lambda module, args: before.append(args[0])),
+            model.model.layers[2].register_forward_hook(lambda module, args, output: after.append(output)),
+        ]
+        for batch in data:
+            model(batch)
+        for handle in handles:
+            handle.remove()
+        a, d = (
+            torch.cat([it.reshape(-1, it.shape[-1]) for it in part]).double()
+            for part in (inputs, [end - start for start, end in zip(before, after, strict=True)])
+        )
+        damping = min(2 * 48 / len(a), 1) * float((a.t() @ a).diagonal().mean())
+        exact = down.weight.double() + torch.linalg.solve(a.t() @ a + damping * torch.eye(48), a.t() @ d).t()
+        remove_layers(model, 2, calibration=data, include=["model.layers.1", "model.layers.2"])
+        found = model.model.layers[0].mlp.down_proj.weight
+        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-5)
+
+    def test_nothing_makes_up_where_a_norm_is_behind_or_nothing_before(self, data):
+        assert not remove_layers(tiny.bert(), 1, calibration=data, include="encoder.layer.1").compensated
+        assert not remove_layers(tiny.llama(), 1, calibration=data, include="model.layers.0").compensated
 
     @pytest.mark.parametrize("shortlist", [None, 3])
     def test_loss_of_blocks_that_return_more(self, shortlist):

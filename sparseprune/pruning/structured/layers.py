@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparseprune.calibration import Batch, CalibrationData, no_cache
 from sparseprune.models import evaluation_mode, find_blocks
+from sparseprune.pruning.structured.bridging import bridges, hidden_in, hidden_out
 from sparseprune.pruning.structured.criteria import Loss, resolve_loss
 from sparseprune.pruning.structured.cutting import as_data, check_criterion, check_fraction, chosen
 from sparseprune.pruning.structured.probe import run, sample_batch
@@ -33,6 +34,7 @@ def remove_layers(
     exclude: str | Sequence[str] | None = None,
     loss: Loss | None = None,
     shortlist: int | None = None,
+    compensate: bool | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> StructuredReport:
@@ -51,6 +53,8 @@ def remove_layers(
             - "random": seeded, the control.
         include, exclude: shell patterns over block names ("model.layers.3"): which may go.
         loss: for "taylor" and "loss", see `remove_neurons`.
+        compensate: whether the block before removed ones makes up for them, by least squares on the calibration data
+            (see `bridging`). Default: with a criterion that needs calibration.
         shortlist: "loss" tries only so many blocks, those of the least influence; None tries all.
 
     An error leaves the model as it was.
@@ -64,6 +68,8 @@ def remove_layers(
     stack = _stack(model, blocks)
     candidates = [index for index, (name, _) in enumerate(blocks) if chosen([name], include, exclude)]
     number = _number(count, len(blocks), len(candidates))
+    if compensate and data is None:
+        raise ValueError("calibration: compensate needs some, got None; pass it, or compensate=False")
     if shortlist is not None and not number <= shortlist:
         raise ValueError(
             f"shortlist: must be at least the {number} layers that go, got {shortlist}; leave it out to try all"
@@ -86,8 +92,10 @@ def remove_layers(
         gone = sorted(candidates, key=lambda index: scores[index])[:number]
     kept = _kept(len(blocks), gone)
     planned = _plan(model, stack, kept)
-    before = counts(model)
     batch = sample_batch(model, data)
+    if data is not None and (compensate or (compensate is None and criterion in CALIBRATED)):
+        planned.edits.weights.update(bridges(model, blocks, gone, data, batch, progress))
+    before = counts(model)
     with undo_on_error(model):
         commit(model, planned)
         try:
@@ -107,8 +115,8 @@ def remove_layers(
         after[0],
         before[1],
         after[1],
-        False,
-        data.source if data is not None and criterion in CALIBRATED else None,
+        bool(planned.edits.weights),
+        data.source if data is not None and (criterion in CALIBRATED or planned.edits.weights) else None,
         planned.reloads,
     )
 
@@ -188,7 +196,7 @@ def _scores(
 
     def hook(index: int) -> Any:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            values = measure(_hidden(args, kwargs), _first(output))
+            values = measure(hidden_in(args, kwargs), hidden_out(output))
             totals[index] += float(values.double().sum())
             tokens[index] += values.numel()
 
@@ -224,10 +232,10 @@ def _taylor(
 
     def hook(index: int) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            hidden = _first(output)
+            hidden = hidden_out(output)
             if not hidden.requires_grad:
                 hidden = hidden.detach().requires_grad_()
-            found[index] = (_hidden(args, kwargs).detach(), hidden)
+            found[index] = (hidden_in(args, kwargs).detach(), hidden)
             return _with_first(output, hidden)
 
         return keep
@@ -290,7 +298,7 @@ def _losses_without(
 
     def record(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            inputs[index] = _hidden(args, kwargs)
+            inputs[index] = hidden_in(args, kwargs)
             alone.append(isinstance(output, Tensor))
 
         return hook
@@ -319,7 +327,7 @@ def _standing_in(blocks: Sequence[nn.Module], hidden: Tensor | None) -> Iterator
     """The blocks do not run: they give `hidden`, or if it is None what they get."""
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        return _hidden(args, kwargs) if hidden is None else hidden
+        return hidden_in(args, kwargs) if hidden is None else hidden
 
     with ExitStack() as stack:
         for block in blocks:
@@ -334,26 +342,12 @@ def _skipping(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """The blocks give back the hidden states that they get."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return _with_first(output, _hidden(args, kwargs))
+        return _with_first(output, hidden_in(args, kwargs))
 
     with ExitStack() as stack:
         for block in blocks:
             stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
         yield
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden = args[0] if args else next(iter(kwargs.values()), None)
-    if not isinstance(hidden, Tensor):
-        raise ValueError(f"model: a block must take hidden states first, got {type(hidden).__name__}")
-    return hidden
-
-
-def _first(output: Any) -> Tensor:
-    hidden = output if isinstance(output, Tensor) else output[0]
-    if not isinstance(hidden, Tensor):
-        raise ValueError(f"model: a block must return hidden states first, got {type(hidden).__name__}")
-    return hidden
 
 
 def _with_first(output: Any, hidden: Tensor) -> Any:

@@ -203,6 +203,7 @@ class NotReachedError(ValueError):
     """A linear did not run, so that what depends on it is not known."""
 
 
+@torch.enable_grad()
 def find_neurons(model: nn.Module, batch: Batch, needed: Collection[str] = ()) -> list[NeuronGroup]:
     """The model's groups of hidden neurons, in model order.
 
@@ -297,6 +298,7 @@ def _narrowed(groups: Sequence[NeuronGroup]) -> Iterator[None]:
         yield
 
 
+@torch.enable_grad()
 def find_heads(model: nn.Module, batch: Batch, heads: int) -> list[HeadGroup]:
     """The model's attentions of `heads` query heads each, in model order."""
     probe = _probe(model, batch)

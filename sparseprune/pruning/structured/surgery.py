@@ -40,7 +40,7 @@ Shapes = dict[str, tuple[int, ...]]
 class Edits:
     """What goes: the rows or columns of linears that stay, by layer name, and the blocks that stay.
 
-    `weights` holds new consumer weights [out, columns that stay], float32, where the cut is compensated.
+    `weights` holds new weights [rows, columns that stay], float32, where the cut is compensated.
     """
 
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Edits:
     blocks: dict[str, list[int]] = field(default_factory=dict)
 
     def apply(self, model: nn.Module) -> None:
-        for name in {**self.rows, **self.columns}:
+        for name in {**self.rows, **self.columns, **self.weights}:
             module = model.get_submodule(name)
             _cut(module, self.rows.get(name), self.columns.get(name), self.weights.get(name))
         for name, kept in self.blocks.items():
