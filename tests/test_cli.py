@@ -356,12 +356,14 @@ def test_demo_on_a_tiny_model(tmp_path, monkeypatch):
     assert dense.zeros == dense.sparse_layers == 0
     assert len(sparse) == len(demo.RECIPES)
     for column, conversion in zip(sparse, report.conversions, strict=True):
-        assert column.zeros == pytest.approx(0.4 if "40" in column.name else 0.5, abs=0.02)
+        assert column.zeros == pytest.approx(0.5, abs=0.02)
         assert column.sparse_layers == conversion.swapped
         assert column.perplexity > 1
         assert column.decode > 0
         assert column.prompt > 0
-    assert len([path for path in (tmp_path / "keep").iterdir() if (path / "model.safetensors").exists()]) == 4
+    assert len(
+        [path for path in (tmp_path / "keep").iterdir() if (path / "model.safetensors").exists()]
+    ) == 1 + len(sparse)
     text = str(report)
     assert "weights in memory" in text
     assert "Asked: the cat sat" in text
