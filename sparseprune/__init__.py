@@ -1,7 +1,8 @@
 """Prune a Transformer, and get a model that is measurably smaller and faster, and that reloads in one call.
 
 >>> import sparseprune as sp
->>> sp.prune(model, pattern="2:4", method="wanda", calibration=windows)
+>>> sp.prune(model, pattern="2:4", method="auto", calibration=windows)
+>>> sp.recover(model, sp.recovery.TokenStream(text, tokenizer), teacher=dense, minutes=10)
 >>> sp.sparsify(model, batch=1)
 >>> sp.save(model, "out/")
 >>> model = sp.load("out/")
@@ -15,6 +16,7 @@ from sparseprune.evaluate import perplexity
 from sparseprune.formats import Format, SparseWeight
 from sparseprune.nn import SparseLinear
 from sparseprune.pruning import prune
+from sparseprune.recovery import recover
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "ops",
     "perplexity",
     "prune",
+    "recover",
     "save",
     "sparsify",
 ]
