@@ -350,6 +350,17 @@ class TestReload:
             apply_sizes(tiny.lstm_classifier(), sizes)
 
 
+class TestDispatch:
+    @pytest.mark.parametrize(
+        ("structure", "with_data", "without"),
+        [("neurons", "activation", "l1"), ("heads", "obs", "l1"), ("layers", "influence", "l1")],
+    )
+    def test_auto(self, structure, with_data, without, data):
+        assert prune_structured(tiny.llama(), structure, 0.5, calibration=data).method == with_data
+        report = prune_structured(tiny.llama(), structure, 0.5)
+        assert report.method == without and not report.compensated and report.calibration is None
+
+
 class TestReport:
     def test_table_and_dict(self, data):
         import json

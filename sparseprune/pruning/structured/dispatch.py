@@ -17,8 +17,9 @@ __all__ = ["STRUCTURES", "prune_structured"]
 
 STRUCTURES = ("neurons", "heads", "layers")
 
-# What is best by measurement where calibration data is given, and without.
-_DEFAULTS = {"neurons": ("obs", "l1"), "heads": ("obs", "l1"), "layers": ("loss", "l1")}
+# With calibration data, and without. Perplexity of SmolLM2 (dense 19.6): a quarter of the neurons, activation 27.3 and
+# obs 27.9; a third of the heads, 33.1 and 28.2; 5 of 30 layers, influence 38.9 in a pass, loss 37.9 in thirty.
+_DEFAULTS = {"neurons": ("activation", "l1"), "heads": ("obs", "l1"), "layers": ("influence", "l1")}
 
 
 def prune_structured(
@@ -36,8 +37,8 @@ def prune_structured(
     """Removes a fraction `sparsity` of a model's "neurons", "heads" or "layers", in place.
 
     Args:
-        method: the criterion, or "auto": "obs" for neurons and heads and "loss" for layers with calibration data, "l1"
-            without. The others are in `remove_neurons`, `remove_heads` and `remove_layers`.
+        method: the criterion, or "auto": with calibration data "activation" for neurons, "obs" for heads, "influence"
+            for layers, "l1" without, which is far worse. The others are in `remove_neurons`, `remove_heads` and `remove_layers`.
 
     Raises:
         ValueError: an argument out of range, or nothing to remove.
