@@ -29,6 +29,7 @@ from sparseprune.pruning.structured.probe import NeuronGroup, find_neurons, run,
 __all__ = ["column_order", "fold_order", "kept_score", "permute_neurons"]
 
 _SWEEPS = 2
+_BATCHES = 32  # an order needs less text than a solver does
 # Rounding moves a layer's output by 1e-6 (float32) or 1e-2 (bfloat16) of its size, a wrong order by all of it.
 _TOLERANCE = 0.1
 
@@ -155,7 +156,8 @@ def permute_neurons(
         score = RIA.score
     assert score is not None
     if calibration is not None:
-        statistics = collect(model, [group.consumer for group in groups], calibration, InputSquares, progress)
+        few = list(calibration)[:_BATCHES]
+        statistics = collect(model, [group.consumer for group in groups], few, InputSquares, progress)
     elif method.statistic is not None or method.score is None:
         raise ValueError(f"calibration: method {method.name} needs some, got None")
     outputs = _outputs(model, groups, batch)
