@@ -157,7 +157,7 @@ class TestStructures:
         assert report.to_dict()
         assert model(tiny.ids()).logits.isfinite().all()
 
-    def test_magnitude_is_l1(self):
+    def test_magnitude_without_calibration_is_l1(self):
         a, b = tiny.llama(), tiny.llama()
         prune(a, "neurons", sparsity=0.25)
         prune(b, "neurons", "l1", 0.25)

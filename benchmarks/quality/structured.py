@@ -48,7 +48,7 @@ def main() -> None:
                 continue
             structure, fraction = CASES[case]
             model = copy.deepcopy(dense)
-            data = protocol.calibration(16) if criterion != "random" else None
+            data = protocol.calibration(32) if criterion != "random" else None
             report = sp.prune(model, structure, criterion, fraction, data, progress=True)
             found = {
                 "criterion": report.to_dict().get("criterion", criterion),

@@ -61,7 +61,7 @@ def prune(
     Args:
         pattern: "2:4", "4:8", any "N:M", "unstructured", blocks "RxC" such as "16x1"; or "neurons", "heads" or
             "layers", which cuts them out and leaves a smaller dense model: see `sparseprune.pruning.structured`, whose
-            criteria `method` then names ("magnitude" is their "l1").
+            criteria `method` then names ("magnitude" is left to them: "l1" without calibration).
         method: a name of `sparseprune.pruning.METHODS`, with "+permute", "+swaps" or "+least-squares" behind it, a
             `Method` of your own, or "auto" for the best recipe in `minutes` (see `sparseprune.pruning.auto`).
         sparsity: fraction of weights to remove, in [0, 1); implied by N:M, needed otherwise.
@@ -106,7 +106,7 @@ def prune(
             )
         if not isinstance(method, str):
             raise ValueError(f"method: pattern {pattern} takes a criterion by name, got {method!r}")
-        criterion = "l1" if method == "magnitude" else method  # what magnitude is for whole structures
+        criterion = "auto" if method == "magnitude" else method  # the default was not meant for structures
         return prune_structured(
             model, pattern, sparsity, criterion, calibration, include, exclude, progress=progress, seed=seed
         )
