@@ -31,7 +31,7 @@ METHODS = (
 WINDOWS = {"random": 0, "magnitude": 0, "gradient": 8, "taylor": 8, "auto": 128}
 
 
-def cell(protocol: Protocol, pattern: str, method: str) -> dict[str, Any]:
+def cell(protocol: Protocol, pattern: str, method: str, minutes: float | None) -> dict[str, Any]:
     model = copy.deepcopy(protocol.model)
     kind, sparsity = PATTERNS[pattern]
     count = WINDOWS.get(method, 32)
@@ -39,7 +39,8 @@ def cell(protocol: Protocol, pattern: str, method: str) -> dict[str, Any]:
     gc.collect()
     reset_peak_memory()
     cpu, wall = time.process_time(), time.perf_counter()
-    report = sp.prune(model, kind, method, sparsity, data, progress=True)
+    limit = minutes if method == "auto" else None
+    report = sp.prune(model, kind, method, sparsity, data, minutes=limit, progress=True)
     return {
         "zeros": report.sparsity_after,
         "windows": count,
@@ -60,6 +61,7 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--patterns", nargs="*", default=list(PATTERNS))
+    parser.add_argument("--minutes", type=float, help="for auto")
     options = parser.parse_args()
     protocol = setup(options)
     results = read_results(options.out)
@@ -74,7 +76,7 @@ def main() -> None:
                 method.endswith("+permute") and ":" not in pattern
             ):
                 continue
-            found = results[pattern][method] = cell(protocol, pattern, method)
+            found = results[pattern][method] = cell(protocol, pattern, method, options.minutes)
             write_results(options.out, results)
             print(
                 f"{pattern:6} {method:28} {found['perplexity']:10.2f} {found['seconds']:8.1f} s", flush=True
