@@ -28,7 +28,7 @@ METHODS = (
     "wanda+swaps+least-squares", "admm", "auto",
 )  # fmt: skip
 # Calibration windows of 1024 tokens: gradients need a pass backwards of the whole model, `auto` learns from its text.
-WINDOWS = {"random": 0, "magnitude": 0, "gradient": 8, "taylor": 8, "auto": 128}
+WINDOWS = {"random": 0, "magnitude": 0, "gradient": 8, "taylor": 8, "auto": 64}
 
 
 def cell(protocol: Protocol, pattern: str, method: str, minutes: float | None) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def main() -> None:
     protocol = setup(options)
     results = read_results(options.out)
     results["protocol"] = (
-        "Calibration: 32 windows of 1024 tokens, seed 0 (gradient and taylor 8, auto 128); weights bfloat16. Perplexity: "
+        "Calibration: 32 windows of 1024 tokens, seed 0 (gradient and taylor 8, auto 64); weights bfloat16. Perplexity: "
         f"{options.windows} windows of 1024 tokens of other articles, no special tokens, {options.dtype}"
     )
     results.setdefault("dense", {"dense": {"perplexity": protocol.perplexity(protocol.model)}})

@@ -46,7 +46,7 @@ def main() -> None:
             kind,
             "auto",
             sparsity,
-            protocol.calibration(128),
+            protocol.calibration(64),
             minutes=options.prune_minutes,
             progress=True,
         )

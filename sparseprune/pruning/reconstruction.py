@@ -42,7 +42,7 @@ class Reconstruction:
 
     epochs: int = 4
     learning_rate: float = 0.03
-    batch: int = 2
+    batch: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
