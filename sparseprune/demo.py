@@ -50,8 +50,8 @@ class Recipe:
 
 # "auto" with as much time as leaves the demo under five minutes on two cores; more time, and more text, keep more.
 RECIPES = (
-    Recipe("50 % (auto)", "unstructured", "auto", 0.5, minutes=1.4),
-    Recipe("2:4 (auto)", "2:4", "auto", minutes=1.6),
+    Recipe("50 % (auto)", "unstructured", "auto", 0.5, minutes=1.8),
+    Recipe("2:4 (auto)", "2:4", "auto", minutes=2.2),
 )
 
 
@@ -59,7 +59,7 @@ RECIPES = (
 class Protocol:
     """How much is measured. The default takes under five minutes on two quiet cores."""
 
-    calibration_windows: int = 96
+    calibration_windows: int = 64
     calibration_length: int = 512
     evaluation_windows: int = 8
     evaluation_length: int = 1024

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from sparseprune.calibration import CalibrationData, Gram
 from sparseprune.models import find_linears
-from sparseprune.pruning import METHODS, Method, Reconstruction, prune
+from sparseprune.pruning import METHODS, Method, Pruned, Reconstruction, prune
 from sparseprune.pruning.schedules import Gradual, Greedy
 from tests.helpers import tiny
 
@@ -141,6 +142,34 @@ class TestBlockByBlock:
         report = prune(tiny.lstm_classifier(), "2:4", "auto", calibration=CALIBRATION)
         assert (report.method, report.blocks) == ("admm+permute", ())
         assert "no chain of blocks" in report.notes[0]
+
+    def test_auto_where_blocks_are_no_chain(self):
+        class Parallel(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)])
+
+            def forward(self, inputs):
+                return self.blocks[0](inputs) + self.blocks[1](inputs + 1)
+
+        data = [torch.randn(16, 8, generator=torch.Generator().manual_seed(0))]
+        report = prune(Parallel(), "2:4", "auto", calibration=data)
+        assert (report.inputs, report.blocks, report.sparsity_after) == ("dense", (), 0.5)
+        assert any("block 1 does not read what block 0 returns" in note for note in report.notes)
+        assert "no block was reconstructed" in report.notes
+        with pytest.raises(ValueError, match="block 1 does not read"):
+            prune(Parallel(), "2:4", "auto", calibration=data, reconstruction=True)
+
+    def test_a_solver_that_needs_no_text(self):
+        def halve(weight, statistic, target):
+            mask = target.mask(weight.abs())
+            return Pruned(torch.where(mask, weight / 2, 0), mask)
+
+        model, dense = tiny.llama(), tiny.llama()
+        prune(model, "2:4", Method("halve", solve=halve))
+        for layer, was in zip(find_linears(model), find_linears(dense), strict=True):
+            kept = layer.weight != 0
+            assert torch.equal(layer.weight[kept], was.weight[kept] / 2)
 
 
 class TestStructures:

@@ -132,7 +132,8 @@ def prune(
         raise ValueError(f"minutes: must be positive, got {minutes}")
     options = Reconstruction(seed=seed) if reconstruction is True else reconstruction or None
     notes = []
-    if method == "auto":
+    automatic = method == "auto"
+    if automatic:
         recipe = choose(pattern, bool(find_blocks(model)), minutes)
         method, options = recipe.method, options or recipe.reconstruction
         notes.append(recipe.reason)
@@ -151,7 +152,18 @@ def prune(
     with warnings.catch_warnings(record=True) as caught, Rewriter() as prepared:
         warnings.simplefilter("always", RuntimeWarning)
         if method.prepare is not None:
-            notes += method.prepare(model, layers, method, pattern, data, prepared.remember, progress)
+            try:
+                with Rewriter() as half_done:
+
+                    def remember_both(parameter: nn.Parameter) -> None:
+                        prepared.remember(parameter)
+                        half_done.remember(parameter)
+
+                    notes += method.prepare(model, layers, method, pattern, data, remember_both, progress)
+            except ValueError as error:
+                if not automatic:
+                    raise
+                notes.append(f"nothing was permuted: {error}")
         context = AllocationContext(
             model, layers, method, pattern, sparsity, ranked, data, minutes, seed, progress, notes=notes
         )
@@ -162,7 +174,7 @@ def prune(
         )
         seconds = None if minutes is None else 60 * minutes - (time.perf_counter() - begin)
         job.run(
-            BlockRun(walk_sequentially, options, seconds), required=bool(sequential) or options is not None
+            BlockRun(walk_sequentially, options, seconds), required=bool(sequential) or bool(reconstruction)
         )
     if data is not None:
         remember(model, data)
@@ -280,7 +292,11 @@ class _Job:
         """
         statistic = self.method.statistic
         if self.data is None or (statistic is None and options.reconstruction is None):
-            self._by_masks({})
+            if self.method.changes_weights:
+                with Rewriter() as rewriter:
+                    self._each(self.layers, {}, rewriter)
+            else:
+                self._by_masks({})
             return
         self.inputs = "sequential" if options.sequential else "dense"
         if statistic is not None and issubclass(statistic, WeightGradients):
@@ -308,6 +324,8 @@ class _Job:
                 raise
             self.inputs = "dense"
             self.notes.append(f"inputs are the dense model's, taken in whole passes: {error}")
+            if options.reconstruction is not None:
+                self.notes.append("no block was reconstructed")
             with Rewriter() as rewriter:
                 self._each(self.layers, self._collect(self.layers), rewriter)
             return
