@@ -98,6 +98,24 @@ def search_table(results: Results) -> str:
     return markdown(["allocation", "perplexity", "against uniform", "linears packed", "time"], rows)
 
 
+def schedules_table(results: Results) -> str:
+    parts = []
+    if "language model" in results:
+        rows = [[name, f"{value:.2f}"] for name, value in results["language model"].items()]
+        parts.append(markdown(["magnitude, 40 % zeros", "perplexity"], rows))
+    lottery = results["lottery"]
+    rows = [["dense", "0 %", f"{lottery['dense']:.1%}"]]
+    rows += [["ticket", f"{zeros:.0%}", f"{accuracy:.1%}"] for zeros, accuracy in lottery["tickets"]]
+    rows.append(
+        ["the last ticket's mask on new weights", "90 %", f"{lottery['the last mask on new weights']:.1%}"]
+    )
+    parts.append(
+        "An LSTM classifier trained from scratch to tell the two texts apart by windows of 32 tokens; accuracy on "
+        f"{lottery['test windows']} other windows.\n\n{markdown(['classifier', 'zeros', 'accuracy'], rows)}"
+    )
+    return "\n\n".join(parts)
+
+
 def draw(results: Results, dense: float, path: Path) -> None:
     """Perplexity over minutes of recovery, a panel a pattern."""
     import matplotlib
@@ -139,6 +157,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "recovery": recovery_table,
     "structured": structured_table,
     "search": search_table,
+    "schedules": schedules_table,
 }
 
 
