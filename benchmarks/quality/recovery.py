@@ -14,8 +14,14 @@ from methods import PATTERNS
 from protocol import LENGTH, Protocol, arguments, read_results, setup, write_results
 
 import sparseprune as sp
+from sparseprune.fidelity import fidelity
 from sparseprune.pruning import PruneReport
-from sparseprune.recovery import TokenStream, recover
+from sparseprune.recovery import Distillation, TokenStream, recover
+
+RECIPES: dict[str, dict[str, float]] = {
+    "distillation": {},
+    "distillation and text": {"cross_entropy": 0.5, "logits": 0.5},
+}
 
 
 def quick_perplexity(protocol: Protocol, model: Any) -> float:
@@ -29,8 +35,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20, help="of recovery")
     parser.add_argument("--prune-minutes", type=float, default=10, help="at most, of pruning")
     parser.add_argument(
-        "--plain-minutes", type=float, default=0, help="of plain fine-tuning, and of distillation again"
+        "--plain-minutes", type=float, default=0, help="of distillation, plain fine-tuning, and both"
     )
+    parser.add_argument("--recipe", default="distillation", choices=RECIPES, help="for --minutes")
     parser.add_argument("--patterns", nargs="*", default=["2:4", "50 %"])
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     options = parser.parse_args()
@@ -59,25 +66,35 @@ def main() -> None:
         print(
             f"{pattern}: auto {found['pruned']:.2f} after {found['prune_seconds'] / 60:.1f} min", flush=True
         )
-        arms = {"distillation": (dense, options.minutes)}
-        if options.plain_minutes:
-            arms["distillation, short"] = (dense, options.plain_minutes)
-            arms["fine-tuning, short"] = (None, options.plain_minutes)
-        for name, (teacher, minutes) in arms.items():
+        short = options.plain_minutes
+        arms: dict[str, tuple[Any, float, Distillation]] = {}
+        if short:
+            arms["distillation, short"] = (dense, short, Distillation())
+            arms["fine-tuning, short"] = (None, short, Distillation(cross_entropy=1, logits=0))
+            arms["both, short"] = (dense, short, Distillation(cross_entropy=0.5, logits=0.5))
+        name = options.recipe
+        arms[name] = (dense, options.minutes, Distillation(**RECIPES[name]))
+        for name, (teacher, minutes, losses) in arms.items():
             student = copy.deepcopy(model)
             report = recover(
                 student,
                 data,
                 teacher,
                 minutes=minutes,
+                distillation=losses,
                 learning_rate=options.learning_rate,
                 batch=2,
                 evaluate=lambda it: quick_perplexity(protocol, it),
                 evaluate_every=50,
                 progress=True,
             )
+            distance = fidelity(
+                copy.deepcopy(student).bfloat16(), dense, None, protocol.evaluation_ids, LENGTH, 8
+            )
             found[name] = {
                 "perplexity": protocol.perplexity(student),
+                "kl": distance.kl,
+                "agreement": distance.agreement,
                 "seconds": report.seconds,
                 "steps": report.steps,
                 "zeros": report.zeros_after / report.weights,
