@@ -36,8 +36,8 @@ def methods_table(results: Results) -> str:
             else f"{_number(it['perplexity'])} ({it['perplexity'] / dense:.3g}x), {_minutes(it['seconds'])}"
             for it in cells
         ]
-        memory = max(it["memory"] for it in cells if it)
-        rows.append([method, *texts, f"{memory / 1e9:.1f} GB"])
+        memory = [it["memory"] for it in cells if it and "memory" in it]
+        rows.append([method, *texts, f"{max(memory) / 1e9:.1f} GB" if memory else ""])
     header = ["method", *PATTERNS, "peak memory"]
     return f"Dense: {dense:.2f}. {results['protocol']}.\n\n{markdown(header, rows)}"
 
@@ -169,6 +169,11 @@ def main(docs: Path) -> None:
         for it in TABLES
         if (docs / f"quality-{it}.json").exists()
     }
+    for pattern, run in found.get("recovery", {}).items():
+        # the runs that recovery started from are `auto`'s where that table has none of its own
+        if pattern in PATTERNS and "methods" in found:
+            cell = {"perplexity": run["pruned"], "seconds": run["prune_seconds"]}
+            found["methods"].setdefault(pattern, {}).setdefault("auto", cell)
     for name, results in found.items():
         section = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not section.search(text):
