@@ -47,15 +47,15 @@ def recovery_table(results: Results) -> str:
     for pattern, found in results.items():
         if pattern not in PATTERNS:
             continue
-        rows.append(
-            [pattern, "auto, one-shot", f"{found['pruned']:.2f}", _minutes(found["prune_seconds"]), ""]
-        )
+        time = _minutes(found["prune_seconds"])
+        rows.append([pattern, "auto, one-shot", f"{found['pruned']:.2f}", time, "", "", ""])
         for arm, it in found.items():
             if isinstance(it, dict):
-                rows.append(
-                    [pattern, arm, f"{it['perplexity']:.2f}", _minutes(it["seconds"]), str(it["steps"])]
-                )
-    return markdown(["pattern", "what", "perplexity", "time", "steps"], rows)
+                distance = [f"{it['kl']:.3f}", f"{it['agreement']:.1%}"] if "kl" in it else ["", ""]
+                time = _minutes(it["seconds"])
+                rows.append([pattern, arm, f"{it['perplexity']:.2f}", time, str(it["steps"]), *distance])
+    header = ["pattern", "what", "perplexity", "time", "steps", "KL to the dense model", "top-1 agreement"]
+    return markdown(header, rows)
 
 
 def structured_table(results: Results) -> str:
@@ -130,7 +130,7 @@ def draw(results: Results, dense: float, path: Path) -> None:
             if isinstance(arm, dict):
                 minutes = [seconds / 60 for seconds, _, _ in arm["curve"]]
                 axis.plot(minutes, [value for *_, value in arm["curve"]], marker=".", label=name)
-        axis.axhline(dense, color="black", linewidth=1, linestyle=":", label="dense")
+        axis.axhline(dense, color="black", linewidth=1, linestyle=":", label="dense, 16 windows")
         axis.set_title(f"{pattern}, SmolLM2-135M-Instruct")
         axis.set_xlabel("minutes of recovery, 2 cores")
         axis.set_ylabel("perplexity, 4 windows, bfloat16")
