@@ -125,8 +125,9 @@ class PruneReport:
             footer.append(f"calibration: {self.calibration}{inputs}")
         if self.blocks:
             before, after = self.blocks[-1].before, self.blocks[-1].after
+            epochs = [it.epochs for it in self.blocks]
             footer.append(
-                f"reconstruction: {len(self.blocks)} blocks; the last one's output is {after:.2%} of its energy away "
+                f"reconstruction: {len(self.blocks)} blocks, {min(epochs)} to {max(epochs)} epochs each; the last one's output is {after:.2%} of its energy away "
                 f"from the dense model's, {before:.2%} before its own"
             )
         footer.extend(self.notes)
