@@ -79,6 +79,13 @@ class TestBlockByBlock:
         assert all(parameter.dtype == dtype for parameter in model.parameters())
         assert all(block.after < 0.97 * block.before for block in report.blocks)
 
+    def test_reconstruction_knows_no_dropout(self):
+        models = [tiny.gpt2(), tiny.gpt2().train()]
+        for model in models:
+            prune(model, "2:4", "wanda", calibration=CALIBRATION, reconstruction=Reconstruction(2))
+        assert models[1].training
+        assert all(map(torch.equal, models[0].state_dict().values(), models[1].state_dict().values()))
+
     def test_an_error_in_the_last_block_restores_the_first(self):
         model = tiny.llama()
         before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -179,7 +179,7 @@ def main(docs: Path) -> None:
         if not section.search(text):
             sys.exit(f"{page} has no section {name}")
         table = TABLES[name](results)
-        text = section.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)  # type: ignore[misc]
+        text = section.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
     page.write_text(text, encoding="utf-8")
     if "recovery" in found and "methods" in found:
         draw(

@@ -62,7 +62,7 @@ def setup(options: argparse.Namespace) -> Protocol:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # type: ignore[no-any-return]
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparseprune import distributed
 from sparseprune.blockwise import Walk, run_block
+from sparseprune.models import evaluation_mode
 from sparseprune.pruning.report import BlockReconstructed
 from sparseprune.pruning.rewrite import Rewriter
 
@@ -86,7 +87,7 @@ def reconstruct(
         precision = replace(walk, autocast=trained[0].dtype)
 
     def loss(batch: int) -> Tensor:
-        with precision.precision():
+        with evaluation_mode(block), precision.precision():
             output = run_block(block, walk.hidden[batch], walk.calls[index][batch])
         squares = (output.float() - targets[batch].float()).square().sum(dim=-1)
         return (squares * weights[batch]).sum() / tokens
