@@ -9,11 +9,6 @@
 
 namespace sparseprune {
 
-struct Matrix {
-  std::int64_t rows, cols;
-  DType dtype;
-};
-
 // dense -> bits and offsets of the non-zeros; returns their number.
 std::int64_t scan_dense(const Matrix& m, const void* dense, std::uint8_t* bits, std::int64_t* offsets, int threads);
 // dense -> offsets alone.
