@@ -3,35 +3,25 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/arguments.h"
 #include "cpu/convert.h"
 #include "cpu/isa.h"
 #include "cpu/linear.h"
+#if defined(SPARSEPRUNE_CUDA)
+#include "bindings/cuda.h"
+#endif
 
 namespace py = pybind11;
 using namespace sparseprune;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-template <typename T>
-T* ptr(Address a) {
-  return reinterpret_cast<T*>(a);
-}
-
-DType to_dtype(int code) {
-  if (code < 0 || code >= kDTypes) throw std::invalid_argument("dtype: must be 0, 1 or 2, got " + std::to_string(code));
-  return static_cast<DType>(code);
-}
-
 Layout to_layout(int code) {
-  if (code < 0 || code > 1) throw std::invalid_argument("layout: must be 0 (tile) or 1 (csr), got " + std::to_string(code));
-  return static_cast<Layout>(code);
-}
-
-Matrix matrix(std::int64_t rows, std::int64_t cols, int dtype) {
-  if (rows < 0 || cols < 0) throw std::invalid_argument("shape: must not be negative");
-  return {rows, cols, to_dtype(dtype)};
+  const auto layout = static_cast<Layout>(code);
+  if (code < 0 || code >= kLayouts || is_cuda(layout)) {
+    throw std::invalid_argument("layout: must be 0 (tile) or 1 (csr), got " + std::to_string(code));
+  }
+  return layout;
 }
 
 py::dict header_dict(Address blob, std::int64_t size) {
@@ -187,4 +177,11 @@ PYBIND11_MODULE(_core, m) {
         bits_to_bytes(rows, cols, ptr<const std::uint8_t>(bits), ptr<std::uint8_t>(mask), threads);
       },
       nogil);
+
+#if defined(SPARSEPRUNE_CUDA)
+  py::module_ cuda = m.def_submodule("cuda");
+  cuda.attr("toolkit") = SPARSEPRUNE_CUDA_TOOLKIT;
+  cuda.attr("targets") = SPARSEPRUNE_CUDA_TARGETS;
+  bind_cuda(cuda);
+#endif
 }

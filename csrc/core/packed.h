@@ -4,7 +4,9 @@
 // imply is compared with the size the blob has; no stored offset is ever trusted.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "core/dtype.h"
 #include "core/fragments.h"
@@ -54,6 +56,15 @@ static_assert(sizeof(PackedHeader) == 64, "the header is one cache line");
 
 constexpr char kMagic[9] = "sparsepr";
 constexpr std::uint32_t kPackedVersion = 1;
+
+// Each step is a bijection of the sum, so a change within one word always shows.
+[[maybe_unused]] static inline std::uint64_t header_checksum(const PackedHeader& header) {
+  std::uint64_t words[offsetof(PackedHeader, checksum) / 8];
+  std::memcpy(words, &header, sizeof words);
+  std::uint64_t sum = 0xcbf29ce484222325u;  // the constants of FNV-1a
+  for (const std::uint64_t word : words) sum = (sum ^ word) * 0x100000001b3u;
+  return sum;
+}
 
 // Byte offsets of the sections of a blob.
 struct Geometry {

@@ -63,15 +63,6 @@ bool is_panel(const LinearKernel& kernel, const LinearCall& call, std::int64_t k
 
 }  // namespace
 
-// Each step is a bijection of the sum, so a change within one word always shows.
-std::uint64_t header_checksum(const PackedHeader& header) {
-  std::uint64_t words[offsetof(PackedHeader, checksum) / 8];
-  std::memcpy(words, &header, sizeof words);
-  std::uint64_t sum = 0xcbf29ce484222325u;  // the constants of FNV-1a
-  for (const std::uint64_t word : words) sum = (sum ^ word) * 0x100000001b3u;
-  return sum;
-}
-
 PackedView view_packed(const std::uint8_t* blob, std::int64_t size) {
   PackedView v{};
   if (size < static_cast<std::int64_t>(sizeof(PackedHeader))) {
@@ -86,6 +77,9 @@ PackedView view_packed(const std::uint8_t* blob, std::int64_t size) {
   }
   if (h.checksum != header_checksum(h)) {
     throw std::invalid_argument("packed: the header is damaged; pack the weight again");
+  }
+  if (is_cuda(h.layout)) {
+    throw std::invalid_argument("packed: holds a weight packed for CUDA; move the layer with .to(device), not its buffer alone");
   }
   constexpr std::int64_t kMax = std::int64_t{1} << 40;
   const bool sane = static_cast<int>(h.dtype) < kDTypes && static_cast<int>(h.layout) < 2 && h.rows >= 0 && h.cols >= 0 &&

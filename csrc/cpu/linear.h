@@ -18,7 +18,6 @@ struct PackedView {
 };
 // Throws std::invalid_argument where the blob is no packed weight of this version, or its header is damaged.
 PackedView view_packed(const std::uint8_t* blob, std::int64_t size);
-std::uint64_t header_checksum(const PackedHeader& header);
 
 struct LinearCall {
   const std::uint8_t* packed;
