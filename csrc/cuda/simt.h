@@ -22,6 +22,8 @@
 //   shuffle(v, lane), shuffle_xor(v, mask), shuffle_up(v, delta), ballot(p)    all 32 lanes take part
 //   atomic_min(p, v), atomic_add(p, v)  global memory, relaxed
 //   popc(u32), popc(u64), to_float(T), from_float<T>(f)    f to nearest even, NaN stays NaN
+//   byte_perm(a, b, s)              PTX prmt: byte i of the result is byte (s >> 4i) & 7 of a (0 to 3) and b (4 to 7), or, with
+//                                   bit 3 of that nibble, its sign eight times; bits 16 and up of s do not matter
 //   launch(grid, kernel, args...)   0 or the error's code
 #pragma once
 
@@ -239,6 +241,12 @@ SP_DEVICE void atomic_add(std::int64_t* p, std::int64_t v) {
 
 SP_DEVICE int popc(std::uint32_t v) { return __popc(v); }
 SP_DEVICE int popc(std::uint64_t v) { return __popcll(v); }
+
+SP_DEVICE std::uint32_t byte_perm(std::uint32_t a, std::uint32_t b, std::uint32_t s) {
+  std::uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s));
+  return d;
+}
 
 SP_DEVICE float to_float(float v) { return v; }
 SP_DEVICE float to_float(bf16 v) { return __uint_as_float(static_cast<unsigned>(v.bits) << 16); }
