@@ -17,7 +17,8 @@ void set_sm_count(int count) {
 
 namespace sparseprune::cuda {
 
-DeviceGuard::DeviceGuard(int) : before_(-1) {}
+DeviceGuard::DeviceGuard(int) : before_(-1) {
+}
 DeviceGuard::~DeviceGuard() = default;
 
 int sm_count(int) {

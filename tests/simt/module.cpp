@@ -1,4 +1,5 @@
-// The emulator for Python: the launchers by the names that the extension's submodule `cuda` has, and what tests steer and read.
+// The emulator for Python: the launchers by the names that the extension's submodule `cuda` has, and what tests steer and
+// read.
 #include <pybind11/pybind11.h>
 
 #include "bindings/cuda.h"

@@ -1,6 +1,6 @@
-// The host twins of csrc/cuda/simt.h, which includes this file where SPARSEPRUNE_SIMT is defined: kernels run as C++, a fiber
-// a thread, and every access of memory is checked. A breach of a rule ends the launch with a Fault, which names the rule, the
-// line, the kernel, block and thread, and the seed of the order in which threads ran.
+// The host twins of csrc/cuda/simt.h, which includes this file where SPARSEPRUNE_SIMT is defined: kernels run as C++, a
+// fiber a thread, and every access of memory is checked. A breach of a rule ends the launch with a Fault, which names the
+// rule, the line, the kernel, block and thread, and the seed of the order in which threads ran.
 //
 // What is checked: bounds, alignment and writability of buffers (those registered, host/memory.h); shared memory: bounds,
 // alignment, reads of what nobody wrote; both: accesses by two threads, one of them a write, with no barrier between them;
@@ -26,15 +26,33 @@
 
 namespace sparseprune::simt {
 
-inline unsigned thread_x() { return machine.self->id; }
-inline unsigned block_x() { return machine.block_x; }
-inline unsigned block_y() { return machine.block_y; }
-inline unsigned block_z() { return machine.block_z; }
-inline unsigned grid_x() { return machine.grid_x; }
-inline unsigned grid_y() { return machine.grid_y; }
-inline unsigned block_threads() { return machine.threads; }
-inline unsigned lane() { return machine.self->lane; }
-inline unsigned warp() { return machine.self->warp; }
+inline unsigned thread_x() {
+  return machine.self->id;
+}
+inline unsigned block_x() {
+  return machine.block_x;
+}
+inline unsigned block_y() {
+  return machine.block_y;
+}
+inline unsigned block_z() {
+  return machine.block_z;
+}
+inline unsigned grid_x() {
+  return machine.grid_x;
+}
+inline unsigned grid_y() {
+  return machine.grid_y;
+}
+inline unsigned block_threads() {
+  return machine.threads;
+}
+inline unsigned lane() {
+  return machine.self->lane;
+}
+inline unsigned warp() {
+  return machine.self->warp;
+}
 
 template <typename T>
 Shared<T> shared_memory(unsigned byte_offset) {
@@ -73,7 +91,9 @@ template <typename D, typename S>
 void cp_async16(const Shared<D>& dst, const Global<S>& src, int bytes, const Location& at = Location::current()) {
   issue_copy(dst.address(), src.extent(), src.address(), bytes, at);
 }
-inline void cp_async_commit() { ++machine.self->groups; }
+inline void cp_async_commit() {
+  ++machine.self->groups;
+}
 template <int N>
 void cp_async_wait() {
   static_assert(N >= 0);
@@ -109,8 +129,12 @@ void mma_m16n8k16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_
   warp_mma_m16n8k16(detail::half_of<T>(), c, a, b, at);
 }
 
-inline void sync_block(const Location& at = Location::current()) { join_block(at); }
-inline void sync_warp(const Location& at = Location::current()) { warp_sync(at); }
+inline void sync_block(const Location& at = Location::current()) {
+  join_block(at);
+}
+inline void sync_warp(const Location& at = Location::current()) {
+  warp_sync(at);
+}
 
 template <typename T>
 T shuffle(T v, int from, const Location& at = Location::current()) {
@@ -125,7 +149,9 @@ template <typename T>
 T shuffle_up(T v, unsigned delta, const Location& at = Location::current()) {
   return std::bit_cast<T>(warp_shuffle(Shuffle::up, std::bit_cast<std::uint32_t>(v), delta, at));
 }
-inline std::uint32_t ballot(bool p, const Location& at = Location::current()) { return warp_ballot(p, at); }
+inline std::uint32_t ballot(bool p, const Location& at = Location::current()) {
+  return warp_ballot(p, at);
+}
 
 inline void atomic_min(const Global<std::int64_t>& p, std::int64_t v, const Location& at = Location::current()) {
   atomic_global(p.extent(), p.address(), 8, 8, at);
@@ -136,16 +162,11 @@ inline void atomic_add(const Global<std::int64_t>& p, std::int64_t v, const Loca
   *p.address() = static_cast<std::int64_t>(static_cast<std::uint64_t>(*p.address()) + static_cast<std::uint64_t>(v));
 }
 
-inline int popc(std::uint32_t v) { return std::popcount(v); }
-inline int popc(std::uint64_t v) { return std::popcount(v); }
-inline std::uint32_t byte_perm(std::uint32_t a, std::uint32_t b, std::uint32_t s) {
-  const std::uint64_t bytes = static_cast<std::uint64_t>(b) << 32 | a;
-  std::uint32_t d = 0;
-  for (int i = 0; i < 4; ++i) {
-    const std::uint32_t nibble = s >> 4 * i & 15u, byte = static_cast<std::uint32_t>(bytes >> 8 * (nibble & 7u)) & 255u;
-    d |= (nibble < 8 ? byte : byte < 128 ? 0u : 255u) << 8 * i;
-  }
-  return d;
+inline int popc(std::uint32_t v) {
+  return std::popcount(v);
+}
+inline int popc(std::uint64_t v) {
+  return std::popcount(v);
 }
 
 // prmt's default mode, written from the PTX ISA.
@@ -161,9 +182,15 @@ inline std::uint32_t byte_perm(std::uint32_t a, std::uint32_t b, std::uint32_t s
   return d;
 }
 
-inline float to_float(float v) { return v; }
-inline float to_float(bf16 v) { return half_to_float(Half::bf16, v.bits); }
-inline float to_float(f16 v) { return half_to_float(Half::f16, v.bits); }
+inline float to_float(float v) {
+  return v;
+}
+inline float to_float(bf16 v) {
+  return half_to_float(Half::bf16, v.bits);
+}
+inline float to_float(f16 v) {
+  return half_to_float(Half::f16, v.bits);
+}
 template <typename T>
 T from_float(float f) {
   if constexpr (std::is_same_v<T, float>) {

@@ -8,9 +8,9 @@
 
 namespace sparseprune::simt {
 
-void log_shared(std::size_t offset, unsigned bytes, const Location& at);  // by the running thread
+void log_shared(std::size_t offset, unsigned bytes, const Location& at);       // by the running thread
 void count_rows(const unsigned* offsets, unsigned count, const Location& at);  // rows of an ldmatrix, 8 a request
-void count_logged(unsigned warp);  // and forget
+void count_logged(unsigned warp);                                              // and forget
 void forget_logged();
 
 }  // namespace sparseprune::simt

@@ -52,7 +52,8 @@ std::uint64_t first_seed() {
   if (const char* text = std::getenv("SPARSEPRUNE_SIMT_SEED")) {
     char* end = nullptr;
     const std::uint64_t value = std::strtoull(text, &end, 10);
-    if (end == text || *end) throw std::invalid_argument(std::string("SPARSEPRUNE_SIMT_SEED: must be a whole number, got ") + text);
+    if (end == text || *end)
+      throw std::invalid_argument(std::string("SPARSEPRUNE_SIMT_SEED: must be a whole number, got ") + text);
     return value;
   }
   return std::random_device{}();
@@ -84,8 +85,8 @@ std::string who_waits() {
       if (t.state != State::ended && (t.doing != first.doing || !same_place(t.at, first.at))) break;
     }
     text += text.empty() ? "" : "; ";
-    text += to - from == 1 ? "thread " + std::to_string(from)
-                           : "threads " + std::to_string(from) + "-" + std::to_string(to - 1);
+    text +=
+        to - from == 1 ? "thread " + std::to_string(from) : "threads " + std::to_string(from) + "-" + std::to_string(to - 1);
     text += first.state == State::ended ? " ended" : std::string(" in ") + first.doing + " at " + describe(first.at);
   }
   return text;
@@ -102,7 +103,8 @@ Thread* next_thread(unsigned warp) {
 }
 
 [[noreturn]] void deadlock() {
-  const Thread* const waits = std::find_if(threads, threads + machine.threads, [](const Thread& t) { return t.state != State::ended; });
+  const Thread* const waits =
+      std::find_if(threads, threads + machine.threads, [](const Thread& t) { return t.state != State::ended; });
   fault(waits->at, "deadlock: " + who_waits());
 }
 

@@ -47,7 +47,8 @@ std::size_t check_global(const Extent* extent, const void* p, unsigned bytes, un
   if (!extent) fault(at, access + "null pointer");
   if (extent == &nowhere) fault(at, access + "the address is in no buffer of this launch");
   const auto offset = static_cast<std::intptr_t>(a - extent->begin);
-  const std::string place = "byte " + std::to_string(offset) + " of a buffer of " + std::to_string(extent->end - extent->begin);
+  const std::string place =
+      "byte " + std::to_string(offset) + " of a buffer of " + std::to_string(extent->end - extent->begin);
   if (a < extent->begin || a + bytes > extent->end) fault(at, access + "out of bounds, " + place);
   fault(at, access + "misaligned, " + place + ", address not a multiple of " + std::to_string(align));
 }
@@ -77,8 +78,8 @@ std::size_t check_shared(const void* p, unsigned bytes, unsigned align, const ch
   const std::uintptr_t offset = address_of(p) - address_of(machine.shared);
   if (offset < machine.shared_bytes && offset + bytes <= machine.shared_bytes && offset % align == 0) return offset;
   const std::string access = std::string("shared memory, ") + what + " of " + std::to_string(bytes) + " bytes: ";
-  const std::string place = "byte " + std::to_string(static_cast<std::intptr_t>(offset)) + " of " +
-                            std::to_string(machine.shared_bytes);
+  const std::string place =
+      "byte " + std::to_string(static_cast<std::intptr_t>(offset)) + " of " + std::to_string(machine.shared_bytes);
   if (!p) fault(at, access + "null pointer");
   if (offset >= machine.shared_bytes || offset + bytes > machine.shared_bytes) fault(at, access + "out of bounds, " + place);
   fault(at, access + "misaligned, " + place + ", not a multiple of " + std::to_string(align));
@@ -176,13 +177,15 @@ void issue_copy(void* dst, const Extent* extent, const void* src, int bytes, con
   if (bytes > 0) {
     check_global(extent, src, static_cast<unsigned>(bytes), 16, "cp.async", at);
     if (extent->writable) {
-      shadow_of(extent).access(Shadow::Access::read, address_of(src) - extent->begin, static_cast<unsigned>(bytes), site_of(at));
+      shadow_of(extent).access(Shadow::Access::read, address_of(src) - extent->begin, static_cast<unsigned>(bytes),
+                               site_of(at));
     }
   }
   shared_shadow().access(Shadow::Access::issue_copy, offset, 16, site_of(at));
   if (machine.count_conflicts) log_shared(offset, 16, at);
   Thread& t = *machine.self;
-  t.copies.push_back({static_cast<char*>(dst), static_cast<const char*>(src), static_cast<unsigned>(bytes), t.groups, site_of(at)});
+  t.copies.push_back(
+      {static_cast<char*>(dst), static_cast<const char*>(src), static_cast<unsigned>(bytes), t.groups, site_of(at)});
   ++counts().cp_async;
 }
 

@@ -43,7 +43,8 @@ void FreeMemory::operator()(void* p) const {
   std::free(p);
 }
 
-Shadow::Shadow(Space space, std::size_t bytes) : space_(space), words_((bytes + 3) / 4), word_(zeroed<Record>(words_)) {}
+Shadow::Shadow(Space space, std::size_t bytes) : space_(space), words_((bytes + 3) / 4), word_(zeroed<Record>(words_)) {
+}
 
 void Shadow::forget() {
   word_.reset(zeroed<Record>(words_));
@@ -104,7 +105,8 @@ void Shadow::check(Record& r, Access access, std::size_t offset, Site site) {
     const auto writer = static_cast<std::uint16_t>(r.writer & kThread);
     if (r.writer & kInFlight) conflict(r, access, true, offset, site);
     if (access == Access::read_once) conflict(r, access, true, offset, site);
-    const bool own = writer == thread && r.written >= m.block_start && access != Access::read_by_warp && !(r.writer & kAtomic);
+    const bool own =
+        writer == thread && r.written >= m.block_start && access != Access::read_by_warp && !(r.writer & kAtomic);
     const bool both_atomic = access == Access::atomic && (r.writer & kAtomic);
     if (!own && !both_atomic && !before(r.written, writer)) conflict(r, access, true, offset, site);
   } else if (space_ == Space::shared && !writes) {

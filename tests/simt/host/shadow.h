@@ -1,8 +1,8 @@
 // Who touched which bytes, and when. A record holds for 4 bytes, or, once threads share the 4, for each of them.
 //
-// Of the reads since the last write a record keeps one reader, or that several lanes of one warp read, or several warps: enough
-// to know whether all of them come before a write. Stamps of the clock date everything, so that nothing is reset when a
-// block or a launch begins: an older stamp is no stamp.
+// Of the reads since the last write a record keeps one reader, or that several lanes of one warp read, or several warps:
+// enough to know whether all of them come before a write. Stamps of the clock date everything, so that nothing is reset when
+// a block or a launch begins: an older stamp is no stamp.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// What the lanes of a warp do together. Written from the PTX ISA: "Matrix fragments for mma.m16n8k16", "Sparse matrix storage"
-// and "Matrix fragments for sparse mma.m16n8k32", "ldmatrix", "shfl.sync".
+// What the lanes of a warp do together. Written from the PTX ISA: "Matrix fragments for mma.m16n8k16", "Sparse matrix
+// storage" and "Matrix fragments for sparse mma.m16n8k32", "ldmatrix", "shfl.sync".
 #pragma once
 
 #include <cstdint>
