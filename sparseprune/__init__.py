@@ -9,6 +9,7 @@
 """
 
 from sparseprune import ops
+from sparseprune._cuda import cuda_info
 from sparseprune._native import isa, isas_available
 from sparseprune.checkpoint import load, save
 from sparseprune.convert import sparsify
@@ -23,6 +24,7 @@ __all__ = [
     "Format",
     "SparseLinear",
     "SparseWeight",
+    "cuda_info",
     "isa",
     "isas_available",
     "load",

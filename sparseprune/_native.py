@@ -1,4 +1,4 @@
-"""The only importer of the compiled extension: tensors become addresses here, and nowhere else.
+"""The CPU's kernels: tensors become addresses here, and for the GPU in `_cuda`, and nowhere else.
 
 torch is imported first, so that the extension finds torch's OpenMP runtime loaded and shares its threads.
 """
@@ -30,6 +30,11 @@ def isa() -> str:
 def isas_available() -> list[str]:
     """The instruction sets that this build has and this CPU (and its OS) can run, slowest first."""
     return _core.isas_available()
+
+
+def layout_for(kind: str, n: int, m: int, dtype: torch.dtype) -> str:
+    """The packed layout that serves a format best."""
+    return "csr" if kind == "csr" else "tile"
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, strategy: int = -1) -> Tensor:
@@ -95,10 +100,14 @@ def count_bits(bits: Tensor, cols: int) -> Tensor:
     offsets = torch.empty(rows + 1, dtype=torch.int64)
     total = _core.count_bits(rows, cols, bits.data_ptr(), offsets.data_ptr(), _threads())
     if total < 0:
-        raise ValueError(
-            f"bits: the bits past column {cols} must be zero, row {-1 - total} has one set; the mask is damaged"
-        )
+        raise padding_error(cols, -1 - total)
     return offsets
+
+
+def padding_error(cols: int, row: int) -> ValueError:
+    return ValueError(
+        f"bits: the bits past column {cols} must be zero, row {row} has one set; the mask is damaged"
+    )
 
 
 def compress(dense: Tensor, bits: Tensor, offsets: Tensor) -> Tensor:
@@ -192,13 +201,31 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     return values, bits
 
 
-def mask_bytes(x: Tensor, mask: Tensor, out: Tensor) -> None:
+def dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """The weight [rows, cols] of a packed one. ValueError where it holds none of this shape and dtype."""
+    h = header(packed)
+    if (h["rows"], h["cols"], h["dtype"]) != (rows, cols, DTYPES[dtype]):
+        raise ValueError(
+            f"packed: holds a weight of {h['rows']}x{h['cols']} {DTYPE_OF[h['dtype']]}, "
+            f"the call is for {rows}x{cols} {dtype}"
+        )
+    values, bits = unpack(packed)
+    return expand(values, bits, count_bits(bits, cols), cols)
+
+
+def mask_bytes(x: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """x where the bool mask keeps it, else 0; out may be x."""
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     _core.mask_bytes(x.data_ptr(), mask.data_ptr(), out.data_ptr(), x.numel(), DTYPES[x.dtype], _threads())
+    return out
 
 
-def mask_bits(x: Tensor, bits: Tensor, out: Tensor) -> None:
+def mask_bits(x: Tensor, bits: Tensor, out: Tensor | None = None) -> Tensor:
+    """The same with a bitmask."""
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     rows, cols = x.shape
     _core.mask_bits(x.data_ptr(), bits.data_ptr(), out.data_ptr(), rows, cols, DTYPES[x.dtype], _threads())
+    return out
 
 
 def threshold_(x: Tensor, limit: float) -> Tensor:

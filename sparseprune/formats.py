@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprune import ops
+from sparseprune import _backend, ops
 
 __all__ = ["DTYPES", "SPEC_FIELDS", "Format", "SparseWeight", "detect_nm"]
 
@@ -68,11 +68,6 @@ class Format:
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" if self.kind == "nm" else self.kind
-
-    @property
-    def layout(self) -> str:
-        """The packed layout that serves this format: `"tile"` (mask and values by tiles of rows) or `"csr"`."""
-        return "csr" if self.kind == "csr" else "tile"
 
     def misfit(self, weight: Tensor) -> str | None:
         """Why `weight` [rows, cols] cannot be held in this format, and where; None where it can."""
@@ -174,8 +169,10 @@ class SparseWeight:
         return ops.bitmap_to_dense(self.values, self.mask, self.shape[1])
 
     def pack(self) -> Tensor:
-        """`uint8` blob for this process's kernels."""
-        return ops.pack(self.values, self.mask, self.shape[1], self.format.layout)
+        """`uint8` blob for the kernels of the device that the weight is on."""
+        form = self.format
+        layout = _backend.of(self.values).layout_for(form.kind, form.n, form.m, self.dtype)
+        return ops.pack(self.values, self.mask, self.shape[1], layout)
 
     @classmethod
     def unpack(cls, blob: Tensor, format: str | Format, shape: tuple[int, int]) -> SparseWeight:

@@ -1,4 +1,4 @@
-"""`SparseLinear`: a linear layer whose frozen weight is kept sparse and packed for this process's kernels."""
+"""`SparseLinear`: a linear layer whose frozen weight is kept sparse and packed for its device's kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune import _native, ops
+from sparseprune import _backend, ops
 from sparseprune._native import isa
 from sparseprune.formats import DTYPES, Format, SparseWeight
 from sparseprune.models import is_conv1d
@@ -18,7 +18,6 @@ __all__ = ["SparseLinear", "dense_weight"]
 
 _linear = torch.ops.sparseprune.linear.default
 _linear_undispatched = ops._linear
-_linear_unchecked = _native.linear
 _PARTS = ("values", "mask", "spec")
 
 
@@ -28,7 +27,8 @@ class SparseLinear(nn.Module):
     Input `[..., in_features]` and output `[..., out_features]` have the weight's dtype (float32, bfloat16, float16);
     sums are kept in float32. The weight is frozen; gradients reach the input and the bias.
 
-    The weight is the non-persistent `uint8` buffer `packed`. A state dict holds its canonical form instead, as
+    The weight is the non-persistent `uint8` buffer `packed`, in the form that the kernels of its device read (CPU or
+    CUDA); `.to(device)` packs it anew. A state dict holds its canonical form instead, as
     `weight.values`, `weight.mask` and `weight.spec` (docs/formats.md), and so does a pickle: both move between
     machines. Loading a state dict takes over the format and casts the values to the module's dtype.
     """
@@ -95,7 +95,10 @@ class SparseLinear(nn.Module):
             return _linear(input, packed, bias, self.out_features)
         if bias is None:
             try:
-                return _linear_unchecked(input, packed, None, self.out_features)
+                if input.is_cpu and packed.is_cpu:
+                    return _backend.cpu.linear(input, packed, None, self.out_features)
+                if input.is_cuda and input.device == packed.device:
+                    return _backend.cuda.linear(input, packed, None, self.out_features)
             except (KeyError, IndexError, RuntimeError):
                 pass  # an input that the checks below refuse by name
         return _linear_undispatched(input, packed, bias, self.out_features)
@@ -132,10 +135,11 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         dense = max(1, self.out_features * self.in_features * self.dtype.itemsize)
+        kernels = f"isa={isa()}" if self.packed.is_cpu else f"device={self.packed.device}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format}, sparsity={self.sparsity:.3f}, dtype={str(self.dtype).removeprefix('torch.')}, "
-            f"nbytes={self.nbytes} ({self.nbytes / dense:.2f} of dense), isa={isa()}"
+            f"nbytes={self.nbytes} ({self.nbytes / dense:.2f} of dense), {kernels}"
         )
 
     def _set_weight(self, weight: SparseWeight) -> None:
@@ -156,7 +160,8 @@ class SparseLinear(nn.Module):
             super()._apply(fn, recurse)
             self.dtype = probe.dtype
             if not probe.is_meta and (packed.is_meta or not torch.equal(probe, sample)):
-                self.packed.zero_()  # to_empty(): bytes at random must not pass for a packed weight
+                # to_empty(): bytes at random must not pass for a packed weight.
+                self._buffers["packed"] = self.packed.new_empty(0)
             return self
         weight = self.sparse_weight().to(dtype=probe.dtype, device=probe.device)
         self._buffers["packed"] = torch.empty(0, dtype=torch.uint8, device=probe.device)
@@ -230,7 +235,7 @@ def _needs_dispatcher(
     functorch: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack,
     jit_tracing: Callable[[], Any] = torch._C._get_tracing_state,
 ) -> bool:
-    """Whether anything but the CPU kernel wants to see a call: autograd, a tracer, a transform, a tensor subclass.
+    """Whether anything but a kernel wants to see a call: autograd, a tracer, a transform, a tensor subclass.
 
     torch's dispatcher takes 7 us on its way to an op that has a gradient, two calls of `nn.Linear`.
     """
@@ -238,7 +243,7 @@ def _needs_dispatcher(
         is_compiling()
         or (is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)))
         or type(input) is not Tensor
-        or not input.is_cpu
+        or not (input.is_cpu or input.is_cuda)
         or dispatch_modes()
         or functorch() is not None
         or jit_tracing() is not None

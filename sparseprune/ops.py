@@ -1,7 +1,7 @@
 """The operations, as `torch.ops.sparseprune.*` and as functions of the same names.
 
-Each operation checks its arguments once, in a function shared by the real and the fake (shape-only) path. Values are
-float32, bfloat16 or float16 on the CPU; sums are float32. `bits` is a bitmask `uint8 [rows, ceil(cols / 8)]`: bit
+Each operation checks its arguments once (`_checks`), on the real and the fake (shape-only) path alike. Tensors are on
+the CPU or on one CUDA device; values are float32, bfloat16 or float16; sums are float32. `bits` is a bitmask `uint8 [rows, ceil(cols / 8)]`: bit
 `c % 8` of byte `c // 8` says whether column `c` is kept, and the bits past the last column are zero. A zero is +0.0 or
 -0.0; NaN is not a zero.
 
@@ -13,7 +13,7 @@ float32, bfloat16 or float16 on the CPU; sums are float32. `bits` is a bitmask `
     dense_to_nm(dense, n, m)           (values, bits), exactly n of every m columns
     bitmap_to_dense(values, bits, cols)   the inverse of both
     dense_to_csr(dense), csr_to_dense(crow, col, values, cols)
-    pack(values, bits, cols, layout)   a blob for this process's kernels; unpack(packed) -> (values, bits)
+    pack(values, bits, cols, layout)   a blob for the device's kernels; unpack(packed) -> (values, bits)
     linear(input, packed, bias, out_features)   input @ weight.T + bias
 """
 
@@ -25,58 +25,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprune import _native
+from sparseprune import _backend
+from sparseprune._checks import (
+    check,
+    check_bits,
+    check_canonical,
+    check_device,
+    check_in_place,
+    check_linear,
+    check_mask,
+    check_matrix,
+    check_nm,
+    check_pack,
+    check_packed,
+    check_values,
+    check_vector,
+)
+from sparseprune._native import DTYPE_OF
 
 _lib = torch.library.Library("sparseprune", "DEF")
-_FLOATS = tuple(_native.DTYPES)
-
-
-def _check(ok: bool, message: Callable[[], str], error: type[Exception] = ValueError) -> None:
-    if not ok:
-        raise error(message())
-
-
-def _check_values(name: str, x: Tensor) -> None:
-    _check(
-        x.dtype in _native.DTYPES,
-        lambda: f"{name}: must be float32, bfloat16 or float16, got {x.dtype}; convert it with .to(dtype)",
-        TypeError,
-    )
-    _check(x.layout == torch.strided, lambda: f"{name}: must be a strided tensor, got layout {x.layout}")
-
-
-def _check_matrix(name: str, x: Tensor) -> None:
-    _check_values(name, x)
-    _check(x.dim() == 2, lambda: f"{name}: must be a matrix [rows, cols], got shape {tuple(x.shape)}")
-
-
-def _check_bits(bits: Tensor, rows: int | None, cols: int) -> None:
-    _check(cols >= 0, lambda: f"cols: must not be negative, got {cols}")
-    _check(bits.dtype == torch.uint8, lambda: f"bits: must be uint8, got {bits.dtype}", TypeError)
-    _check(
-        bits.dim() == 2 and bits.shape[1] == (cols + 7) // 8 and (rows is None or bits.shape[0] == rows),
-        lambda: (
-            f"bits: must have shape [{'rows' if rows is None else rows}, {(cols + 7) // 8}] for {cols} columns, "
-            f"got {tuple(bits.shape)}; make it with pack_mask"
-        ),
-    )
-
-
-def _check_vector(name: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
-    _check(x.dim() == 1, lambda: f"{name}: must have one dimension, got shape {tuple(x.shape)}")
-    if dtype is not None:
-        _check(x.dtype == dtype, lambda: f"{name}: must be {dtype}, got {x.dtype}", TypeError)
-
-
-def _check_in_place(name: str, x: Tensor) -> None:
-    # A copy of a non-contiguous tensor would take the result away from the caller.
-    _check(
-        x.is_contiguous(),
-        lambda: (
-            f"{name}: must be contiguous to be changed in place, got strides {x.stride()}; "
-            "use the out-of-place operation"
-        ),
-    )
 
 
 def _dynamic_size() -> torch.SymInt:
@@ -86,97 +53,91 @@ def _dynamic_size() -> torch.SymInt:
 def _define(schema: str, real: Callable, fake: Callable) -> None:
     name = schema.split("(", 1)[0]
     _lib.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _lib.impl(name, real, "CPU")
+    for key in ("CPU", "CUDA"):
+        _lib.impl(name, real, key)
     torch.library.register_fake(f"sparseprune::{name}", fake, lib=_lib)
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def _check_mask(x: Tensor, mask: Tensor) -> None:
-    _check_values("input", x)
-    _check(mask.dtype == torch.bool, lambda: f"mask: must be bool, got {mask.dtype}", TypeError)
-    _check(
-        mask.shape == x.shape,
-        lambda: f"mask: must have the input's shape {tuple(x.shape)}, got {tuple(mask.shape)}",
-    )
-
-
 def _mask_apply_fake(x: Tensor, mask: Tensor) -> Tensor:
-    _check_mask(x, mask)
+    check_mask(x, mask)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _mask_apply(x: Tensor, mask: Tensor) -> Tensor:
-    out = _mask_apply_fake(x, mask)
-    _native.mask_bytes(x.contiguous(), mask.contiguous(), out)
-    return out
+    check_mask(x, mask)
+    return _backend.of(x).mask_bytes(x.contiguous(), mask.contiguous())
 
 
 def _mask_apply_in_fake(x: Tensor, mask: Tensor) -> None:
-    _check_mask(x, mask)
-    _check_in_place("input", x)
+    check_mask(x, mask)
+    check_in_place("input", x)
 
 
 def _mask_apply_in(x: Tensor, mask: Tensor) -> None:
     _mask_apply_in_fake(x, mask)
-    _native.mask_bytes(x, mask.contiguous(), x)
+    _backend.of(x).mask_bytes(x, mask.contiguous(), x)
+
+
+def _check_mask_packed(x: Tensor, bits: Tensor) -> None:
+    check_matrix("input", x)
+    check_bits(bits, x.shape[0], x.shape[1])
+    check_device("input", x, bits=bits)
 
 
 def _mask_packed_fake(x: Tensor, bits: Tensor) -> Tensor:
-    _check_matrix("input", x)
-    _check_bits(bits, x.shape[0], x.shape[1])
+    _check_mask_packed(x, bits)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _mask_packed(x: Tensor, bits: Tensor) -> Tensor:
-    out = _mask_packed_fake(x, bits)
-    _native.mask_bits(x.contiguous(), bits.contiguous(), out)
-    return out
+    _check_mask_packed(x, bits)
+    return _backend.of(x).mask_bits(x.contiguous(), bits.contiguous())
 
 
 def _mask_packed_in_fake(x: Tensor, bits: Tensor) -> None:
-    _check_matrix("input", x)
-    _check_bits(bits, x.shape[0], x.shape[1])
-    _check_in_place("input", x)
+    _check_mask_packed(x, bits)
+    check_in_place("input", x)
 
 
 def _mask_packed_in(x: Tensor, bits: Tensor) -> None:
     _mask_packed_in_fake(x, bits)
-    _native.mask_bits(x, bits.contiguous(), x)
+    _backend.of(x).mask_bits(x, bits.contiguous(), x)
 
 
 def _threshold_fake(x: Tensor, threshold: float) -> Tensor:
-    _check_matrix("input", x)
-    _check_in_place("input", x)
-    _check(threshold >= 0, lambda: f"threshold: must be a number of at least 0, got {threshold}")
+    check_matrix("input", x)
+    check_in_place("input", x)
+    check(threshold >= 0, lambda: f"threshold: must be a number of at least 0, got {threshold}")
     return x.new_empty((x.shape[0], (x.shape[1] + 7) // 8), dtype=torch.uint8)
 
 
 def _threshold(x: Tensor, threshold: float) -> Tensor:
     _threshold_fake(x, threshold)
-    return _native.threshold_(x, threshold)
+    return _backend.of(x).threshold_(x, threshold)
 
 
 def _pack_mask_fake(mask: Tensor) -> Tensor:
-    _check(mask.dtype == torch.bool, lambda: f"mask: must be bool, got {mask.dtype}", TypeError)
-    _check(mask.dim() == 2, lambda: f"mask: must be a matrix [rows, cols], got shape {tuple(mask.shape)}")
+    check(mask.dtype == torch.bool, lambda: f"mask: must be bool, got {mask.dtype}", TypeError)
+    check(mask.dim() == 2, lambda: f"mask: must be a matrix [rows, cols], got shape {tuple(mask.shape)}")
     return mask.new_empty((mask.shape[0], (mask.shape[1] + 7) // 8), dtype=torch.uint8)
 
 
 def _pack_mask(mask: Tensor) -> Tensor:
     _pack_mask_fake(mask)
-    return _native.bytes_to_bits(mask.contiguous())
+    return _backend.of(mask).bytes_to_bits(mask.contiguous())
 
 
 def _unpack_mask_fake(bits: Tensor, cols: int) -> Tensor:
-    _check_bits(bits, None, cols)
+    check_bits(bits, None, cols)
     return bits.new_empty((bits.shape[0], cols), dtype=torch.bool)
 
 
 def _unpack_mask(bits: Tensor, cols: int) -> Tensor:
     _unpack_mask_fake(bits, cols)
-    return _native.bits_to_bytes(bits.contiguous(), cols)
+    return _backend.of(bits).bits_to_bytes(bits.contiguous(), cols)
 
 
 _define("mask_apply(Tensor input, Tensor mask) -> Tensor", _mask_apply, _mask_apply_fake)
@@ -196,59 +157,41 @@ def _bits_like(dense: Tensor) -> Tensor:
 
 
 def _bitmap_fake(dense: Tensor) -> tuple[Tensor, Tensor]:
-    _check_matrix("dense", dense)
+    check_matrix("dense", dense)
     return dense.new_empty(_dynamic_size()), _bits_like(dense)
 
 
 def _bitmap(dense: Tensor) -> tuple[Tensor, Tensor]:
-    _check_matrix("dense", dense)
+    check_matrix("dense", dense)
     dense = dense.contiguous()
-    bits, offsets = _native.scan(dense)
-    return _native.compress(dense, bits, offsets), bits
-
-
-def _check_nm(dense: Tensor, n: int, m: int) -> None:
-    _check_matrix("dense", dense)
-    _check(
-        1 <= n <= m <= 32, lambda: f"n, m: must satisfy 1 <= n <= m <= 32, got {n}:{m}; use the bitmap format"
-    )
-    _check(
-        dense.shape[1] % m == 0,
-        lambda: (
-            f"dense: columns must be a multiple of {m} for {n}:{m}, got {dense.shape[1]}; "
-            "pad them or use the bitmap format"
-        ),
-    )
+    backend = _backend.of(dense)
+    bits, offsets = backend.scan(dense)
+    return backend.compress(dense, bits, offsets), bits
 
 
 def _nm_fake(dense: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    _check_nm(dense, n, m)
+    check_nm(dense, n, m)
     return dense.new_empty(dense.shape[0] * (dense.shape[1] // m) * n), _bits_like(dense)
 
 
 def _nm(dense: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    _check_nm(dense, n, m)
+    check_nm(dense, n, m)
     dense = dense.contiguous()
-    bits, _ = _native.scan(dense)
-    error = _native.fill_groups(bits, dense.shape[1], n, m)
+    backend = _backend.of(dense)
+    bits, _ = backend.scan(dense)
+    error = backend.fill_groups(bits, dense.shape[1], n, m)
     if error is not None:
         row, group, kept = error
         raise ValueError(
             f"dense: must hold at most {n} non-zeros in every {m} columns of a row for {n}:{m}, row {row} holds "
             f"{kept} in columns {group * m} to {group * m + m - 1}; prune it to {n}:{m} or use the bitmap format"
         )
-    return _native.compress(dense, bits, _native.count_bits(bits, dense.shape[1])), bits
-
-
-def _check_canonical(values: Tensor, bits: Tensor, cols: int) -> None:
-    _check_values("values", values)
-    _check_vector("values", values)
-    _check_bits(bits, None, cols)
+    return backend.compress(dense, bits, backend.count_bits(bits, dense.shape[1])), bits
 
 
 def _offsets(values: Tensor, bits: Tensor, cols: int) -> Tensor:
-    offsets = _native.count_bits(bits, cols)
-    _check(
+    offsets = _backend.of(bits).count_bits(bits, cols)
+    check(
         int(offsets[-1]) == values.numel(),
         lambda: (
             f"values: must hold one value for each of the {int(offsets[-1])} bits set, got {values.numel()}; "
@@ -259,18 +202,18 @@ def _offsets(values: Tensor, bits: Tensor, cols: int) -> Tensor:
 
 
 def _bitmap_dense_fake(values: Tensor, bits: Tensor, cols: int) -> Tensor:
-    _check_canonical(values, bits, cols)
+    check_canonical(values, bits, cols)
     return values.new_empty((bits.shape[0], cols))
 
 
 def _bitmap_dense(values: Tensor, bits: Tensor, cols: int) -> Tensor:
-    _check_canonical(values, bits, cols)
+    check_canonical(values, bits, cols)
     values, bits = values.contiguous(), bits.contiguous()
-    return _native.expand(values, bits, _offsets(values, bits, cols), cols)
+    return _backend.of(values).expand(values, bits, _offsets(values, bits, cols), cols)
 
 
 def _csr_fake(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check_matrix("dense", dense)
+    check_matrix("dense", dense)
     nnz = _dynamic_size()
     return (
         dense.new_empty(dense.shape[0] + 1, dtype=torch.int64),
@@ -280,55 +223,44 @@ def _csr_fake(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _csr(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check_matrix("dense", dense)
-    _check(dense.shape[1] < 2**31, lambda: f"dense: must have less than 2^31 columns, got {dense.shape[1]}")
-    return _native.dense_to_csr(dense.contiguous())
+    check_matrix("dense", dense)
+    check(dense.shape[1] < 2**31, lambda: f"dense: must have less than 2^31 columns, got {dense.shape[1]}")
+    return _backend.of(dense).dense_to_csr(dense.contiguous())
 
 
 def _csr_dense_fake(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor:
-    _check_vector("crow", crow, torch.int64)
-    _check_vector("col", col, torch.int32)
-    _check_values("values", values)
-    _check_vector("values", values)
-    _check(crow.numel() >= 1, lambda: "crow: must have rows + 1 entries, got none")
-    _check(
+    check_vector("crow", crow, torch.int64)
+    check_vector("col", col, torch.int32)
+    check_values("values", values)
+    check_vector("values", values)
+    check_device("values", values, crow=crow, col=col)
+    check(crow.numel() >= 1, lambda: "crow: must have rows + 1 entries, got none")
+    check(
         col.shape == values.shape,
         lambda: f"col: must be as long as values ({values.shape[0]}), got {col.shape[0]}",
     )
-    _check(0 <= cols < 2**31, lambda: f"cols: must be in [0, 2^31), got {cols}")
+    check(0 <= cols < 2**31, lambda: f"cols: must be in [0, 2^31), got {cols}")
     return values.new_empty((crow.numel() - 1, cols))
 
 
 def _csr_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor:
     _csr_dense_fake(crow, col, values, cols)
-    return _native.csr_to_dense(crow.contiguous(), col.contiguous(), values.contiguous(), cols)
-
-
-def _check_pack(values: Tensor, bits: Tensor, cols: int, layout: str) -> None:
-    _check_canonical(values, bits, cols)
-    _check(
-        layout in _native.LAYOUTS, lambda: f"layout: must be one of {list(_native.LAYOUTS)}, got {layout!r}"
-    )
+    return _backend.of(values).csr_to_dense(crow.contiguous(), col.contiguous(), values.contiguous(), cols)
 
 
 def _pack_fake(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
-    _check_pack(values, bits, cols, layout)
+    check_pack(values, bits, cols, layout)
     return values.new_empty(_dynamic_size(), dtype=torch.uint8)
 
 
 def _pack(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
-    _check_pack(values, bits, cols, layout)
+    check_pack(values, bits, cols, layout)
     values, bits = values.contiguous(), bits.contiguous()
-    return _native.pack(values, bits, _offsets(values, bits, cols), cols, layout)
-
-
-def _check_packed(packed: Tensor) -> None:
-    _check_vector("packed", packed, torch.uint8)
-    _check(packed.is_contiguous(), lambda: "packed: must be contiguous, as ops.pack makes it")
+    return _backend.of(values).pack(values, bits, _offsets(values, bits, cols), cols, layout)
 
 
 def _unpack_fake(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    _check_packed(packed)
+    check_packed(packed)
     return (
         packed.new_empty(_dynamic_size(), dtype=dtype),
         packed.new_empty((_dynamic_size(), _dynamic_size())),
@@ -336,9 +268,9 @@ def _unpack_fake(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _unpack(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    _check_packed(packed)
-    values, bits = _native.unpack(packed)
-    _check(values.dtype == dtype, lambda: f"dtype: packed holds {values.dtype}, got {dtype}", TypeError)
+    check_packed(packed)
+    values, bits = _backend.of(packed).unpack(packed)
+    check(values.dtype == dtype, lambda: f"dtype: packed holds {values.dtype}, got {dtype}", TypeError)
     return values, bits
 
 
@@ -356,55 +288,29 @@ _define("unpack(Tensor packed, ScalarType dtype) -> (Tensor, Tensor)", _unpack, 
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 
-def _check_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> None:
-    if x.dtype not in _native.DTYPES or x.layout != torch.strided:
-        _check_values("input", x)
-    _check(x.dim() >= 1, lambda: "input: must have at least one dimension [..., in_features], got a scalar")
-    if bias is not None:
-        _check(
-            bias.dtype == x.dtype,
-            lambda: f"bias: must have the input's dtype {x.dtype}, got {bias.dtype}",
-            TypeError,
-        )
-        _check(
-            bias.dim() == 1 and bias.shape[0] == out_features,
-            lambda: f"bias: must have shape [{out_features}], got {tuple(bias.shape)}",
-        )
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or not packed.is_contiguous():
-        _check_packed(packed)
-
-
 def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    _check_linear(x, packed, bias, out_features)
+    check_linear(x, packed, bias, out_features)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    _check_linear(x, packed, bias, out_features)
-    return _native.linear(x, packed, None if bias is None else bias.contiguous(), out_features)
+    check_linear(x, packed, bias, out_features)
+    backend = _backend.cpu if x.is_cpu else _backend.cuda  # as _backend.of does, which would be a call more
+    return backend.linear(x, packed, None if bias is None else bias.contiguous(), out_features)
 
 
 def _grad_input_fake(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
-    _check_values("grad", grad)
-    _check_packed(packed)
+    check_values("grad", grad)
+    check(grad.dim() >= 1, lambda: "grad: must have at least one dimension [..., out_features], got a scalar")
+    check_packed(packed)
+    check_device("grad", grad, packed=packed)
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 def _grad_input(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
     """grad @ weight: the weight is expanded to dense for the time of this call."""
     _grad_input_fake(grad, packed, in_features)
-    h = _native.header(packed)
-    _check(
-        (*grad.shape[-1:], in_features) == (h["rows"], h["cols"])
-        and _native.DTYPES[grad.dtype] == h["dtype"],
-        lambda: (
-            f"packed: holds a weight of {h['rows']}x{h['cols']} {_native.DTYPE_OF[h['dtype']]}, the call is for "
-            f"grad {tuple(grad.shape)} {grad.dtype} and in_features {in_features}"
-        ),
-    )
-    values, bits = _native.unpack(packed)
-    dense = _native.expand(values, bits, _native.count_bits(bits, in_features), in_features)
-    return grad @ dense
+    return grad @ _backend.of(packed).dense(packed, grad.shape[-1], in_features, grad.dtype)
 
 
 _define(
@@ -508,14 +414,17 @@ def csr_to_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor
 
 
 def pack(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
-    """A uint8 blob that this process's kernels read (docs/formats.md). layout: "tile" (N:M, bitmap) or "csr"."""
+    """A uint8 blob that the device's kernels read (docs/formats.md).
+
+    layout: on the CPU "tile" (N:M, bitmap) or "csr", on a GPU "bitmap8" (any) or "sparse24" (exactly 2:4, 16-bit values).
+    """
     return _ops.pack(values, bits, cols, layout)
 
 
 def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     """The (values, bits) that were packed."""
-    _check_packed(packed)
-    return _ops.unpack(packed, _native.DTYPE_OF[_native.header(packed)["dtype"]])
+    check_packed(packed)
+    return _ops.unpack(packed, DTYPE_OF[_backend.of(packed).header(packed)["dtype"]])
 
 
 def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:

@@ -140,7 +140,7 @@ ERRORS = {
     "pack layout": (
         lambda: ops.pack(VALUES, BITS, 12, "coo"),
         ValueError,
-        r"layout: must be one of \['tile', 'csr'\], got 'coo'",
+        r"layout: must be one of \['tile', 'csr'\] on cpu, got 'coo'",
     ),
     "csr dims": (lambda: ops.dense_to_csr(X[0]), ValueError, "dense: must be a matrix"),
     "crow dtype": (
@@ -255,7 +255,27 @@ ERRORS = {
     "grad cols": (
         lambda: torch.ops.sparseprune.linear_grad_input(torch.ones(2, 3), BLOB, 10**6),
         ValueError,
-        r"packed: holds a weight of 3x12 torch.float32, the call is for grad \(2, 3\) .* in_features 1000000",
+        r"packed: holds a weight of 3x12 torch.float32, the call is for 3x1000000 torch.float32",
+    ),
+    "grad scalar": (
+        lambda: torch.ops.sparseprune.linear_grad_input(torch.tensor(1.0), BLOB, 12),
+        ValueError,
+        "grad: .* got a scalar",
+    ),
+    "other device": (
+        lambda: ops.mask_apply(X, KEEP.to("meta")),
+        ValueError,
+        r"mask: must lie on input's device cpu, got meta; move it with .to\(device\)",
+    ),
+    "linear other device": (
+        lambda: ops.linear(X, BLOB, torch.ones(3, device="meta"), 3),
+        ValueError,
+        "bias: must lie on input's device cpu, got meta",
+    ),
+    "pack layout of the GPU": (
+        lambda: ops.pack(VALUES, BITS, 12, "bitmap8"),
+        ValueError,
+        r"layout: must be one of \['tile', 'csr'\] on cpu, got 'bitmap8'",
     ),
     "grad rows": (
         lambda: torch.ops.sparseprune.linear_grad_input(torch.ones(2, 4), BLOB, 12),

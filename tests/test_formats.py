@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune import ops
+from sparseprune import _cuda, _native, ops
 from sparseprune.formats import SPEC_FIELDS, Format, SparseWeight, group_counts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,13 +25,22 @@ def test_format_text_round_trip(text):
     form = Format.parse(text)
     assert str(form) == text
     assert Format.parse(form) is form
-    assert form.layout == ("csr" if text == "csr" else "tile")
 
 
 @pytest.mark.parametrize("text", ["2-4", "5:4", "0:4", "2:", "coo", "", "2:4 ", "2:64", "2:999", None, 24])
 def test_format_refuses_what_it_does_not_know(text):
     with pytest.raises(ValueError, match="format: "):
         Format.parse(text)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", FORMATS)
+def test_layouts_of_the_formats(text, dtype):
+    form = Format.parse(text)
+    kind = form.kind, form.n, form.m, dtype
+    assert _native.layout_for(*kind) == ("csr" if text == "csr" else "tile")
+    tensor_cores = text == "2:4" and dtype != torch.float32
+    assert _cuda.layout_for(*kind) == ("sparse24" if tensor_cores else "bitmap8")
 
 
 def test_format_takes_n_and_m_only_for_nm():

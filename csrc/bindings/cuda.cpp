@@ -52,7 +52,7 @@ bool is_sane(const Matrix& m) {
 }
 
 // The card holds the header, so that the host can hold only the size against the shape.
-Geometry require_geometry(const Matrix& m, i64 size) {
+Geometry require_geometry(const Matrix& m, Address blob, i64 size) {
   static constexpr const char* kNames[kDTypes] = {"float32", "bfloat16", "float16"};
   PackedHeader h;
   Geometry g;
@@ -60,6 +60,9 @@ Geometry require_geometry(const Matrix& m, i64 size) {
     throw std::invalid_argument("packed: holds no weight of " + std::to_string(m.rows) + "x" + std::to_string(m.cols) + " " +
                                 kNames[static_cast<int>(m.dtype)] + " packed for CUDA (its size is " + std::to_string(size) +
                                 " bytes); move the layer with .to(device), not its buffer alone");
+  }
+  if (blob % 16 != 0) {
+    throw std::invalid_argument("packed: must begin at a multiple of 16 bytes, as ops.pack makes it; clone it");
   }
   return g;
 }
@@ -74,7 +77,7 @@ PackedHeader make_header(const Matrix& m, Layout layout, i64 nnz, i64 stored) {
   h.rows = m.rows;
   h.cols = m.cols;
   h.nnz = nnz;
-  h.stored = stored;
+  h.stored = layout == Layout::sparse24 ? geometry_of(h).units * sparse24::kValues : stored;
   h.checksum = header_checksum(h);
   return h;
 }
@@ -91,7 +94,8 @@ py::dict read_header(Address header, i64 size) {
     throw std::invalid_argument("packed: the header is damaged; pack the weight again");
   }
   if (!is_cuda(h.layout)) {
-    throw std::invalid_argument("packed: holds a weight packed for the CPU; move the layer with .to(device), not its buffer alone");
+    throw std::invalid_argument(
+        "packed: holds a weight packed for the CPU; move the layer with .to(device), not its buffer alone");
   }
   const Matrix m{h.rows, h.cols, h.dtype};
   PackedHeader seen;
@@ -159,8 +163,7 @@ void bind_conversions(py::module_& m) {
   m.def(
       "count_bits",
       [](int device, Address stream, i64 rows, i64 cols, Address bits, Address counts, Address error) {
-        run("count_bits", device,
-            [&] { return cuda::count_bits(rows, cols, at(bits), at(counts), at(error), at(stream)); });
+        run("count_bits", device, [&] { return cuda::count_bits(rows, cols, at(bits), at(counts), at(error), at(stream)); });
       },
       nogil);
   m.def(
@@ -211,15 +214,15 @@ void bind_conversions(py::module_& m) {
 
 void bind_packing(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> nogil;
-  // (offsets, index, values, total): where a blob's sections begin, and its size; `stored` says nothing to sparse24.
+  // (units, offsets, index, values, total): how many units a blob has, where its sections begin, its size. sparse24 has
+  // always as many values, whatever `stored` says.
   m.def("sections", [](i64 rows, i64 cols, int dtype, int layout, i64 stored) {
-    PackedHeader h = make_header(matrix(rows, cols, dtype), to_cuda_layout(layout), 0, stored);
-    if (h.layout == Layout::sparse24) h.stored = geometry_of(h).units * sparse24::kValues;
+    const PackedHeader h = make_header(matrix(rows, cols, dtype), to_cuda_layout(layout), 0, stored);
     const Geometry g = geometry_of(h);
-    return py::make_tuple(g.offsets, g.index, g.values, g.total);
+    return py::make_tuple(g.units, g.offsets, g.index, g.values, g.total);
   });
   m.def("header_bytes", [](i64 rows, i64 cols, int dtype, int layout, i64 nnz, i64 stored) {
-    PackedHeader h = make_header(matrix(rows, cols, dtype), to_cuda_layout(layout), nnz, stored);
+    const PackedHeader h = make_header(matrix(rows, cols, dtype), to_cuda_layout(layout), nnz, stored);
     return py::bytes(reinterpret_cast<const char*>(&h), sizeof h);
   });
   m.def("header", &read_header);
@@ -228,9 +231,10 @@ void bind_packing(py::module_& m) {
       [](int device, Address stream, Address dense, Address bits, i64 rows, i64 cols, int dtype, Address blob,
          i64 blob_bytes, Address error) {
         const Matrix shape = matrix(rows, cols, dtype);
-        const Geometry g = require_geometry(shape, blob_bytes);
+        const Geometry g = require_geometry(shape, blob, blob_bytes);
         run("pack", device, [&] {
-          return cuda::sparse24_pack(shape, at(dense), at(bits), at(blob, g.values), at(blob, g.index), at(error), at(stream));
+          return cuda::sparse24_pack(shape, at(dense), at(bits), at(blob, g.values), at(blob, g.index), at(error),
+                                     at(stream));
         });
       },
       nogil);
@@ -239,7 +243,7 @@ void bind_packing(py::module_& m) {
       [](int device, Address stream, Address blob, i64 blob_bytes, i64 rows, i64 cols, int dtype, Address dense,
          Address bits) {
         const Matrix shape = matrix(rows, cols, dtype);
-        const Geometry g = require_geometry(shape, blob_bytes);
+        const Geometry g = require_geometry(shape, blob, blob_bytes);
         run("unpack", device, [&] {
           return cuda::sparse24_unpack(shape, at(blob, g.values), at(blob, g.index), at(dense), at(bits), at(stream));
         });
@@ -256,9 +260,10 @@ void bind_packing(py::module_& m) {
       "bitmap8_pack",
       [](int device, Address stream, Address dense, i64 rows, i64 cols, int dtype, Address blob, i64 blob_bytes) {
         const Matrix shape = matrix(rows, cols, dtype);
-        const Geometry g = require_geometry(shape, blob_bytes);
+        const Geometry g = require_geometry(shape, blob, blob_bytes);
         run("pack", device, [&] {
-          return cuda::bitmap8_pack(shape, at(dense), at(blob, g.index), at(blob, g.offsets), at(blob, g.values), at(stream));
+          return cuda::bitmap8_pack(shape, at(dense), at(blob, g.index), at(blob, g.offsets), at(blob, g.values),
+                                    at(stream));
         });
       },
       nogil);
@@ -267,10 +272,12 @@ void bind_packing(py::module_& m) {
       [](int device, Address stream, Address blob, i64 blob_bytes, i64 rows, i64 cols, int dtype, Address dense,
          Address bits) {
         const Matrix shape = matrix(rows, cols, dtype);
-        const Geometry g = require_geometry(shape, blob_bytes);
+        const Geometry g = require_geometry(shape, blob, blob_bytes);
         run("unpack", device, [&] {
-          return cuda::bitmap8_unpack(shape, at(blob, g.index), at(blob, g.offsets), at(blob, g.values), at(dense), at(bits),
-                                      at(stream));
+          const i64 stored =
+              (g.total - static_cast<i64>(Layout::bitmap8) - g.values) / static_cast<i64>(size_of(shape.dtype));
+          return cuda::bitmap8_unpack(shape, at(blob, g.index), at(blob, g.offsets), at(blob, g.values), stored, at(dense),
+                                      at(bits), at(stream));
         });
       },
       nogil);
@@ -279,7 +286,7 @@ void bind_packing(py::module_& m) {
 void linear(int device, Address stream, Address packed, i64 packed_bytes, Address x, i64 batch, i64 cols, i64 stride,
             Address bias, Address out, i64 rows, int dtype, int config, int splits, Address workspace, i64 workspace_bytes) {
   const Matrix m = matrix(rows, cols, dtype);
-  const Geometry g = require_geometry(m, packed_bytes);
+  const Geometry g = require_geometry(m, packed, packed_bytes);
   const auto layout = static_cast<Layout>(packed_bytes % kAlign);
   const int configs = cuda::linear_configs(layout, m.dtype);
   if (config < 0 || config >= configs) {
@@ -296,8 +303,20 @@ void linear(int device, Address stream, Address packed, i64 packed_bytes, Addres
                                 std::to_string(splits * partial) + " bytes, got " + std::to_string(workspace_bytes));
   }
   run("linear", device, [&] {
-    return cuda::linear({layout, m.dtype, rows, cols, batch, at(packed), packed_bytes, at(x), stride, at(bias), at(out),
-                         at(workspace), {config, splits, workspace_bytes}, at(stream)});
+    return cuda::linear({layout,
+                         m.dtype,
+                         rows,
+                         cols,
+                         batch,
+                         at(packed),
+                         packed_bytes,
+                         at(x),
+                         stride,
+                         at(bias),
+                         at(out),
+                         at(workspace),
+                         {config, splits, workspace_bytes},
+                         at(stream)});
   });
 }
 

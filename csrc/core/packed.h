@@ -48,9 +48,9 @@ struct PackedHeader {
   std::uint8_t interleave;    // tile: columns that alternate within a lane, 1 or 2 (bf16 pairs for dot products)
   std::uint8_t column_bytes;  // csr: 2 or 4
   std::int64_t rows, cols, nnz;
-  std::int64_t stored;    // cuda: values in the blob, the padding among them; else 0
-  std::int64_t reserved;  // room for value encodings (int8, int4) and group scales
-  std::uint64_t checksum;    // header_checksum() of the bytes before it
+  std::int64_t stored;     // cuda: values in the blob, the padding among them; else 0
+  std::int64_t reserved;   // room for value encodings (int8, int4) and group scales
+  std::uint64_t checksum;  // header_checksum() of the bytes before it
 };
 static_assert(sizeof(PackedHeader) == 64, "the header is one cache line");
 
@@ -84,7 +84,8 @@ static constexpr Geometry geometry_of(const PackedHeader& h) {
   if (is_cuda(h.layout)) {
     const bool sparse = h.layout == Layout::sparse24;
     g.kpad = round_up(cols, sparse ? sparse24::kCols : bitmap8::kCols);
-    g.units = ceil_div(h.rows, sparse ? sparse24::kRows : bitmap8::kRows) * (g.kpad / (sparse ? sparse24::kCols : bitmap8::kCols));
+    g.units =
+        ceil_div(h.rows, sparse ? sparse24::kRows : bitmap8::kRows) * (g.kpad / (sparse ? sparse24::kCols : bitmap8::kCols));
     g.index = sparse ? g.offsets : round_up(g.offsets + (g.units + 1) * 8, kAlign);
     g.values = g.index + g.units * (sparse ? sparse24::kWords * 4 : bitmap8::kTiles * 8);
     // The host cannot read the header of a blob on a GPU without waiting for it: the size names the layout.

@@ -20,8 +20,9 @@ std::string version(int number) {
 std::string describe(cudaError_t error) {
   std::string text = "CUDA error " + std::to_string(static_cast<int>(error)) + ", " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    text += "; this build has no kernels for this card (sparseprune.cuda_info() says for which it has): build with "
-            "-DCMAKE_CUDA_ARCHITECTURES=native";
+    text +=
+        "; this build has no kernels for this card (sparseprune.cuda_info() says for which it has): build with "
+        "-DCMAKE_CUDA_ARCHITECTURES=native";
   } else {
     text += "; run again with CUDA_LAUNCH_BLOCKING=1 to see which call it comes from";
   }
@@ -46,7 +47,8 @@ std::string missing() {
     }
     if (error != cudaErrorNoDevice) return describe(error);
   }
-  if (count == 0) return "the NVIDIA driver sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or keep the model on the CPU";
+  if (count == 0)
+    return "the NVIDIA driver sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or keep the model on the CPU";
   return "";
 }
 

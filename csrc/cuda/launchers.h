@@ -57,8 +57,9 @@ int bitmap8_index(std::int64_t rows, std::int64_t cols, const std::uint8_t* bits
                   void* stream);
 int bitmap8_pack(const Matrix& m, const void* dense, const std::uint64_t* index, const std::int64_t* offsets, void* values,
                  void* stream);
-int bitmap8_unpack(const Matrix& m, const std::uint64_t* index, const std::int64_t* offsets, const void* values, void* dense,
-                   std::uint8_t* bits, void* stream);
+// stored: values there are; a unit whose offset lies elsewhere is given zeros.
+int bitmap8_unpack(const Matrix& m, const std::uint64_t* index, const std::int64_t* offsets, const void* values,
+                   std::int64_t stored, void* dense, std::uint8_t* bits, void* stream);
 
 // plan.cpp: how a linear of this shape is run. Depends on the shape and the card alone: the caller keeps it.
 struct LinearPlan {
