@@ -1,0 +1,111 @@
+// From the bitmaps of a unit (16 rows x 64 columns, core/fragments.h) to the places of its values, by one warp.
+//
+// Equation   place(bitmap b, bit j) = values of bitmaps 0 .. b - 1, plus the set bits of b below j.
+// Operands   lane L = 4g + t needs, of each of the 16 bitmaps, bits 2L and 2L + 1: the pair t of row g. A unit has 4 steps
+// of
+//            4 bitmaps, so a row g of all bitmaps of a step is 4 bytes, one register; and since a step has fewer than 256
+//            values before any of its rows, the places within a step are 4 bytes as well. All arithmetic is on 4 bitmaps at
+//            once, a byte each; no byte can overflow into the next.
+// Work       index_unit(): lane 4g + s counts row g of step s, 32 rows of bytes for 32 lanes, and scans over g:
+//
+//                lane     0     1     2     3     4     5   ...  31        step 0       step 1      step 2   step 3
+//                row g    0     0     0     0     1     1   ...   7        bitmaps 0-3  4-7         8-11     12-15
+//                step s   0     1     2     3     0     1   ...   3
+//
+//            step_of(): the quad g of lanes passes around what its lane s has, then each lane takes its pair.
+// Why        a popcount per bitmap and lane would run at a quarter of the rate (16 a cycle and SM), and shuffles or loads
+// per
+//            bitmap share one pipe with the loads of values. Counted per unit: index_unit about 45 instructions, step_of 8
+//            a step.
+#pragma once
+
+#include "core/fragments.h"
+#include "cuda/simt.h"
+
+namespace sparseprune::cuda {
+
+// What differs between the lanes of a warp, computed once.
+struct Bitmap8Lane {
+  unsigned row, step;   // g and s of index_unit
+  std::uint32_t later;  // 1 in the field of every start that step s comes before
+  unsigned pair;        // 2t
+  unsigned shift;       // of the count of t pairs
+  std::uint32_t mask;   // of it, in each byte
+};
+
+struct Bitmap8Unit {
+  std::uint32_t bits;    // lane 4g + s, byte i: row g of bitmap i of step s
+  std::uint32_t before;  // values of the step before that row
+  std::uint32_t
+      counts;  // of its first pair (2 bits, up to 2), first two pairs (3 bits, up to 4), first three (3 bits, up to 6)
+  std::uint32_t starts;  // all lanes alike: the unit's values before steps 1, 2 and 3, in 10 bits each
+};
+
+struct Bitmap8Step {
+  std::uint32_t keep;   // byte i: bits 2L and 2L + 1 of bitmap i
+  std::uint32_t place;  // byte i: where the first of them that is set has its value, counted from `start`
+  unsigned start;
+};
+
+SP_DEVICE Bitmap8Lane bitmap8_lane() {
+  const unsigned t = simt::lane() % 4;
+  constexpr std::uint32_t kStarts = 1u | 1u << 10 | 1u << 20;
+  Bitmap8Lane me{};
+  me.row = simt::lane() / 4, me.step = t;
+  me.later = kStarts >> 10 * t << 10 * t;
+  me.pair = 2 * t;
+  me.shift = t == 3 ? 5 : t == 2 ? 2 : 0;
+  me.mask = t == 0 ? 0 : t == 1 ? 0x03030303u : 0x07070707u;
+  return me;
+}
+
+// bitmaps: the unit's 128 bytes. Four byte loads: a 4 x 8 byte transposition that no bank sees twice.
+SP_DEVICE Bitmap8Unit index_unit(const Bitmap8Lane& me, simt::Shared<const std::uint8_t> bitmaps) {
+  const simt::Shared<const std::uint8_t> p = bitmaps + (32 * me.step + me.row);
+  Bitmap8Unit unit{};
+  unit.bits = static_cast<std::uint32_t>(p[0]) | static_cast<std::uint32_t>(p[8]) << 8 |
+              static_cast<std::uint32_t>(p[16]) << 16 | static_cast<std::uint32_t>(p[24]) << 24;
+
+  const std::uint32_t pairs = unit.bits - (unit.bits >> 1 & 0x55555555u);  // 2 bits a pair
+  const std::uint32_t one = pairs & 0x03030303u;
+  const std::uint32_t two = one + (pairs >> 2 & 0x03030303u);
+  const std::uint32_t three = two + (pairs >> 4 & 0x03030303u);
+  const std::uint32_t row = three + (pairs >> 6 & 0x03030303u);
+  unit.counts = one + (two << 2) + (three << 5);
+
+  std::uint32_t rows = row;  // of this row and those above, up to 64
+  SP_UNROLL
+  for (unsigned d = 4; d < 32; d *= 2) {
+    const std::uint32_t above = simt::shuffle_up(rows, d);
+    if (simt::lane() >= d) rows += above;
+  }
+  const std::uint32_t totals = simt::shuffle(rows, static_cast<int>(28 + me.step));
+  const std::uint32_t bitmaps_before = totals * 0x01010100u;  // byte i: the sum of totals 0 .. i - 1, up to 192
+  unit.before = rows - row + bitmaps_before;
+
+  unit.starts = ((bitmaps_before >> 24) + (totals >> 24)) * me.later;
+  unit.starts += simt::shuffle_xor(unit.starts, 1);
+  unit.starts += simt::shuffle_xor(unit.starts, 2);
+  return unit;
+}
+
+template <int STEP>
+SP_DEVICE Bitmap8Step step_of(const Bitmap8Lane& me, const Bitmap8Unit& unit) {
+  const int from = static_cast<int>(simt::lane() & 28u) | STEP;
+  const std::uint32_t bits = simt::shuffle(unit.bits, from);
+  const std::uint32_t before = simt::shuffle(unit.before, from);
+  const std::uint32_t counts = simt::shuffle(unit.counts, from);
+  Bitmap8Step step{};
+  step.keep = bits >> me.pair & 0x03030303u;
+  step.place = before + (counts >> me.shift & me.mask);
+  step.start = STEP == 0 ? 0 : unit.starts >> 10 * (STEP - 1) & 1023u;
+  return step;
+}
+
+// Byte i of v: one instruction, where a shift and a mask would be two.
+template <int I>
+SP_DEVICE unsigned byte_of(std::uint32_t v) {
+  return simt::byte_perm(v, 0, 0x4440u | I);
+}
+
+}  // namespace sparseprune::cuda

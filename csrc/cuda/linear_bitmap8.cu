@@ -1,0 +1,105 @@
+// out = x weight^T + bias for unstructured bf16 and f16 weights, by tensor cores. The walk is linear_bitmap8.cuh's.
+//
+// Equation       For a unit: sum[16 rows][N] += W[16][64] x[N][64]^T, W with zeros where nothing is kept. So a pruned weight
+// times
+//                NaN or infinity is NaN.
+// Operands       A, of mma.m16n8k16: the warp expands it, 4 bitmaps to the 4 registers of a step. B: x from shared memory by
+//                ldmatrix, whose 8 rows of 16 bytes lie 128 bytes apart: chunk c of batch row n is at c ^ n % 8, so that
+//                they meet in no bank.
+// Preconditions  linear_bitmap8.cuh's.
+// Partition      One warp has all N columns of its strip: a weight is expanded once for N batch rows.
+// Constants      At 50 % and the bandwidth of an H100 an SM gets 13 weights a clock and issues 128 instructions: 10 a
+// weight. The
+//                walk and the expansion take about 8, of which the pipe that shuffles and reads shared memory has 58 of 79
+//                clocks a unit. N = 64 expands a weight 8 mma at a time, which then cost about as much.
+#include <iterator>
+#include <utility>
+
+#include "cuda/linear_bitmap8.cuh"
+#include "cuda/linear_bitmap8.h"
+
+namespace sparseprune::cuda {
+namespace {
+
+// A lane's two values of four bitmaps, zeros where there are none: the A registers of a step. Both values are read always,
+// and a byte permutation puts them where they belong. Its selector follows from the two bits of `keep`:
+//   0: 3232 (no value; the upper halves of what was read are zero)  1: 3210  2: 1032  3: 5410
+// and is itself looked up by a byte permutation, for two bitmaps at once.
+SP_DEVICE void expand(const Bitmap8Step& step, unsigned values, std::uint32_t (&a)[4]) {
+  constexpr std::uint32_t kSelect01 = 0x32103232u, kSelect23 = 0x54101032u;
+  const std::uint32_t control = step.keep * 0x22u + 0x10101010u;  // bytes 2 keep and 2 keep + 1 of the eight
+  const std::uint32_t low = simt::byte_perm(kSelect01, kSelect23, control);
+  const std::uint32_t high = simt::byte_perm(kSelect01, kSelect23, control >> 16);
+  const auto p = simt::shared_memory<std::uint16_t>(values + 2 * step.start);
+  const unsigned at[4] = {byte_of<0>(step.place), byte_of<1>(step.place), byte_of<2>(step.place), byte_of<3>(step.place)};
+  SP_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    a[i] = simt::byte_perm(p[at[i]], p[at[i] + 1], (i < 2 ? low : high) >> 16 * (i % 2));
+  }
+}
+
+template <typename Tile>
+class TensorCoreSum {
+  using T = typename Tile::T;
+
+ public:
+  SP_DEVICE void add(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned values, unsigned x) {
+    half<0>(me, unit, values, x);
+    half<1>(me, unit, values, x);
+  }
+
+  // c0, c1 of a lane: row g, batch rows 2t and 2t + 1; c2, c3: row g + 8.
+  SP_DEVICE void put(unsigned first) const {
+    const auto p = simt::shared_memory<float>(first) + (2 * (simt::lane() % 4) * Tile::kPitch + simt::lane() / 4);
+    SP_UNROLL
+    for (int i = 0; i < Tile::kN / 8; ++i) {
+      SP_UNROLL
+      for (int j = 0; j < 4; ++j) p[(8 * i + j % 2) * Tile::kPitch + j / 2 * 8] = sums_[i][j];
+    }
+  }
+
+ private:
+  // Two steps, because one ldmatrix brings B of both.
+  template <int HALF>
+  SP_DEVICE void half(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned values, unsigned x) {
+    std::uint32_t even[4], odd[4];
+    expand(step_of<2 * HALF>(me, unit), values, even);
+    expand(step_of<2 * HALF + 1>(me, unit), values, odd);
+    // Lane L points at row L % 8 of columns 8 (L / 8) and up.
+    const unsigned n = simt::lane() % 8, chunk = (4 * HALF + simt::lane() / 8) ^ n;
+    SP_UNROLL
+    for (int i = 0; i < Tile::kN / 8; ++i) {
+      std::uint32_t b[4];
+      simt::ldmatrix_x4(b, simt::shared_memory<std::uint16_t>(x + (8 * i + n) * Tile::kXRow + 16 * chunk));
+      const std::uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+      simt::mma_m16n8k16<T>(sums_[i], even, first);
+      simt::mma_m16n8k16<T>(sums_[i], odd, second);
+    }
+  }
+
+  float sums_[Tile::kN / 8][4] = {};
+};
+
+template <typename T, int CONFIG>
+int launch(const LinearCall& call, const Geometry& geometry) {
+  constexpr Bitmap8Config c = kBitmap8Configs[CONFIG];
+  using Tile = Bitmap8Tile<T, c.m / bitmap8::kRows, c.warps_k, c.n, c.stages, 2>;
+  return launch_linear_bitmap8<Tile, TensorCoreSum<Tile>>(
+      std::is_same_v<T, bf16> ? "linear_bitmap8_bf16" : "linear_bitmap8_f16", call, geometry);
+}
+
+template <typename T, int... CONFIG>
+int run(const LinearCall& call, const Geometry& geometry, std::integer_sequence<int, CONFIG...>) {
+  using Launch = int (*)(const LinearCall&, const Geometry&);
+  static constexpr Launch launches[] = {launch<T, CONFIG>...};
+  return launches[call.plan.config](call, geometry);
+}
+
+}  // namespace
+
+int linear_bitmap8(const LinearCall& call, const Geometry& geometry) {
+  constexpr auto all = std::make_integer_sequence<int, static_cast<int>(std::size(kBitmap8Configs))>{};
+  return call.dtype == DType::bf16 ? run<bf16>(call, geometry, all) : run<f16>(call, geometry, all);
+}
+
+}  // namespace sparseprune::cuda
