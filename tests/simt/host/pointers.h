@@ -68,28 +68,28 @@ class Reference {
     set(other.value());
   }
   template <typename U>
-  void operator+=(const U& v) && {
-    set(static_cast<Value>(value() + v));
+  void operator+=(U&& v) && {
+    set(static_cast<Value>(value() + std::forward<U>(v)));
   }
   template <typename U>
-  void operator-=(const U& v) && {
-    set(static_cast<Value>(value() - v));
+  void operator-=(U&& v) && {
+    set(static_cast<Value>(value() - std::forward<U>(v)));
   }
   template <typename U>
-  void operator*=(const U& v) && {
-    set(static_cast<Value>(value() * v));
+  void operator*=(U&& v) && {
+    set(static_cast<Value>(value() * std::forward<U>(v)));
   }
   template <typename U>
-  void operator|=(const U& v) && {
-    set(static_cast<Value>(value() | v));
+  void operator|=(U&& v) && {
+    set(static_cast<Value>(value() | std::forward<U>(v)));
   }
   template <typename U>
-  void operator&=(const U& v) && {
-    set(static_cast<Value>(value() & v));
+  void operator&=(U&& v) && {
+    set(static_cast<Value>(value() & std::forward<U>(v)));
   }
   template <typename U>
-  void operator^=(const U& v) && {
-    set(static_cast<Value>(value() ^ v));
+  void operator^=(U&& v) && {
+    set(static_cast<Value>(value() ^ std::forward<U>(v)));
   }
 
  private:
