@@ -3,6 +3,9 @@
 Everything is measured in pairs: the candidates take turns, call by call, so that a busy moment of the machine hits
 all of them, and lower quartiles are compared: what else runs can only add time. A layer that the cache would hold is
 timed over several copies of its weight, as the layers of a model push each other out.
+
+A layer on a GPU is timed there, by events around several calls in a row: the rate at which a model's layers would
+follow each other, the cost of asking for them included.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseprune import _cuda
 from sparseprune._native import isa
 from sparseprune.evaluate import SpeedResult, decode_speed, prompt_speed
 from sparseprune.formats import DTYPES, Format, detect_nm
@@ -26,7 +30,8 @@ from sparseprune.nn import SparseLinear, dense_weight
 from sparseprune.report import Column, Table, track
 
 __all__ = [
-    "KindTiming", "LayerTiming", "ModelTiming", "alternating_quartiles", "candidate_formats", "time_layer", "time_model",
+    "KindTiming", "LayerTiming", "ModelTiming", "alternating_quartiles", "bytes_past_caches", "candidate_formats",
+    "describe_device", "time_layer", "time_model",
 ]  # fmt: skip
 
 ROTATED_BYTES = 64 << 20
@@ -36,6 +41,7 @@ _CSR_DENSITY = 0.35  # above it CSR, a column number for each value, is never th
 _MAX_COPIES = 64
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 400
+_CUDA_CALLS = 8  # between two events, which cost as much as a small layer
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,21 @@ class LayerTiming:
 
 
 def alternating_quartiles(
-    candidates: Mapping[str, Sequence[Callable[[], Any]]], seconds: float
+    candidates: Mapping[str, Sequence[Callable[[], Any]]],
+    seconds: float,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Lower quartile of the seconds a call of each candidate takes, a candidate being calls that do the same work on different memory.
 
-    One call of each candidate in turn, then the next copy; at least 5 rounds, at most 400, else for about `seconds`.
+    One call of each candidate in turn (on a CUDA device several), then the next copy; at least 5 rounds, at most 400,
+    else for about `seconds`.
     """
     clock = time.perf_counter
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    per_turn, measure = (
+        (_CUDA_CALLS, functools.partial(_event_seconds, device)) if cuda else (1, _host_seconds)
+    )
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for calls in candidates.values():
         for call in calls[:2]:
@@ -66,20 +80,60 @@ def alternating_quartiles(
     stop, rounds = clock() + seconds, 0
     while rounds < _MIN_ROUNDS or (rounds < _MAX_ROUNDS and clock() < stop):
         for name, calls in candidates.items():
-            call = calls[rounds % len(calls)]
-            begin = clock()
-            call()
-            times[name].append(clock() - begin)
+            first = rounds * per_turn
+            times[name].append(measure([calls[(first + i) % len(calls)] for i in range(per_turn)]))
         rounds += 1
     return {name: sorted(values)[len(values) // 4] for name, values in times.items()}
+
+
+def _host_seconds(calls: Sequence[Callable[[], Any]]) -> float:
+    (call,) = calls
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _event_seconds(device: torch.device, calls: Sequence[Callable[[], Any]]) -> float:
+    """Seconds a call, of calls that follow each other on the current stream of a CUDA device.
+
+    Every turn begins with an idle device, so that none hides its launches behind the turn before it.
+    """
+    with torch.cuda.device(device):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / len(calls)
+
+
+def bytes_past_caches(device: torch.device | str) -> int:
+    """How many bytes of copies push each other out of the device's caches: `ROTATED_BYTES`, or twice the L2 of a GPU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return ROTATED_BYTES
+    return max(ROTATED_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def describe_device(device: torch.device | str) -> str:
+    """What a timing was made on: the GPU's name, or the CPU's threads and kernels."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads, {isa()} kernels"
 
 
 def candidate_formats(weight: Tensor, form: Format | None = None) -> list[Format] | str:
     """The formats worth a try for `weight` [out, in] (`form`: only this one), or why the layer stays dense."""
     if weight.is_meta:
         return "on the meta device: no data"
-    if weight.device.type != "cpu":
-        return f"on {weight.device}: the kernels are for the CPU"
+    if weight.device.type == "cuda":
+        if missing := _cuda.missing():
+            return f"on {weight.device}: {missing}"
+    elif weight.device.type != "cpu":
+        return f"on {weight.device}: there are kernels for the CPU and for CUDA"
     if weight.dtype not in DTYPES:
         return f"dtype {weight.dtype} has no kernels"
     if weight.numel() == 0:
@@ -91,7 +145,7 @@ def candidate_formats(weight: Tensor, form: Format | None = None) -> list[Format
         return [found]
     density = int(weight.count_nonzero()) / weight.numel()
     formats = [Format("bitmap")]
-    if density <= _CSR_DENSITY:
+    if density <= _CSR_DENSITY and weight.device.type == "cpu":  # on a GPU one layout serves both
         formats.append(Format("csr"))
     bits = weight.dtype.itemsize * 8
     if 1 - density <= 1 / bits:  # a bitmap spends one bit a weight to save `bits` for each zero
@@ -105,27 +159,29 @@ def time_layer(
     formats: Sequence[str | Format],
     batches: Sequence[int] = (1,),
     seconds: float = 0.5,
-    rotated_bytes: int = ROTATED_BYTES,
+    rotated_bytes: int | None = None,
 ) -> list[LayerTiming]:
-    """Time an `nn.Linear` (or transformers' `Conv1D`) against its sparse twins, one result a batch size.
+    """Time an `nn.Linear` (or transformers' `Conv1D`) against its sparse twins where it lies, one result a batch size.
 
     Args:
         formats: those to try; the weight must fit each of them.
         seconds: to spend, about, over all batch sizes together.
-        rotated_bytes: how much memory the copies of the dense weight may take; below the weight's own size
-            there is one copy, and the layer is timed in whatever cache holds it.
+        rotated_bytes: how much memory the copies of the dense weight may take, by default `bytes_past_caches`; below
+            the weight's own size there is one copy, and the layer is timed in whatever cache holds it.
     """
     weight = dense_weight(linear).detach()
+    if rotated_bytes is None:
+        rotated_bytes = bytes_past_caches(weight.device)
     copies = max(1, min(_MAX_COPIES, math.ceil(rotated_bytes / max(1, weight.nbytes))))
     modules = {"dense": _copies(linear, copies)}
     for form in formats:
         modules[str(form)] = _copies(SparseLinear.from_dense(linear, form), copies)
     timings = []
     for batch in batches:
-        x = torch.randn(batch, weight.shape[1]).to(weight.dtype)
+        x = torch.randn(batch, weight.shape[1]).to(weight.device, weight.dtype)
         # forward(), not the module: hooks of the user's are no part of a layer's price
         calls = {name: [functools.partial(it.forward, x) for it in its] for name, its in modules.items()}
-        quartiles = alternating_quartiles(calls, seconds / len(batches))
+        quartiles = alternating_quartiles(calls, seconds / len(batches), weight.device)
         timings.append(LayerTiming(batch, quartiles.pop("dense"), quartiles))
     return timings
 
@@ -217,7 +273,7 @@ def time_model(
     kinds = []
     share = seconds / max(1, len(groups))
     for kind, members in track(list(groups.items()), "timing layers", enabled=progress):
-        formats, shape, dtype, zeros = kind
+        formats, shape, dtype, zeros, _ = kind
         name, module = members[0]
         dense = module.to_dense() if isinstance(module, SparseLinear) else module
         timings = tuple(time_layer(dense, formats, batches, min(share, 0.5 * len(batches))))
@@ -228,7 +284,8 @@ def time_model(
     if tokens:
         measures = track([decode_speed, prompt_speed], "tokens per second", enabled=progress)
         decode, prompt = (measure(model) for measure in measures)
-    machine = f"{torch.get_num_threads()} threads, {isa()} kernels, torch {torch.__version__}"
+    devices = dict.fromkeys(kind[-1] for kind in groups) or ["cpu"]
+    machine = ", ".join([*map(describe_device, devices), f"torch {torch.__version__}"])
     return ModelTiming(tuple(kinds), decode, prompt, machine)
 
 
@@ -248,8 +305,10 @@ def _kind(module: nn.Module, form: Format | None) -> Any:
             (module.out_features, module.in_features),
             module.dtype,
             round(module.sparsity, 2),
+            module.packed.device,
         )
     weight = dense_weight(module).detach()
     found = candidate_formats(weight, form)
     zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
-    return () if isinstance(found, str) else tuple(found), tuple(weight.shape), weight.dtype, round(zeros, 2)
+    formats = () if isinstance(found, str) else tuple(found)
+    return formats, tuple(weight.shape), weight.dtype, round(zeros, 2), weight.device

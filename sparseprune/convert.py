@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from sparseprune._native import isa
-from sparseprune.benchmark import ROTATED_BYTES, LayerTiming, candidate_formats, time_layer
+from sparseprune.benchmark import (
+    LayerTiming,
+    bytes_past_caches,
+    candidate_formats,
+    describe_device,
+    time_layer,
+)  # fmt: skip
 from sparseprune.formats import Format, SparseWeight
 from sparseprune.models import LinearLayer, find_linears
 from sparseprune.nn import SparseLinear
@@ -48,6 +54,8 @@ class SparsifyReport:
     batches: tuple[int, ...]
     isa: str
     threads: int
+    measured_on: str = ""
+    """The processors whose times decided: the CPU's threads and kernels, the name of a GPU."""
 
     @property
     def swapped(self) -> int:
@@ -88,9 +96,7 @@ class SparsifyReport:
             f"{human_bytes(self.bytes_before)} and take {human_bytes(self.bytes_after)} ({share:.2f})"
         ]
         if self.policy == "auto":
-            footer.append(
-                f"speed-up: dense time over sparse time here, {self.threads} threads, {self.isa} kernels"
-            )
+            footer.append(f"speed-up: dense time over sparse time here, {self.measured_on}")
         return Table("Sparse layers", columns, rows, footer)
 
     def _groups(self, full: bool) -> list[tuple[str, list[LayerSparsified]]]:
@@ -106,6 +112,7 @@ class SparsifyReport:
             "batches": list(self.batches),
             "isa": self.isa,
             "threads": self.threads,
+            "measured_on": self.measured_on,
             "swapped": self.swapped,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -147,7 +154,7 @@ def sparsify(
         progress: show bars on stderr.
 
     At any time the dense and the packed weights of one layer at most exist side by side (while measuring: copies of one
-    layer, 64 MiB of dense ones).
+    layer, 64 MiB of dense ones; on a GPU twice its L2 cache, if that is more).
 
     Raises:
         ValueError: an argument out of range, a model without linear layers.
@@ -165,13 +172,15 @@ def sparsify(
             f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.find_linears(model)"
         )
     choose = _Measured(layers, form, batches, seconds, progress) if policy == "auto" else _Smallest(form)
+    devices = dict.fromkeys(layer.weight.device for layer in layers)
     layers.reverse()
     # Popped, not iterated over: a layer that was swapped must not live on in a list.
     rows = [
         _convert(model, layers.pop(), choose)
         for _ in track(range(len(layers)), "to sparse layers", enabled=progress)
     ]
-    return SparsifyReport(tuple(rows), policy, batches, isa(), torch.get_num_threads())
+    measured_on = ", ".join(map(describe_device, devices))
+    return SparsifyReport(tuple(rows), policy, batches, isa(), torch.get_num_threads(), measured_on)
 
 
 def _check_batches(batch: int | Iterable[int]) -> tuple[int, ...]:
@@ -234,7 +243,7 @@ class _Measured:
                 kind[0],
                 batches,
                 min(share, 0.5 * len(batches)),
-                min(model_bytes, ROTATED_BYTES),
+                min(model_bytes, bytes_past_caches(layer.weight.device)),
             )
             self.known[kind] = _fastest(kind[0], timings)
 
@@ -254,6 +263,7 @@ class _Measured:
             bucket,
             type(layer.module),
             layer.bias is None,
+            weight.device,
         )
 
 
