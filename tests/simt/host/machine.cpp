@@ -160,6 +160,7 @@ void run_block(std::uint64_t index) {
   m.block_start = m.block_since = ++m.clock;
   std::memset(m.shared, 0xff, m.shared_bytes);  // NaN in every type
   const unsigned warps = m.threads / kLanes;
+  block.ready_warps = 0;
   block.alive = m.threads;
   block.at_barrier = 0;
   block.failure.clear();
