@@ -4,7 +4,8 @@
 // So a kernel touches memory only through Global<T> and Shared<T> (or load and store), asks for its place only by the
 // functions below, and declares no static shared memory. Names that only one side has are no part of the contract.
 //
-//   SP_KERNEL                       in the place of __global__ void; SP_THREADS(n, blocks) its launch bounds
+//   SP_KERNEL                       in the place of __global__ void; SP_THREADS(n, blocks) its launch bounds; before loops:
+//                                   SP_UNROLL, or SP_ROLL where copies of a rarely run body would cost others registers
 //   thread_x() block_x() block_y() block_z() grid_x() grid_y() block_threads() lane() warp()
 //   Global<T>, Shared<T>            pointers: p[i], p + i, p - q, if (p), reinterpret<U>(p)
 //   shared_memory<T>(byte_offset)   into the block's dynamic shared memory, 128-byte aligned
@@ -61,6 +62,7 @@ struct Grid {
 #define SP_THREADS(threads, blocks) __launch_bounds__(threads, blocks)
 #define SP_DEVICE __device__ __forceinline__
 #define SP_UNROLL _Pragma("unroll")
+#define SP_ROLL _Pragma("unroll 1")
 
 namespace sparseprune::simt {
 

@@ -23,6 +23,7 @@
 #define SP_THREADS(threads, blocks)
 #define SP_DEVICE inline
 #define SP_UNROLL
+#define SP_ROLL
 
 namespace sparseprune::simt {
 
