@@ -32,7 +32,7 @@ std::string describe(const Location& at) {
 }
 
 void fault(const Location& at, const std::string& what) {
-  std::string text = what + " at " + describe(at);
+  std::string text = what + ", at " + describe(at);
   if (const Thread* t = machine.self) {
     const auto n = [](unsigned v) { return std::to_string(v); };
     text += "; kernel " + std::string(machine.kernel) + ", block (" + n(machine.block_x) + ", " + n(machine.block_y) + ", " +
