@@ -32,3 +32,45 @@ function(sparseprune_add_cpu target)
     target_compile_definitions(${target} PRIVATE SPARSEPRUNE_X86)
   endif()
 endfunction()
+
+# What nvcc compiles, and what any host compiler does; tests/simt compiles the same files for the emulator.
+set(SPARSEPRUNE_CUDA_KERNELS
+  convert.cu
+  linear_bitmap8.cu
+  linear_bitmap8_f32.cu
+  linear_sparse24.cu
+  linear_sparse24_large.cu
+  linear_sparse24_medium.cu
+  linear_sparse24_small.cu
+  masks.cu
+  pack_bitmap8.cu
+  pack_sparse24.cu
+  splits.cu)
+set(SPARSEPRUNE_CUDA_HOST
+  linear.cpp
+  plan.cpp)
+list(TRANSFORM SPARSEPRUNE_CUDA_KERNELS PREPEND ${CMAKE_CURRENT_LIST_DIR}/cuda/)
+list(TRANSFORM SPARSEPRUNE_CUDA_HOST PREPEND ${CMAKE_CURRENT_LIST_DIR}/cuda/)
+
+# sparseprune_add_cuda(target): launchers, kernels and bindings. The CUDA runtime is linked statically and looks for the
+# driver when it is first called, so the extension loads on a machine that has none.
+#
+# The kernels are a library of their own: their compilation, the longest part of a build, does not depend on Python.
+function(sparseprune_add_cuda target)
+  set(csrc ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
+  add_library(sparseprune_cuda OBJECT ${SPARSEPRUNE_CUDA_KERNELS} ${SPARSEPRUNE_CUDA_HOST} ${csrc}/cuda/device.cpp)
+  target_include_directories(sparseprune_cuda PRIVATE ${csrc})
+  target_include_directories(sparseprune_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  target_compile_options(sparseprune_cuda PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-fvisibility=hidden>
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-fvisibility=hidden;-Xptxas=--warn-on-spills>)
+  if(SPARSEPRUNE_WERROR)
+    target_compile_options(sparseprune_cuda PRIVATE
+      $<$<COMPILE_LANGUAGE:CXX>:-Werror>
+      $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xcompiler=-Werror>)
+  endif()
+  target_sources(${target} PRIVATE ${csrc}/bindings/cuda.cpp $<TARGET_OBJECTS:sparseprune_cuda>)
+  target_compile_definitions(${target} PRIVATE SPARSEPRUNE_CUDA
+    SPARSEPRUNE_CUDA_TOOLKIT="${SPARSEPRUNE_CUDA_TOOLKIT}" SPARSEPRUNE_CUDA_TARGETS="${SPARSEPRUNE_CUDA_TARGETS}")
+  target_include_directories(${target} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+endfunction()
