@@ -11,7 +11,7 @@ import torch
 from helpers import reference
 from helpers.compare import assert_same_bits
 from helpers.isa import DTYPES
-from helpers.shapes import sparse_layer
+from helpers.shapes import packed_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -337,7 +337,7 @@ HEADER = 64
 
 
 def blob_of(rows: int, cols: int, dtype: torch.dtype, layout: str) -> Tensor:
-    return sparse_layer(dtype, rows, cols, layout)[2]
+    return packed_layer(dtype, rows, cols, layout)[2]
 
 
 def assert_refused(blob: Tensor, rows: int, cols: int, dtype: torch.dtype) -> None:

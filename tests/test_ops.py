@@ -1,5 +1,5 @@
-"""The operations against their plain-torch twins (helpers/reference.py), bit for bit, on every instruction set;
-and what torch asks of an operation: opcheck, torch.compile, gradients.
+"""The operations against their plain-torch twins (helpers/reference.py), bit for bit, on every instruction set and on the
+GPU's kernels, emulated and real; and what torch asks of an operation: opcheck, torch.compile, gradients.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import math
 import pytest
 import torch
 from helpers import reference
+from helpers.backends import GPUS, LAYOUTS, Place, running
 from helpers.compare import assert_linear, assert_same_bits
-from helpers.isa import DTYPES, LEVELS, forced, threads
-from helpers.shapes import generator, mask, raw, sparse_layer
+from helpers.isa import DTYPES, LEVELS
+from helpers.shapes import fits, generator, mask, packable, raw, sparse_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,14 +22,19 @@ from sparseprune import _native, ops
 SIZES = [(0, 0), (0, 9), (5, 0), (1, 1), (3, 7), (2, 8), (7, 15), (3, 16), (5, 17), (4, 31), (3, 32), (9, 33)]
 SIZES += [(2, 63), (5, 64), (3, 65), (8, 97), (33, 129), (3, 1025), (130, 300)]
 PATTERNS = [(1, 1), (1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (3, 7), (5, 12), (16, 32), (1, 32), (32, 32)]
-LAYOUTS = ("tile", "csr")
+# Every set of kernels with each layout that it reads, and that holds the dtype.
+PACKINGS = [(name, layout) for name in [*LEVELS, *GPUS] for layout in LAYOUTS.get(name, LAYOUTS["cpu"])]
+PACKINGS = [(*packing, dtype) for packing in PACKINGS for dtype in DTYPES if fits(packing[1], dtype)]
+PACKING_IDS = [f"{name}-{layout}-{str(dtype)[6:]}" for name, layout, dtype in PACKINGS]
 
 
-@pytest.fixture(params=LEVELS)
-def level(request):
-    # One thread: see test_linear.py. Two are in test_threads.py and tests/cpp.
-    with forced(request.param), threads(1):
-        yield request.param
+@pytest.fixture
+def at(packing):
+    with running(packing[0]) as place:
+        yield place
+
+
+every_packing = pytest.mark.parametrize("packing", PACKINGS, ids=PACKING_IDS)
 
 
 def samples(dtype: torch.dtype):
@@ -54,23 +60,24 @@ def test_mask_apply(level, dtype):
         keep = torch.rand(x.shape, generator=generator(1, *x.shape)) < 0.4
         for m in (keep, torch.zeros_like(keep), torch.ones_like(keep)):
             expected = reference.mask_apply(x, m)
-            assert_same_bits(ops.mask_apply(x, m), expected, str(x.shape))
-            assert_same_bits(ops.mask_apply_packed(x, ops.pack_mask(m)), expected, str(x.shape))
-            changed = x.clone()
-            assert ops.mask_apply_(changed, m) is None
+            there, kept = level.put(x), level.put(m)
+            assert_same_bits(ops.mask_apply(there, kept), expected, str(x.shape))
+            assert_same_bits(ops.mask_apply_packed(there, ops.pack_mask(kept)), expected, str(x.shape))
+            changed = there.clone()
+            assert ops.mask_apply_(changed, kept) is None
             assert_same_bits(changed, expected, str(x.shape))
-            changed = x.clone()
-            assert ops.mask_apply_packed_(changed, ops.pack_mask(m)) is None
+            changed = there.clone()
+            assert ops.mask_apply_packed_(changed, ops.pack_mask(kept)) is None
             assert_same_bits(changed, expected, str(x.shape))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (20000,), (3, 5, 7), (2, 0, 3), (2, 3, 5, 1, 7)])
-def test_mask_apply_of_any_dimensions(shape):
+def test_mask_apply_of_any_dimensions(place, shape):
     x = torch.randn(shape, generator=generator(2))
     keep = torch.rand(shape, generator=generator(3)) < 0.5
-    assert_same_bits(ops.mask_apply(x, keep), reference.mask_apply(x, keep))
-    changed = x.clone()
-    ops.mask_apply_(changed, keep)
+    assert_same_bits(ops.mask_apply(place.put(x), place.put(keep)), reference.mask_apply(x, keep))
+    changed = place.put(x).clone()
+    ops.mask_apply_(changed, place.put(keep))
     assert_same_bits(changed, reference.mask_apply(x, keep))
 
 
@@ -80,8 +87,8 @@ def test_any_non_zero_mask_byte_keeps(level):
     keep = bytes_.view(torch.bool)
     for dtype in DTYPES:
         x = torch.ones(3, 256, dtype=dtype)
-        assert_same_bits(ops.mask_apply(x, keep), (bytes_ != 0).to(dtype))
-    assert torch.equal(ops.pack_mask(keep), reference.pack_mask(bytes_ != 0))
+        assert_same_bits(ops.mask_apply(level.put(x), level.put(keep)), (bytes_ != 0).to(dtype))
+    assert_same_bits(ops.pack_mask(level.put(keep)), reference.pack_mask(bytes_ != 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,17 +99,18 @@ def test_threshold_mask(level, dtype, threshold):
         if x.numel():
             x[0, -1], x[-1, 0] = torch.tensor(threshold).to(dtype), torch.tensor(-threshold).to(dtype)
         expected, expected_bits = reference.threshold_mask(x, threshold)
-        bits = ops.threshold_mask_(x, threshold)
-        assert_tuples((x, bits), (expected, expected_bits), str(x.shape))
+        there = level.put(x).clone()
+        bits = ops.threshold_mask_(there, threshold)
+        assert_tuples((there, bits), (expected, expected_bits), str(x.shape))
 
 
-def test_mask_bits_round_trip():
+def test_mask_bits_round_trip(place):
     for rows, cols in SIZES:
         keep = torch.rand(rows, cols, generator=generator(rows, cols)) < 0.5
-        bits = ops.pack_mask(keep)
+        bits = ops.pack_mask(place.put(keep))
         assert_same_bits(bits, reference.pack_mask(keep))
         assert_same_bits(ops.unpack_mask(bits, cols), keep)
-        assert_same_bits(reference.unpack_mask(bits, cols), keep)
+        assert_same_bits(reference.unpack_mask(bits.cpu(), cols), keep)
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
@@ -111,11 +119,13 @@ def test_mask_bits_round_trip():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitmap(level, dtype):
     for x in samples(dtype):
-        values, bits = ops.dense_to_bitmap(x)
+        values, bits = ops.dense_to_bitmap(level.put(x))
         assert_tuples((values, bits), reference.dense_to_bitmap(x), str(x.shape))
         restored = reference.mask_apply(x, x != 0)  # -0.0 comes back as +0.0
         assert_same_bits(ops.bitmap_to_dense(values, bits, x.shape[1]), restored, str(x.shape))
-        assert_same_bits(reference.bitmap_to_dense(values, bits, x.shape[1]), restored, str(x.shape))
+        assert_same_bits(
+            reference.bitmap_to_dense(values.cpu(), bits.cpu(), x.shape[1]), restored, str(x.shape)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,12 +140,12 @@ def test_nm(level, dtype, n, m):
             dense = torch.where(
                 keep, raw(rows, groups * m, dtype, 1.0, seed), torch.tensor(-0.0, dtype=dtype)
             )
-            values, bits = ops.dense_to_nm(dense, n, m)
+            values, bits = ops.dense_to_nm(level.put(dense), n, m)
             what = f"{rows}x{groups * m} {sparsity}"
             assert_tuples((values, bits), reference.dense_to_nm(dense, n, m), what)
             assert values.numel() == rows * groups * n
-            back = ops.bitmap_to_dense(values, bits, groups * m)
-            assert_same_bits(back, reference.bitmap_to_dense(values, bits, groups * m), what)
+            back = ops.bitmap_to_dense(values, bits, groups * m).cpu()
+            assert_same_bits(back, reference.bitmap_to_dense(values.cpu(), bits.cpu(), groups * m), what)
             assert torch.equal(back != 0, dense != 0), what
             assert_same_bits(back[dense != 0], dense[dense != 0], what)
 
@@ -143,11 +153,12 @@ def test_nm(level, dtype, n, m):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_csr(level, dtype):
     for x in samples(dtype):
-        crow, col, values = ops.dense_to_csr(x)
+        crow, col, values = ops.dense_to_csr(level.put(x))
         assert_tuples((crow, col, values), reference.dense_to_csr(x), str(x.shape))
         restored = reference.mask_apply(x, x != 0)
         assert_same_bits(ops.csr_to_dense(crow, col, values, x.shape[1]), restored, str(x.shape))
-        assert_same_bits(reference.csr_to_dense(crow, col, values, x.shape[1]), restored, str(x.shape))
+        there = (crow.cpu(), col.cpu(), values.cpu())
+        assert_same_bits(reference.csr_to_dense(*there, x.shape[1]), restored, str(x.shape))
 
 
 def test_csr_is_what_torch_makes():
@@ -158,26 +169,29 @@ def test_csr_is_what_torch_makes():
     assert torch.equal(torch.repeat_interleave(torch.arange(37), crow.diff()), rows)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_pack_round_trip(level, dtype, layout):
+@every_packing
+def test_pack_round_trip(at, packing):
+    _, layout, dtype = packing
     for x in samples(dtype):
+        x, values, bits = packable(x, layout)
         cols = x.shape[1]
-        values, bits = ops.dense_to_bitmap(x)
-        blob = ops.pack(values, bits, cols, layout)
+        there = at.put(values), at.put(bits)
+        blob = ops.pack(*there, cols, layout)
         assert_tuples(ops.unpack(blob), (values, bits), str(x.shape))
-        assert torch.equal(blob, ops.pack(values, bits, cols, layout)), "equal weights make equal blobs"
-        h = _native.header(blob)
+        assert torch.equal(blob, ops.pack(*there, cols, layout)), "equal weights make equal blobs"
+        h = at.native.header(blob)
         assert (h["rows"], h["cols"], h["nnz"]) == (*x.shape, values.numel())
-        assert (_native.DTYPE_OF[h["dtype"]], _native.LAYOUT_OF[h["layout"]]) == (dtype, layout)
+        assert (_native.DTYPE_OF[h["dtype"]], at.native.LAYOUT_OF[h["layout"]]) == (dtype, layout)
+        restored = reference.bitmap_to_dense(values, bits, cols)
+        assert_same_bits(at.native.dense(blob, *x.shape, dtype), restored, str(x.shape))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_pack_keeps_explicit_zeros(level, layout):
-    for dtype in DTYPES:
-        values, bits = ops.dense_to_nm(torch.zeros(20, 36, dtype=dtype), 2, 4)
-        assert values.numel() == 20 * 18
-        assert_tuples(ops.unpack(ops.pack(values, bits, 36, layout)), (values, bits), str(dtype))
+@every_packing
+def test_pack_keeps_explicit_zeros(at, packing):
+    _, layout, dtype = packing
+    values, bits = ops.dense_to_nm(at.put(torch.zeros(20, 36, dtype=dtype)), 2, 4)
+    assert values.numel() == 20 * 18
+    assert_tuples(ops.unpack(ops.pack(values, bits, 36, layout)), (values.cpu(), bits.cpu()), str(dtype))
 
 
 def test_pack_wide_csr():
@@ -195,7 +209,7 @@ def strided(x: Tensor):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inputs_of_any_strides(dtype):
+def test_inputs_of_any_strides(place, dtype):
     x = raw(21, 40, dtype, 0.5, generator(7))
     keep = torch.rand(21, 40, generator=generator(8)) < 0.5
     bits = reference.pack_mask(keep)
@@ -203,21 +217,25 @@ def test_inputs_of_any_strides(dtype):
     values, _ = reference.dense_to_bitmap(x)
     value_bits = reference.pack_mask(x != 0)
     crow, col, _ = reference.dense_to_csr(x)
-    for other, other_keep, other_nm in zip(strided(x), strided(keep), strided(nm), strict=True):
+    there = [[place.put(y) for y in strided(original)] for original in (x, keep, nm)]
+    for other, other_keep, other_nm in zip(*there, strict=True):
         assert_same_bits(ops.mask_apply(other, other_keep), reference.mask_apply(x, keep))
         assert_same_bits(ops.pack_mask(other_keep), bits)
         assert_tuples(ops.dense_to_bitmap(other), reference.dense_to_bitmap(x), "")
         assert_tuples(ops.dense_to_csr(other), reference.dense_to_csr(x), "")
         assert_tuples(ops.dense_to_nm(other_nm, 2, 4), reference.dense_to_nm(nm, 2, 4), "")
-    for other_bits, other_value_bits in zip(strided(bits), strided(value_bits), strict=True):
-        assert_same_bits(ops.mask_apply_packed(x, other_bits), reference.mask_apply(x, keep))
+    spread, columns = (place.put(torch.stack([y, y], 1))[:, 0] for y in (values, col))
+    layout = place.layouts[-1]
+    blob = ops.pack(place.put(values), place.put(value_bits), 40, layout)
+    there = [[place.put(y) for y in strided(original)] for original in (bits, value_bits)]
+    for other_bits, other_value_bits in zip(*there, strict=True):
+        assert_same_bits(ops.mask_apply_packed(place.put(x), other_bits), reference.mask_apply(x, keep))
         assert_same_bits(ops.unpack_mask(other_bits, 40), keep)
-        spread = torch.stack([values, values], 1)[:, 0]
         assert_same_bits(ops.bitmap_to_dense(spread, other_value_bits, 40), reference.mask_apply(x, x != 0))
-        blob = ops.pack(spread, other_value_bits, 40, "tile")
-        assert torch.equal(blob, ops.pack(values, value_bits, 40, "tile"))
-        columns = torch.stack([col, col], 1)[:, 0]
-        assert_same_bits(ops.csr_to_dense(crow, columns, spread, 40), reference.mask_apply(x, x != 0))
+        assert torch.equal(ops.pack(spread, other_value_bits, 40, layout), blob)
+        assert_same_bits(
+            ops.csr_to_dense(place.put(crow), columns, spread, 40), reference.mask_apply(x, x != 0)
+        )
 
 
 @settings(max_examples=150, deadline=None)
@@ -225,97 +243,113 @@ def test_inputs_of_any_strides(dtype):
     rows=st.integers(0, 40),
     cols=st.integers(0, 90),
     density=st.floats(0, 1),
-    dtype=st.sampled_from(DTYPES),
-    name=st.sampled_from(LEVELS),
+    packing=st.sampled_from(PACKINGS),
     seed=st.integers(0, 2**31),
 )
-def test_every_format_holds_any_matrix(rows, cols, density, dtype, name, seed):
+def test_every_format_holds_any_matrix(rows, cols, density, packing, seed):
+    name, layout, dtype = packing
     x = raw(rows, cols, dtype, density, torch.Generator().manual_seed(seed))
-    with forced(name), threads(1):
-        values, bits = ops.dense_to_bitmap(x)
+    with running(name) as place:
+        there = place.put(x)
+        values, bits = ops.dense_to_bitmap(there)
         assert_tuples((values, bits), reference.dense_to_bitmap(x), "bitmap")
-        assert_tuples(ops.dense_to_csr(x), reference.dense_to_csr(x), "csr")
+        assert_tuples(ops.dense_to_csr(there), reference.dense_to_csr(x), "csr")
         assert_same_bits(ops.bitmap_to_dense(values, bits, cols), reference.mask_apply(x, x != 0))
-        for layout in LAYOUTS:
-            assert_tuples(ops.unpack(ops.pack(values, bits, cols, layout)), (values, bits), layout)
+        x, values, bits = packable(x, layout)
+        blob = ops.pack(place.put(values), place.put(bits), x.shape[1], layout)
+        assert_tuples(ops.unpack(blob), (values, bits), layout)
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_linear(level, dtype, layout):
-    w, bias, blob = sparse_layer(dtype, layout=layout)
+def layer_at(at: Place, packing) -> tuple[Tensor, Tensor, Tensor]:
+    """A 2:4 weight, and on the device a bias and the weight packed."""
+    _, layout, dtype = packing
+    w, bias, values, bits = sparse_layer(dtype)
+    return w, at.put(bias), ops.pack(at.put(values), at.put(bits), 36, layout)
+
+
+def dense_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, w.double(), bias)
+
+
+@every_packing
+def test_linear(at, packing):
+    w, bias, blob = layer_at(at, packing)
     for shape in [(36,), (1, 36), (7, 36), (2, 3, 36), (0, 36)]:
-        x = torch.randn(shape, generator=generator(10)).to(dtype)
+        x = torch.randn(shape, generator=generator(10)).to(w.dtype)
         for b in (None, bias):
-            out = ops.linear(x, blob, b, 20)
-            assert out.shape == reference.linear(x, w, b).shape
+            out = ops.linear(at.put(x), blob, b, 20)
+            assert out.shape == reference.linear(x, w, b if b is None else b.cpu()).shape
             assert_linear(out.reshape(-1, 20), x.reshape(-1, 36), w, b, str(shape))
 
 
-def test_linear_reads_a_strided_bias():
-    w, bias, blob = sparse_layer()
-    x = torch.randn(3, 36, generator=generator(11))
-    assert_same_bits(
-        ops.linear(x, blob, torch.stack([bias, bias], 1)[:, 0], 20), ops.linear(x, blob, bias, 20)
-    )
-    assert_same_bits(
-        ops.linear(x, blob, bias[:1].expand(20), 20), ops.linear(x, blob, bias[:1].repeat(20), 20)
-    )
-    assert w.shape == (20, 36)
+@every_packing
+def test_linear_reads_a_strided_bias(at, packing):
+    _, bias, blob = layer_at(at, packing)
+    x = at.put(torch.randn(3, 36, generator=generator(11)).to(bias.dtype))
+    for strided_bias in (torch.stack([bias, bias], 1)[:, 0], bias[:1].expand(20)):
+        expected = ops.linear(x, blob, strided_bias.clone(memory_format=torch.contiguous_format), 20)
+        assert_same_bits(ops.linear(x, blob, strided_bias, 20), expected.cpu())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@every_packing
 @pytest.mark.parametrize("shape", [(36,), (1, 36), (5, 36), (2, 3, 36), (0, 36)])
-def test_gradients_are_those_of_dense(layout, shape):
-    w, bias, blob = sparse_layer(layout=layout)
-    x, grad = (
-        torch.randn(shape, generator=generator(12)),
-        torch.randn(*shape[:-1], 20, generator=generator(13)),
-    )
-    sparse_x, sparse_b = x.clone().requires_grad_(), bias.clone().requires_grad_()
-    dense_x, dense_b = x.double().requires_grad_(), bias.double().requires_grad_()
-    ops.linear(sparse_x, blob, sparse_b, 20).backward(grad)
-    torch.nn.functional.linear(dense_x, w.double(), dense_b).backward(grad.double())
-    torch.testing.assert_close(sparse_x.grad, dense_x.grad.float())
-    torch.testing.assert_close(sparse_b.grad, dense_b.grad.float())
+def test_gradients_are_those_of_dense(at, packing, shape):
+    w, bias, blob = layer_at(at, packing)
+    x = torch.randn(shape, generator=generator(12)).to(w.dtype)
+    grad = torch.randn(*shape[:-1], 20, generator=generator(13)).to(w.dtype)
+    sparse_x, sparse_b = at.put(x).clone().requires_grad_(), bias.clone().requires_grad_()
+    dense_x, dense_b = x.double().requires_grad_(), bias.cpu().double().requires_grad_()
+    ops.linear(sparse_x, blob, sparse_b, 20).backward(at.put(grad))
+    dense_linear(dense_x, w, dense_b).backward(grad.double())
+    close = {} if w.dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(sparse_x.grad.cpu(), dense_x.grad.to(w.dtype), **close)
+    torch.testing.assert_close(sparse_b.grad.cpu(), dense_b.grad.to(w.dtype), **close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_flow_to_what_asks_for_them(dtype):
-    w, bias, blob = sparse_layer(dtype)
-    x = torch.randn(4, 36, generator=generator(14)).to(dtype).requires_grad_()
+def test_gradients_flow_to_what_asks_for_them(place, dtype):
+    w, bias, blob = layer_at(place, (place.name, place.layouts[-1], dtype))
+    x = place.put(torch.randn(4, 36, generator=generator(14)).to(dtype)).requires_grad_()
     b = bias.clone().requires_grad_()
     (only_x,) = torch.autograd.grad(ops.linear(x, blob, None, 20).sum(), x)  # sum: an expanded gradient
-    torch.testing.assert_close(only_x, w.sum(0).expand(4, 36), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(only_x.cpu(), w.sum(0).expand(4, 36), rtol=0.02, atol=0.02)
     (only_b,) = torch.autograd.grad(ops.linear(x.detach(), blob, b, 20).sum(), b)
-    torch.testing.assert_close(only_b, torch.full((20,), 4, dtype=dtype))
+    torch.testing.assert_close(only_b.cpu(), torch.full((20,), 4, dtype=dtype))
     assert not ops.linear(x.detach(), blob, bias, 20).requires_grad
     assert not blob.requires_grad
 
 
-def test_gradient_through_a_transposed_input():
-    w, _, blob = sparse_layer()
-    x = torch.randn(36, 5, generator=generator(15)).requires_grad_()
+def test_gradient_through_a_transposed_input(place):
+    w, _, blob = layer_at(place, (place.name, place.layouts[-1], torch.float32))
+    x = place.put(torch.randn(36, 5, generator=generator(15))).requires_grad_()
     ops.linear(x.t(), blob, None, 20).square().sum().backward()
-    dense = x.detach().double().requires_grad_()
+    dense = x.detach().cpu().double().requires_grad_()
     (dense.t() @ w.double().t()).square().sum().backward()
-    torch.testing.assert_close(x.grad, dense.grad.float())
+    torch.testing.assert_close(x.grad.cpu(), dense.grad.float())
 
 
 # --- torch.library ----------------------------------------------------------------------------------------------------
 
 
-def op_arguments() -> dict[str, list[tuple]]:
+OPERATIONS = (
+    "mask_apply", "mask_apply_", "mask_apply_packed", "mask_apply_packed_", "threshold_mask_", "pack_mask",
+    "unpack_mask", "dense_to_bitmap", "dense_to_nm", "bitmap_to_dense", "dense_to_csr", "csr_to_dense", "pack",
+    "unpack", "linear", "linear_grad_input",
+)  # fmt: skip
+
+
+def op_arguments(place: Place) -> dict[str, list[tuple]]:
     """Arguments for each operation of the namespace."""
     x, keep = torch.randn(5, 12), torch.rand(5, 12) < 0.5
     bits, dense = reference.pack_mask(keep), torch.randn(5, 12) * mask(5, 12, "2:4", generator(17))
-    values, value_bits = reference.dense_to_bitmap(dense)
-    crow, col, csr_values = reference.dense_to_csr(dense)
-    w, bias, blob = sparse_layer()
-    a = torch.randn(3, 36)
+    values, value_bits = map(place.put, reference.dense_to_bitmap(dense))
+    crow, col, csr_values = map(place.put, reference.dense_to_csr(dense))
+    x, keep, bits, dense = map(place.put, (x, keep, bits, dense))
+    w, bias, blob = layer_at(place, (place.name, place.layouts[-1], torch.float32))
+    a = place.put(torch.randn(3, 36))
     return {
         "mask_apply": [(x, keep), (x.t(), keep.t()), (x.half(), keep)],
         "mask_apply_": [(x.clone(), keep)],
@@ -329,27 +363,30 @@ def op_arguments() -> dict[str, list[tuple]]:
         "bitmap_to_dense": [(values, value_bits, 12)],
         "dense_to_csr": [(dense,)],
         "csr_to_dense": [(crow, col, csr_values, 12)],
-        "pack": [(values, value_bits, 12, "tile"), (values, value_bits, 12, "csr")],
+        "pack": [
+            (values if layout != "sparse24" else values.half(), value_bits, 12, layout)
+            for layout in place.layouts
+        ],
         "unpack": [(blob, torch.float32)],
         "linear": [
             (a, blob, None, 20),
             (a.requires_grad_(), blob, bias.requires_grad_(), 20),
-            (torch.randn(2, 3, 36), blob, bias.detach(), 20),
-            (torch.randn(36), blob, None, 20),
+            (place.put(torch.randn(2, 3, 36)), blob, bias.detach(), 20),
+            (place.put(torch.randn(36)), blob, None, 20),
         ],
-        "linear_grad_input": [(torch.randn(3, 20), blob, 36)],
+        "linear_grad_input": [(place.put(torch.randn(3, 20)), blob, 36)],
     }
 
 
 def test_every_operation_of_the_namespace_is_checked():
     names = torch._C._dispatch_get_all_op_names()
     ours = {name.split("::")[1] for name in names if name.startswith("sparseprune::")}
-    assert ours == set(op_arguments())
+    assert ours == set(OPERATIONS)
 
 
-@pytest.mark.parametrize("name", op_arguments())
-def test_opcheck(name):
-    for args in op_arguments()[name]:
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_opcheck(place, name):
+    for args in op_arguments(place)[name]:
         torch.library.opcheck(getattr(torch.ops.sparseprune, name).default, args)
 
 
@@ -362,26 +399,26 @@ def compiled():
     torch._dynamo.reset()
 
 
-def test_compile_linear(compiled):
-    _, bias, blob = sparse_layer()
+def test_compile_linear(place, compiled):
+    _, bias, blob = layer_at(place, (place.name, place.layouts[-1], torch.float32))
 
     def layer(x, b):
         return torch.relu(ops.linear(x, blob, b, 20)) * 2
 
     fast = compiled(layer)
     for shape in [(4, 36), (9, 36), (2, 5, 36)]:
-        x, b = torch.randn(shape, requires_grad=True), bias.clone().requires_grad_()
+        x, b = place.put(torch.randn(shape)).requires_grad_(), bias.clone().requires_grad_()
         fast(x, b).sum().backward()
         x2, b2 = x.detach().clone().requires_grad_(), bias.clone().requires_grad_()
         out = layer(x2, b2)
         out.sum().backward()
-        assert_same_bits(fast(x, b), out)
-        assert_same_bits(x.grad, x2.grad)
-        assert_same_bits(b.grad, b2.grad)
+        assert_same_bits(fast(x, b), out.cpu())
+        assert_same_bits(x.grad, x2.grad.cpu())
+        assert_same_bits(b.grad, b2.grad.cpu())
 
 
-def test_compile_masks(compiled):
-    x, keep = torch.randn(6, 20), torch.rand(6, 20) < 0.5
+def test_compile_masks(place, compiled):
+    x, keep = place.put(torch.randn(6, 20)), place.put(torch.rand(6, 20) < 0.5)
 
     def f(x, keep):
         bits = ops.pack_mask(keep)
@@ -393,11 +430,11 @@ def test_compile_masks(compiled):
         kept = ops.threshold_mask_(t, 0.5)
         return y, z, ops.mask_apply(x, keep), ops.mask_apply_packed(x, bits), t, kept
 
-    assert_tuples(compiled(f)(x, keep), f(x, keep), "")
+    assert_tuples(compiled(f)(x, keep), [y.cpu() for y in f(x, keep)], "")
 
 
-def test_compile_formats(compiled):
-    dense = torch.randn(6, 20) * mask(6, 20, "2:4", generator(18))
+def test_compile_formats(place, compiled):
+    dense = place.put(torch.randn(6, 20) * mask(6, 20, "2:4", generator(18)))
 
     def f(dense):
         values, bits = ops.dense_to_bitmap(dense)
@@ -409,4 +446,4 @@ def test_compile_formats(compiled):
             ops.csr_to_dense(crow, col, csr_values, 20),
         )
 
-    assert_tuples(compiled(f)(dense), f(dense), "")
+    assert_tuples(compiled(f)(dense), [y.cpu() for y in f(dense)], "")

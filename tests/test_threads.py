@@ -12,14 +12,14 @@ import torch
 from helpers import reference
 from helpers.compare import assert_same_bits
 from helpers.isa import DTYPES, threads
-from helpers.shapes import generator, raw, sparse_layer
+from helpers.shapes import generator, raw, packed_layer
 
 from sparseprune import ops
 
 
 def big_layer(dtype: torch.dtype):
     """Enough work that a call takes two threads."""
-    w, bias, blob = sparse_layer(dtype, 300, 512)
+    w, bias, blob = packed_layer(dtype, 300, 512)
     return w, bias, blob, torch.randn(40, 512, generator=generator(1)).to(dtype)
 
 
@@ -29,7 +29,7 @@ def test_python_threads_at_once():
     for i in range(8):
         dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
         rows, cols, batch = 100 + 40 * i, 256 + 32 * i, (1, 3, 40, 70)[i % 4]
-        w, bias, blob = sparse_layer(dtype, rows, cols, "csr" if i % 2 else "tile")
+        w, bias, blob = packed_layer(dtype, rows, cols, "csr" if i % 2 else "tile")
         x = torch.randn(batch, cols, generator=generator(i)).to(dtype)
         jobs.append((w, bias, blob, x))
 

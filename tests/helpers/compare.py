@@ -14,7 +14,8 @@ def words(x: Tensor) -> Tensor:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Equal dtype, shape and bits: -0.0 is not +0.0, and NaN equals the same NaN."""
+    """Equal dtype, shape and bits: -0.0 is not +0.0, and NaN equals the same NaN. `actual` may be on another device."""
+    actual = actual.cpu()
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} is not {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} is not {tuple(expected.shape)}"
     differ = words(actual) != words(expected)
@@ -51,7 +52,8 @@ def linear_bound(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def assert_linear(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, what: str = "") -> None:
-    """`out` is x @ w.T + bias, within the bound."""
+    """`out` is x @ w.T + bias, within the bound. `out` and bias may be on another device."""
+    out, bias = out.cpu(), None if bias is None else bias.cpu()
     expected = product(x, w, bias)
     assert out.dtype == x.dtype and out.shape == expected.shape, f"{what}: {out.dtype} {tuple(out.shape)}"
     error, bound = (out.double() - expected).abs(), linear_bound(x, w, bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from helpers import reference
 from torch import Tensor
 
 from sparseprune import ops
@@ -76,12 +77,33 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(sum(n * 10007**i for i, n in enumerate(numbers)) % 2**40)
 
 
+def fits(layout: str, dtype: torch.dtype) -> bool:
+    """Whether the packed layout holds values of this dtype."""
+    return layout != "sparse24" or dtype != torch.float32
+
+
+def packable(x: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """As much of x [rows, cols] as the packed layout holds (sparse24: whole groups of 4, 2:4), and its values and bits."""
+    if layout != "sparse24":
+        return x, *reference.dense_to_bitmap(x)
+    x = x[:, : x.shape[1] // 4 * 4]
+    x = reference.mask_apply(x, mask(*x.shape, "2:4", generator(*x.shape)))
+    return x, *reference.dense_to_nm(x, 2, 4)
+
+
 def sparse_layer(
-    dtype: torch.dtype = torch.float32, rows: int = 20, cols: int = 36, layout: str = "tile"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A 2:4 weight, a bias, and the weight packed."""
+    dtype: torch.dtype = torch.float32, rows: int = 20, cols: int = 36
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A 2:4 weight, a bias, and the weight's values and bits."""
     seed = generator(rows, cols)
     w = (torch.randn(rows, cols, generator=seed) * mask(rows, cols, "2:4", seed)).to(dtype)
     bias = torch.randn(rows, generator=seed).to(dtype)
-    values, bits = ops.dense_to_bitmap(w)
+    return w, bias, *reference.dense_to_bitmap(w)
+
+
+def packed_layer(
+    dtype: torch.dtype = torch.float32, rows: int = 20, cols: int = 36, layout: str = "tile"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A 2:4 weight, a bias, and the weight packed."""
+    w, bias, values, bits = sparse_layer(dtype, rows, cols)
     return w, bias, ops.pack(values, bits, cols, layout)

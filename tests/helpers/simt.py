@@ -56,8 +56,9 @@ def _call(*command: str | Path) -> None:
 
 @functools.cache
 def module() -> ModuleType:
-    """The module `_simt`, built if need be."""
-    (library,) = build("_simt").glob("_simt*.so")
+    """The module `_simt`, built if need be; or the one that SPARSEPRUNE_SIMT_LIBRARY names, as it is."""
+    given = os.environ.get("SPARSEPRUNE_SIMT_LIBRARY")
+    (library,) = [Path(given)] if given else build("_simt").glob("_simt*.so")
     spec = importlib.util.spec_from_file_location("_simt", library)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
