@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kInvalidValue = 1;             // cudaErrorInvalidValue
 constexpr std::int64_t kMaxSplits = 0xffff;  // a dimension of the grid
+constexpr std::int64_t kMaxCols = INT32_MAX - 64;
 
 int run(const LinearCall& call, const Geometry& g) {
   if (call.layout == Layout::sparse24) return linear_sparse24(call, g);
@@ -21,7 +22,7 @@ int linear(const LinearCall& call) {
   Geometry g;
   const LinearPlan& plan = call.plan;
   const bool valid = cuda_geometry({call.rows, call.cols, call.dtype}, call.packed_bytes, &header, &g) &&
-                     header.layout == call.layout && plan.config >= 0 &&
+                     header.layout == call.layout && call.cols <= kMaxCols && plan.config >= 0 &&
                      plan.config < linear_configs(call.layout, call.dtype) && plan.splits >= 1 && plan.splits <= kMaxSplits;
   if (!valid) return kInvalidValue;
   const int error = run(call, g);

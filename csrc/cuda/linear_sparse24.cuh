@@ -8,7 +8,7 @@
 //                 x: [batch][cols], rows `stride` apart, any alignment. It is operand B.
 //                 out: [batch][rows]; with splits > 1 float32 [splits][batch][rows] instead, without bias.
 //
-// Preconditions   values and metadata at 16 bytes; 1 <= rows, batch; 0 <= cols.
+// Preconditions   values and metadata at 16 bytes; 1 <= rows, batch; 0 <= cols < 2^31.
 //
 // Partition       A block makes a tile of tile_m rows x tile_n batch rows, over one split of the columns:
 //
@@ -47,10 +47,12 @@ struct Sparse24Args {
   simt::Global<const std::uint16_t> x, bias;  // bias may be null
   simt::Global<std::uint16_t> out;
   simt::Global<float> partial;  // null for one split
-  std::int64_t rows, cols, batch, stride;
-  std::int64_t strips, blocks;  // of 32 rows and of 64 columns
+  std::int64_t rows, batch, stride;
+  std::int64_t strips;  // of 32 rows
+  int cols, blocks;     // blocks of 64 columns
   unsigned tiles_m, tiles_n;
-  bool x_vectors;    // x may be read 16 bytes at a time
+  std::int64_t strip_bytes;  // values of a strip
+  bool x_vectors;    // x consists of aligned 16 bytes
   bool out_vectors;  // out or partial, and bias, 8 elements at a time
 };
 
@@ -72,7 +74,7 @@ struct Sparse24Tile {
 
   // Copies of 16 bytes by each thread of a group: values, metadata (one, by the first threads), x.
   static constexpr int kValueCopies = kBlockUnits * kValueBytes / 16 / kGroup;
-  static constexpr int kMetadataThreads = kBlockUnits * kMetadataBytes / 16;
+  static constexpr int kMetadataThreadsOfUnit = kMetadataBytes / 16, kMetadataThreads = kBlockUnits * kMetadataThreadsOfUnit;
   static constexpr int kXRows = kGroup / 8, kXCopies = kTileN / kXRows;
   static constexpr int kCopies = kValueCopies + 1 + kXCopies;
 
@@ -98,7 +100,10 @@ struct Sparse24Tile {
   static_assert(kShared <= kMaxShared, "every card must be able to run every configuration");
   static_assert(kValueCopies * kGroup * 16 == kMetadata, "all threads of a group copy as many values");
   static_assert(kMetadataThreads <= kGroup, "the metadata is one copy or none for each thread");
-  static_assert(kXCopies * kXRows == kTileN, "a group copies x in whole rows");
+  static_assert(kXCopies * kXRows == kTileN && kXRows % 4 == 0, "a group copies x in whole rows");
+  // A round of copies of values is a part of a unit, or some units; then offsets do not carry.
+  static_assert(kValueBytes % (kGroup * 16) == 0 || kGroup * 16 % kValueBytes == 0, "groups are powers of two");
+  static_assert(kX % 128 == 0 && kStageBytes % 128 == 0, "the swizzle works on bits 4 to 6 of an address");
   static_assert(kPassTiles * kPasses == kTilesN && kPassTiles > 0, "passes are equal");
   static_assert(kStages >= 2, "a stage arrives while another is in use");
 };
@@ -107,29 +112,19 @@ struct Sparse24Tile {
 struct Sparse24Place {
   int thread;  // of its K group
   int k_group, warp_m, warp_n;
-  std::int64_t strip, n;  // the first of the block's tile
-  int last_unit;          // of the tile: units past it are read again from here and their rows dropped
-  int x_rows;             // of the tile
+  std::int64_t strip, n;          // the first of the block's tile
+  int units, x_rows;              // of the tile that there are
+  int a_byte, e_byte, b_byte;     // of a stage: the first of this lane's operands
+  int x_byte;                     // of a stage: the first of this thread's copies of x
 };
 
-template <typename C>
-SP_DEVICE Sparse24Place sparse24_place(const Sparse24Args& a) {
-  Sparse24Place p;
-  p.thread = static_cast<int>(simt::thread_x()) % C::kGroup;
-  p.k_group = static_cast<int>(simt::thread_x()) / C::kGroup;
-  p.warp_m = p.thread / 32 % C::kWarpsM;
-  p.warp_n = p.thread / 32 / C::kWarpsM;
-  // Blocks that run at the same time lie in a near square of about 2048 rows, so that L2 serves most reads of both
-  // operands: down the rows of a band first, then along the batch.
-  constexpr unsigned kBand = 2048 / C::kTileM;
-  const unsigned id = simt::block_x(), band = id / (kBand * a.tiles_n), within = id % (kBand * a.tiles_n);
-  const unsigned left = a.tiles_m - band * kBand, height = left < kBand ? left : kBand;
-  p.strip = static_cast<std::int64_t>(band * kBand + within % height) * C::kBlockUnits;
-  p.n = static_cast<std::int64_t>(within / height) * C::kTileN;
-  p.last_unit = static_cast<int>(a.strips - p.strip < C::kBlockUnits ? a.strips - p.strip : C::kBlockUnits) - 1;
-  p.x_rows = static_cast<int>(a.batch - p.n < C::kTileN ? a.batch - p.n : C::kTileN);
-  return p;
-}
+// What a thread copies next; each copy's place in memory is a constant away, or a multiple of a stride.
+struct Sparse24Cursor {
+  simt::Global<const std::uint8_t> values, metadata;
+  simt::Global<const std::uint16_t> x;
+  int block;    // of columns
+  int columns;  // of x that are left from the thread's part on
+};
 
 // Byte of part `part` (8 columns) of row n of x, in a stage.
 template <typename C>
@@ -137,50 +132,93 @@ SP_DEVICE int sparse24_x_byte(int n, int part) {
   return C::kX + n * C::kRowBytes + (part ^ n % 8) * 16;
 }
 
-// The unit of the block's tile, in memory.
-SP_DEVICE std::int64_t sparse24_unit(const Sparse24Args& a, const Sparse24Place& p, int unit, std::int64_t block) {
-  return (p.strip + (unit < p.last_unit ? unit : p.last_unit)) * a.blocks + block;
-}
-
-// How many of a thread's 8 columns of x there are; the others are zero in shared memory, as their weights are.
-SP_DEVICE int sparse24_columns(const Sparse24Args& a, const Sparse24Place& p, std::int64_t block) {
-  const std::int64_t left = a.cols - (block * sparse24::kCols + p.thread % 8 * 8);
-  return left < 0 ? 0 : left < 8 ? static_cast<int>(left) : 8;
-}
-
-// Copy i of kCopies of this thread's part in bringing a block of columns to a stage. Without `more` blocks it writes zeros,
-// and rows past the batch are zeros: a size of 0 costs less than a branch.
 template <typename C>
-SP_DEVICE void sparse24_copy(const Sparse24Args& a, const Sparse24Place& p, simt::Shared<std::uint8_t> stage,
-                             std::int64_t block, bool more, int i) {
+SP_DEVICE Sparse24Place sparse24_place(const Sparse24Args& a) {
+  const int thread = static_cast<int>(simt::thread_x()), lane = thread % 32;
+  Sparse24Place p;
+  p.thread = C::kWarpsK == 1 ? thread : thread % C::kGroup;
+  p.k_group = C::kWarpsK == 1 ? 0 : thread / C::kGroup;
+  p.warp_m = p.thread / 32 % C::kWarpsM;
+  p.warp_n = p.thread / 32 / C::kWarpsM;
+  p.a_byte = p.warp_m * C::kUnits * C::kValueBytes + lane * 16;
+  p.e_byte = C::kMetadata + p.warp_m * C::kUnits * C::kMetadataBytes + lane * 8;
+  p.b_byte = sparse24_x_byte<C>(p.warp_n * C::kTilesN * 8 + lane % 8, lane / 8);  // matrix lane / 8 of an ldmatrix: 8 columns
+  p.x_byte = sparse24_x_byte<C>(p.thread / 8, p.thread % 8);
+  // Blocks that run at the same time lie in a near square of about 2048 rows, so that L2 serves most reads of both
+  // operands: down the rows of a band first, then along the batch.
+  constexpr unsigned kBand = 2048 / C::kTileM;
+  const unsigned id = simt::block_x(), band = id / (kBand * a.tiles_n), within = id % (kBand * a.tiles_n);
+  const unsigned left = a.tiles_m - band * kBand, height = left < kBand ? left : kBand;
+  p.strip = static_cast<std::int64_t>(band * kBand + within % height) * C::kBlockUnits;
+  p.n = static_cast<std::int64_t>(within / height) * C::kTileN;
+  p.units = static_cast<int>(a.strips - p.strip < C::kBlockUnits ? a.strips - p.strip : C::kBlockUnits);
+  p.x_rows = static_cast<int>(a.batch - p.n < C::kTileN ? a.batch - p.n : C::kTileN);
+  return p;
+}
+
+template <typename C>
+SP_DEVICE Sparse24Cursor sparse24_cursor(const Sparse24Args& a, const Sparse24Place& p, int block) {
+  const int unit = p.thread / C::kMetadataThreadsOfUnit, part = p.thread % 8;
+  // Units past the last have zeros for values, but must have legal metadata.
+  const std::int64_t metadata = (p.strip + (unit < p.units ? unit : p.units - 1)) * a.blocks + block;
+  Sparse24Cursor c;
+  c.values = a.values + ((p.strip * a.blocks + block) * C::kValueBytes + p.thread * 16 / C::kValueBytes * a.strip_bytes +
+                         p.thread * 16 % C::kValueBytes);
+  c.metadata = a.metadata + (metadata * C::kMetadataBytes + p.thread % C::kMetadataThreadsOfUnit * 16);
+  c.x = a.x + ((p.n + p.thread / 8) * a.stride + std::int64_t{block} * sparse24::kCols + part * 8);
+  c.block = block;
+  c.columns = a.cols - block * sparse24::kCols - part * 8;
+  return c;
+}
+
+template <typename C>
+SP_DEVICE void sparse24_advance(Sparse24Cursor& c) {
+  c.values += C::kWarpsK * C::kValueBytes;
+  c.metadata += C::kWarpsK * C::kMetadataBytes;
+  c.x += C::kWarpsK * sparse24::kCols;
+  c.block += C::kWarpsK;
+  c.columns -= C::kWarpsK * sparse24::kCols;
+}
+
+// Place in a stage of a thread's part of row thread / 8 + `rows` of x. The swizzle of rows 4 further on is one bit away.
+template <typename C>
+SP_DEVICE int sparse24_x_copy_byte(const Sparse24Place& p, int rows) {
+  return (p.x_byte ^ rows % 8 * 16) + rows * C::kRowBytes;
+}
+
+// Copy i of kCopies of this thread's part in bringing a block of columns to a stage. What there is not becomes zeros: columns
+// past the last, batch rows, units, and, without `more`, all of it, which nobody reads: a size of 0 costs less than a branch.
+template <typename C>
+SP_DEVICE void sparse24_copy(const Sparse24Args& a, const Sparse24Place& p, const Sparse24Cursor& c,
+                             simt::Shared<std::uint8_t> stage, bool more, int i) {
   if (i < C::kValueCopies) {
-    const int at = (p.thread + i * C::kGroup) * 16;
-    const std::int64_t from = sparse24_unit(a, p, at / C::kValueBytes, block) * C::kValueBytes + at % C::kValueBytes;
-    simt::cp_async16(stage + at, a.values + from, more ? 16 : 0);
+    constexpr int kRound = C::kGroup * 16;
+    const int units = i * kRound / C::kValueBytes;
+    const bool there = more && p.thread * 16 / C::kValueBytes + units < p.units;
+    const auto from = c.values + (units * a.strip_bytes + i * kRound % C::kValueBytes);
+    simt::cp_async16(stage + (p.thread * 16 + i * kRound), from, there ? 16 : 0);
   } else if (i == C::kValueCopies) {
-    if (p.thread >= C::kMetadataThreads) return;
-    const int at = p.thread * 16;
-    const std::int64_t from = sparse24_unit(a, p, at / C::kMetadataBytes, block) * C::kMetadataBytes + at % C::kMetadataBytes;
-    simt::cp_async16(stage + (C::kMetadata + at), a.metadata + from, more ? 16 : 0);
-  } else if (a.x_vectors) {
-    const int step = (i - C::kValueCopies - 1) * C::kXRows, n = p.thread / 8 + step;
-    const auto from = a.x + ((p.n + p.thread / 8) * a.stride + block * sparse24::kCols + p.thread % 8 * 8);
-    const int bytes = more && n < p.x_rows ? 2 * sparse24_columns(a, p, block) : 0;
-    simt::cp_async16(stage + sparse24_x_byte<C>(n, p.thread % 8), from + step * a.stride, bytes);
+    if (p.thread < C::kMetadataThreads) simt::cp_async16(stage + (C::kMetadata + p.thread * 16), c.metadata, more ? 16 : 0);
+  } else {
+    const int rows = (i - C::kValueCopies - 1) * C::kXRows;
+    const bool there = more && c.columns > 0 && p.thread / 8 + rows < p.x_rows;
+    const auto from = c.x + rows * a.stride;
+    if (a.x_vectors) simt::cp_async16(stage + sparse24_x_copy_byte<C>(p, rows), from, there ? 16 : 0);
   }
 }
 
-// In place of the copies of x, where its rows do not begin at 16 bytes.
+// In place of the copies of x, where its rows do not consist of whole, aligned 16 bytes.
 template <typename C>
-SP_DEVICE void sparse24_gather_x(const Sparse24Args& a, const Sparse24Place& p, simt::Shared<std::uint8_t> stage,
-                                 std::int64_t block) {
+SP_DEVICE void sparse24_gather_x(const Sparse24Args& a, const Sparse24Place& p, const Sparse24Cursor& c,
+                                 simt::Shared<std::uint8_t> stage) {
+  SP_ROLL
   for (int i = 0; i < C::kXCopies; ++i) {
-    const int n = p.thread / 8 + i * C::kXRows, valid = n < p.x_rows ? sparse24_columns(a, p, block) : 0;
-    const auto from = a.x + ((p.n + n) * a.stride + block * sparse24::kCols + p.thread % 8 * 8);
+    const int rows = i * C::kXRows, columns = p.thread / 8 + rows < p.x_rows ? c.columns : 0;
+    const auto from = c.x + rows * a.stride;
     std::uint32_t v[8];
     SP_UNROLL
-    for (int e = 0; e < 8; ++e) v[e] = e < valid ? simt::load<std::uint16_t>(from + e) : 0;
-    simt::store(stage + sparse24_x_byte<C>(n, p.thread % 8),
+    for (int e = 0; e < 8; ++e) v[e] = e < columns ? simt::load<std::uint16_t>(from + e) : 0;
+    simt::store(stage + sparse24_x_copy_byte<C>(p, rows),
                 simt::u32x4{v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16});
   }
 }
@@ -193,7 +231,7 @@ struct Sparse24Fragments {
 
 template <typename C>
 SP_DEVICE void sparse24_load_a(const Sparse24Place& p, simt::Shared<std::uint8_t> stage, int step, Sparse24Fragments<C>& f) {
-  const auto values = stage + (p.warp_m * C::kUnits * C::kValueBytes + static_cast<int>(simt::lane()) * 16);
+  const auto values = stage + p.a_byte;
   SP_UNROLL
   for (int u = 0; u < C::kUnits; ++u) {
     SP_UNROLL
@@ -207,16 +245,15 @@ SP_DEVICE void sparse24_load_a(const Sparse24Place& p, simt::Shared<std::uint8_t
 
 template <typename C>
 SP_DEVICE void sparse24_load_b(const Sparse24Place& p, simt::Shared<std::uint8_t> stage, int slot, Sparse24Fragments<C>& f) {
-  const int lane = static_cast<int>(simt::lane()), step = slot / C::kTilesN, j = slot % C::kTilesN;
-  const int n = (p.warp_n * C::kTilesN + j) * 8 + lane % 8;
-  simt::ldmatrix_x4(f.b[slot % 2], stage + sparse24_x_byte<C>(n, step * 4 + lane / 8));
+  const int step = slot / C::kTilesN, j = slot % C::kTilesN;
+  // The second step's columns are 4 parts further on, which the swizzle leaves one bit away.
+  simt::ldmatrix_x4(f.b[slot % 2], stage + ((p.b_byte ^ step * 64) + j * 8 * C::kRowBytes));
 }
 
 // What slot 0 needs of a stage.
 template <typename C>
 SP_DEVICE void sparse24_load_first(const Sparse24Place& p, simt::Shared<std::uint8_t> stage, Sparse24Fragments<C>& f) {
-  const auto metadata =
-      stage + (C::kMetadata + p.warp_m * C::kUnits * C::kMetadataBytes + static_cast<int>(simt::lane()) * 8);
+  const auto metadata = stage + p.e_byte;
   SP_UNROLL
   for (int u = 0; u < C::kUnits; ++u) {
     const auto words = simt::load<simt::u32x2>(metadata + u * C::kMetadataBytes);
@@ -244,11 +281,11 @@ SP_DEVICE void sparse24_multiply(int slot, const Sparse24Fragments<C>& f, const 
 // A slot and what is issued beside it: its share of the copies to `write`, and the fragments of the slots to come.
 template <typename T, typename C, int SLOT>
 SP_DEVICE void sparse24_slot(const Sparse24Args& a, const Sparse24Place& p, simt::Shared<std::uint8_t> read,
-                             simt::Shared<std::uint8_t> write, std::int64_t arriving, bool more, Sparse24Fragments<C>& f,
-                             Sparse24Sums<C>& acc) {
+                             simt::Shared<std::uint8_t> write, const Sparse24Cursor& next, bool more,
+                             Sparse24Fragments<C>& f, Sparse24Sums<C>& acc) {
   SP_UNROLL
   for (int i = 0; i < C::kCopies; ++i) {
-    if (i * C::kCopySlots / C::kCopies == SLOT) sparse24_copy<C>(a, p, write, arriving, more, i);
+    if (i * C::kCopySlots / C::kCopies == SLOT) sparse24_copy<C>(a, p, next, write, more, i);
   }
   sparse24_load_b<C>(p, read, SLOT + 1, f);
   if constexpr (SLOT == C::kTilesN / 2) sparse24_load_a<C>(p, read, 1, f);
@@ -258,9 +295,9 @@ SP_DEVICE void sparse24_slot(const Sparse24Args& a, const Sparse24Place& p, simt
 // By a parameter pack, because nvcc leaves the loop rolled and the registers in memory.
 template <typename T, typename C, int... SLOT>
 SP_DEVICE void sparse24_slots(std::integer_sequence<int, SLOT...>, const Sparse24Args& a, const Sparse24Place& p,
-                              simt::Shared<std::uint8_t> read, simt::Shared<std::uint8_t> write, std::int64_t arriving,
+                              simt::Shared<std::uint8_t> read, simt::Shared<std::uint8_t> write, const Sparse24Cursor& next,
                               bool more, Sparse24Fragments<C>& f, Sparse24Sums<C>& acc) {
-  (sparse24_slot<T, C, SLOT>(a, p, read, write, arriving, more, f, acc), ...);
+  (sparse24_slot<T, C, SLOT>(a, p, read, write, next, more, f, acc), ...);
 }
 
 SP_DEVICE std::uint32_t sparse24_bits(float v) {
@@ -348,6 +385,7 @@ SP_DEVICE void sparse24_drain(const Sparse24Args& a, const Sparse24Place& p,
     }
     simt::sync_block();  // all sums of the pass are there
     constexpr int kParts = C::kTileM / 8;
+    SP_ROLL
     for (int i = thread; i < C::kPassRows * kParts; i += C::kThreads) {
       const int local = i / kParts, part = i % kParts;
       const int n = (local / (C::kPassTiles * 8) * C::kTilesN + pass * C::kPassTiles) * 8 + local % (C::kPassTiles * 8);
@@ -382,14 +420,15 @@ SP_KERNEL SP_THREADS(Sparse24Tile<CONFIG>::kThreads, 1) linear_sparse24_kernel(S
   const Sparse24Place p = sparse24_place<C>(a);
   const auto stages = simt::shared_memory<std::uint8_t>(static_cast<unsigned>(p.k_group * C::kStages * C::kStageBytes));
   const std::int64_t split = simt::block_y(), splits = simt::grid_y();
-  const std::int64_t first = a.blocks * split / splits, end = a.blocks * (split + 1) / splits;
-  // Equal for all groups, whose barriers must match; the last round may find no block of columns for some.
-  const int rounds = static_cast<int>((end - first + C::kWarpsK - 1) / C::kWarpsK);
+  const int first = static_cast<int>(a.blocks * split / splits), end = static_cast<int>(a.blocks * (split + 1) / splits);
+  // Groups that meet at a barrier have equally many rounds, the last one perhaps without a block of columns for some.
+  constexpr bool kAlone = C::kGroup == 32 || C::kWarpsK == 1;
+  const int rounds = (end - first - (kAlone ? p.k_group : 0) + C::kWarpsK - 1) / C::kWarpsK;
 
   Sparse24Sums<C> acc = {};
   Sparse24Fragments<C> f;
-  std::int64_t block = first + p.k_group, arriving = block;  // the group's: multiplied now, and copied now
-  int read_at = 0, write_at = 0;                             // their stages
+  Sparse24Cursor next = sparse24_cursor<C>(a, p, first + p.k_group);
+  int block = next.block, read_at = 0, write_at = 0;  // the group's that is multiplied; stages of this one and of `next`
   const auto after = [](int at) { return at == (C::kStages - 1) * C::kStageBytes ? 0 : at + C::kStageBytes; };
   // The one barrier of a round: the copies of the stage to be read next have landed, the others' too; and all have read the
   // stage before it, which the next round overwrites.
@@ -403,26 +442,26 @@ SP_KERNEL SP_THREADS(Sparse24Tile<CONFIG>::kThreads, 1) linear_sparse24_kernel(S
   };
 
   for (int s = 0; s < C::kStages - 1; ++s) {
-    if (arriving < end) {
-      if (!a.x_vectors) sparse24_gather_x<C>(a, p, stages + write_at, arriving);
+    if (next.block < end) {
+      if (!a.x_vectors) sparse24_gather_x<C>(a, p, next, stages + write_at);
       SP_UNROLL
-      for (int i = 0; i < C::kCopies; ++i) sparse24_copy<C>(a, p, stages + write_at, arriving, true, i);
+      for (int i = 0; i < C::kCopies; ++i) sparse24_copy<C>(a, p, next, stages + write_at, true, i);
     }
     simt::cp_async_commit();  // also without a copy: waiting counts groups
-    arriving += C::kWarpsK, write_at = after(write_at);
+    sparse24_advance<C>(next), write_at = after(write_at);
   }
   arrive();
   if (block < end) sparse24_load_first<C>(p, stages, f);
   for (int round = 0; round < rounds; ++round) {
-    const bool mine = block < end;
+    const bool mine = kAlone || block < end;
     if (mine) {
-      const bool more = arriving < end;
-      if (more && !a.x_vectors) sparse24_gather_x<C>(a, p, stages + write_at, arriving);
-      sparse24_slots<T, C>(std::make_integer_sequence<int, C::kSlots - 1>{}, a, p, stages + read_at, stages + write_at, arriving,
+      const bool more = next.block < end;
+      if (more && !a.x_vectors) sparse24_gather_x<C>(a, p, next, stages + write_at);
+      sparse24_slots<T, C>(std::make_integer_sequence<int, C::kSlots - 1>{}, a, p, stages + read_at, stages + write_at, next,
                            more, f, acc);
     }
     simt::cp_async_commit();
-    arriving += C::kWarpsK, write_at = after(write_at);
+    sparse24_advance<C>(next), write_at = after(write_at);
     block += C::kWarpsK, read_at = after(read_at);
     // The last slot is multiplied after the barrier, while the next stage's first fragments are on their way.
     std::uint32_t e[C::kUnits];
@@ -461,11 +500,13 @@ int launch_sparse24(const LinearCall& call, const Geometry& g) {
   a.bias = static_cast<const std::uint16_t*>(one ? call.bias : nullptr);
   a.out = static_cast<std::uint16_t*>(one ? call.out : nullptr);
   a.partial = static_cast<float*>(one ? nullptr : call.workspace);
-  a.rows = call.rows, a.cols = call.cols, a.batch = call.batch, a.stride = call.stride;
+  a.rows = call.rows, a.batch = call.batch, a.stride = call.stride;
   a.strips = ceil_div(call.rows, sparse24::kRows);
-  a.blocks = ceil_div(call.cols, sparse24::kCols);  // 0 without columns: the sums are then zero
+  a.strip_bytes = g.kpad / sparse24::kCols * C::kValueBytes;
+  a.cols = static_cast<int>(call.cols);
+  a.blocks = static_cast<int>(ceil_div(call.cols, sparse24::kCols));  // 0 without columns: the sums are then zero
   a.tiles_m = static_cast<unsigned>(tiles_m), a.tiles_n = static_cast<unsigned>(tiles_n);
-  a.x_vectors = aligned(call.x) && (call.stride % 8 == 0 || call.batch == 1);
+  a.x_vectors = aligned(call.x) && call.cols % 8 == 0 && (call.stride % 8 == 0 || call.batch == 1);
   a.out_vectors = call.rows % 8 == 0 && (one ? aligned(call.out) && aligned(call.bias) : aligned(call.workspace));
   static constexpr Sparse24Name<T, CONFIG> name;
   // A tile is 256 outputs at least, so that 2^31 of them would be a terabyte.
