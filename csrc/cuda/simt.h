@@ -9,6 +9,8 @@
 //   thread_x() block_x() block_y() block_z() grid_x() grid_y() block_threads() lane() warp()
 //   Global<T>, Shared<T>            pointers: p[i], p + i, p - q, if (p), reinterpret<U>(p)
 //   shared_memory<T>(byte_offset)   into the block's dynamic shared memory, 128-byte aligned
+//   shared_at<T>(a)                 the same, a being shared_base() + byte_offset: nothing is left to add where a kernel counts
+//                                   with such an a, while the base alone is several instructions, wherever it is needed
 //   load<V>(p), store(p, v)         V of 1 to 16 bytes (u32x2, u32x4, ...), p aligned to sizeof(V); one instruction
 //   load_stream<V>(p)               load from global memory what is read once: past L1
 //   cp_async16(dst, src, bytes)     16 bytes, global to shared, of which the first `bytes` (0 to 16) are read and the rest
@@ -23,6 +25,7 @@
 //   shuffle(v, lane), shuffle_xor(v, mask), shuffle_up(v, delta), ballot(p)    all 32 lanes take part
 //   atomic_min(p, v), atomic_add(p, v)  global memory, relaxed
 //   popc(u32), popc(u64), to_float(T), from_float<T>(f)    f to nearest even, NaN stays NaN
+//   dot4(a, b, c)                   c plus the sum of the products of the four bytes of a and b, unsigned (dp4a)
 //   byte_perm(a, b, s)              PTX prmt: byte i of the result is byte (s >> 4i) & 7 of a (0 to 3) and b (4 to 7), or, with
 //                                   bit 3 of that nibble, its sign eight times; bits 16 and up of s do not matter
 //   launch(grid, kernel, args...)   0 or the error's code
@@ -93,6 +96,12 @@ SP_DEVICE T* shared_memory(unsigned byte_offset) {
   return reinterpret_cast<T*>(simt_shared + byte_offset);
 }
 
+SP_DEVICE unsigned shared_base() { return static_cast<unsigned>(__cvta_generic_to_shared(simt_shared)); }
+template <typename T>
+SP_DEVICE T* shared_at(unsigned a) {
+  return static_cast<T*>(__cvta_shared_to_generic(a));
+}
+
 // The built-in vectors, because a struct of scalars may be read word by word.
 namespace detail {
 template <typename V>
@@ -121,12 +130,26 @@ SP_DEVICE V load(const T* p) {
   }
 }
 
+// By PTX: nvcc may write the words of a built-in vector one by one. The compiler knows which memory p is in and keeps one of
+// the two.
 template <typename V, typename T>
 SP_DEVICE void store(T* p, const V& v) {
   if constexpr (std::is_same_v<V, u32x4>) {
-    *reinterpret_cast<uint4*>(p) = make_uint4(v.x, v.y, v.z, v.w);
+    if (__isShared(p)) {
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_shared(p)), "r"(v.x), "r"(v.y), "r"(v.z),
+                   "r"(v.w)
+                   : "memory");
+    } else {
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z),
+                   "r"(v.w)
+                   : "memory");
+    }
   } else if constexpr (std::is_same_v<V, u32x2>) {
-    *reinterpret_cast<uint2*>(p) = make_uint2(v.x, v.y);
+    if (__isShared(p)) {
+      asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_shared(p)), "r"(v.x), "r"(v.y) : "memory");
+    } else {
+      asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y) : "memory");
+    }
   } else {
     *reinterpret_cast<V*>(p) = v;
   }
@@ -249,6 +272,8 @@ SP_DEVICE std::uint32_t byte_perm(std::uint32_t a, std::uint32_t b, std::uint32_
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s));
   return d;
 }
+
+SP_DEVICE std::uint32_t dot4(std::uint32_t a, std::uint32_t b, std::uint32_t c) { return __dp4a(a, b, c); }
 
 SP_DEVICE float to_float(float v) { return v; }
 SP_DEVICE float to_float(bf16 v) { return __uint_as_float(static_cast<unsigned>(v.bits) << 16); }

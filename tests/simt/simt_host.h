@@ -60,6 +60,12 @@ Shared<T> shared_memory(unsigned byte_offset) {
   return reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(machine.shared) + byte_offset);
 }
 
+inline unsigned shared_base() { return 0; }
+template <typename T>
+Shared<T> shared_at(unsigned a) {
+  return shared_memory<T>(a);
+}
+
 template <typename V>
 concept Loadable = std::is_trivially_copyable_v<V> && std::has_single_bit(sizeof(V)) && sizeof(V) <= 16;
 
@@ -171,6 +177,10 @@ inline int popc(std::uint64_t v) {
 }
 
 // prmt's default mode, written from the PTX ISA.
+inline std::uint32_t dot4(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  for (int i = 0; i < 32; i += 8) c += (a >> i & 255u) * (b >> i & 255u);
+  return c;
+}
 inline std::uint32_t byte_perm(std::uint32_t a, std::uint32_t b, std::uint32_t s) {
   const std::uint64_t bytes = std::uint64_t{b} << 32 | a;
   std::uint32_t d = 0;
