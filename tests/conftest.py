@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Iterator
 
 import pytest
 from helpers import backends
 from helpers.isa import LEVELS
+
+
+def pytest_report_header() -> str:
+    """The order in which the emulated GPU's threads run is another each time, and can be had again."""
+    seed = os.environ.setdefault("SPARSEPRUNE_SIMT_SEED", str(random.getrandbits(32)))
+    return f"emulated GPU: SPARSEPRUNE_SIMT_SEED={seed}"
 
 
 @pytest.fixture(params=[*LEVELS, *backends.GPUS])
