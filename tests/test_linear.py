@@ -1,4 +1,5 @@
-"""Every linear kernel: strategy x instruction set x dtype, over awkward shapes, batches, sparsities and strides.
+"""Every linear kernel: strategy x instruction set x dtype, and layout x dtype of the GPU, emulated and real, over awkward
+shapes, batches, sparsities and strides. What only a GPU has is in test_linear_cuda.py.
 
 Two oracles. Whole-number data, whose float32 sums are exact in any order: the result must equal the rounded float64
 product bit for bit, so that one dropped, doubled or misplaced weight shows. Normal data: the bound that float32 sums
@@ -13,21 +14,30 @@ import math
 
 import pytest
 import torch
+from helpers.backends import running
 from helpers.compare import assert_linear, assert_same_bits, linear_bound, product
-from helpers.isa import DTYPES, KERNEL_IDS, KERNELS, LEVELS, STRATEGIES, forced, layout_of, serves, threads
-from helpers.shapes import BATCHES, EDGES, INPUTS, LONG, SPARSITIES, arranged, mask, whole
+from helpers.isa import DTYPES, LEVELS, STRATEGIES, forced, layout_of, serves, threads
+from helpers.kernels import CPU_KERNELS, KERNELS, Kernel
+from helpers.shapes import BATCHES, INPUTS, LONG, SPARSITIES, arranged, mask, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sparseprune import _core, _native, ops
 
-all_kernels = pytest.mark.parametrize(("level", "dtype", "strategy"), KERNELS, ids=KERNEL_IDS)
+all_kernels = pytest.mark.parametrize("kernel", KERNELS, ids=str, indirect=True)
+cpu_kernels = pytest.mark.parametrize("kernel", CPU_KERNELS, ids=str, indirect=True)
+
+
+@pytest.fixture
+def kernel(request):
+    # One thread: most shapes here are too small for two, and a busy machine makes waiting for the second long.
+    with running(request.param.place):
+        yield request.param
 
 
 @pytest.fixture
 def isa(level: str):
-    # One thread: most shapes here are too small for two, and a busy machine makes waiting for the second long.
     with forced(level), threads(1):
         yield level
 
@@ -49,69 +59,67 @@ def packed(w: Tensor, layout: str) -> Tensor:
     return ops.pack(values, bits, w.shape[1], layout)
 
 
-def run(x: Tensor, w: Tensor, bias: Tensor | None, strategy: str) -> Tensor:
-    return _native.linear(x, packed(w, layout_of(strategy)), bias, w.shape[0], STRATEGIES.index(strategy))
-
-
 def check_exact(
-    rows: int, cols: int, batch: int, sparsity: str, kind: str, bias: bool, dtype, strategy
+    kernel: Kernel, rows: int, cols: int, batch: int, sparsity: str, kind: str, bias: bool, turn: int | None
 ) -> None:
-    w = whole_weight(rows, cols, sparsity).to(dtype)
+    dtype = kernel.dtype
+    w = kernel.hold(whole_weight(rows, cols, sparsity)).to(dtype)
     x = arranged(whole_input(batch, cols).to(dtype), kind)
     b = whole(rows, limit=64, seed=torch.Generator().manual_seed(rows)).to(dtype) if bias else None
-    out = run(x, w, b, strategy)
-    what = f"{rows}x{cols} {sparsity}, batch {batch}, {kind} input, bias {bias}"
+    out = kernel.run(x, w, b, turn)
+    what = f"{rows}x{cols} {sparsity}, batch {batch}, {kind} input, bias {bias}, turn {turn}"
     assert_same_bits(out, product(x, w, b).to(dtype), what)
 
 
-def cases(count: int, offset: int):
-    """`count` cases in which each list is walked at its own pace, so that pairs of values vary with `offset`."""
+def cases(kernel: Kernel, count: int):
+    """`count` cases in which each list is walked at its own pace, so that pairs of values vary from kernel to kernel."""
+    edges, batches, offset = kernel.edges, kernel.batches, KERNELS.index(kernel)
     for i in range(offset * count, (offset + 1) * count):
+        rows = edges[i * 7 % len(edges)]
+        cols = kernel.cols(edges[(i + i // len(edges)) % len(edges)], up=i % 2 == 0)
         yield (
-            EDGES[i * 7 % len(EDGES)],
-            EDGES[(i + i // len(EDGES)) % len(EDGES)],
-            BATCHES[(i * 5 + i // len(BATCHES)) % len(BATCHES)],
+            rows,
+            cols,
+            kernel.batch(rows, cols, batches[(i * 5 + i // len(batches)) % len(batches)]),
             SPARSITIES[(i + i // 6) % len(SPARSITIES)],
             INPUTS[(i // 2 + i // 12) % len(INPUTS)],
             i % 3 != 0,
+            i,
         )
 
 
 @all_kernels
-def test_exact_on_awkward_shapes(isa, dtype, strategy):
-    for case in cases(30, KERNELS.index((isa, dtype, strategy))):
-        check_exact(*case, dtype, strategy)
+def test_exact_on_awkward_shapes(kernel):
+    for case in cases(kernel, 60 if kernel.is_gpu else 30):
+        check_exact(kernel, *case)
 
 
 @all_kernels
-def test_exact_at_every_batch_size(isa, dtype, strategy):
-    for i, batch in enumerate(BATCHES):
-        check_exact(49, 96, batch, SPARSITIES[2 + i % 4], INPUTS[i % len(INPUTS)], True, dtype, strategy)
+def test_exact_at_every_batch_size(kernel):
+    for i, batch in enumerate(kernel.batches):
+        check_exact(kernel, 49, 96, batch, SPARSITIES[2 + i % 4], INPUTS[i % len(INPUTS)], True, None)
 
 
 @all_kernels
 @pytest.mark.parametrize("cols", LONG)
-def test_exact_past_the_chunks_of_k(isa, dtype, strategy, cols):
-    for rows, batch, sparsity in [
-        (49, 1, "2:4"),
-        (33, 33, "50%"),
-        (80, 40, "90%"),
-        (17, 129, "4:8"),
-        (1, 300, "dense"),
-    ]:
-        check_exact(rows, cols, batch, sparsity, "contiguous", True, dtype, strategy)
+def test_exact_past_the_chunks_of_k(kernel, cols):
+    for i, (rows, batch, sparsity) in enumerate(
+        [(49, 1, "2:4"), (33, 33, "50%"), (80, 40, "90%"), (17, 129, "4:8"), (1, 300, "dense")]
+    ):
+        check_exact(kernel, rows, cols, batch, sparsity, "contiguous", True, i + cols)
 
 
 @all_kernels
-def test_exact_where_columns_need_four_bytes(isa, dtype, strategy):
-    cols = 65536 + 77
+def test_exact_where_columns_need_four_bytes(kernel):
+    cols = kernel.cols(65536 + 77)
     seed = torch.Generator().manual_seed(0)
     w = whole(5, cols, limit=4, seed=seed) * (torch.rand(5, cols, generator=seed) < 0.02)
     w[0, -1], w[1, 0] = 3, 2
-    for batch in (1, 3, 33):
+    w = kernel.hold(w)
+    for batch in (1, 3) if kernel.is_gpu else (1, 3, 33):
         x = whole(batch, cols, limit=8, seed=seed)
-        expected = product(x, w, None).to(dtype)
-        assert_same_bits(run(x.to(dtype), w.to(dtype), None, strategy), expected, f"batch {batch}")
+        expected = product(x, w, None).to(kernel.dtype)
+        assert_same_bits(kernel.run(x.to(kernel.dtype), w.to(kernel.dtype), None), expected, f"batch {batch}")
 
 
 @pytest.mark.parametrize("cols", [65535, 65536, 65537])
@@ -125,68 +133,73 @@ def test_width_of_csr_columns_follows_from_the_columns(cols):
 
 
 @all_kernels
-def test_empty_shapes(isa, dtype, strategy):
+def test_empty_shapes(kernel):
+    dtype = kernel.dtype
+    w = kernel.hold(torch.ones(40, 8)).to(dtype)
     bias = torch.arange(1, 41).to(dtype)
-    for batch in (0, 1, 2, 17, 40, 100):
-        assert run(
-            torch.ones(batch, 8, dtype=dtype), torch.ones(0, 8, dtype=dtype), None, strategy
-        ).shape == (batch, 0)
-        x, w = torch.ones(batch, 0, dtype=dtype), torch.ones(40, 0, dtype=dtype)
-        assert_same_bits(run(x, w, bias, strategy), bias.expand(batch, 40), f"no columns, batch {batch}")
-        assert_same_bits(
-            run(x, w, None, strategy), torch.zeros(batch, 40, dtype=dtype), f"no columns, batch {batch}"
-        )
-    assert run(torch.ones(0, 8, dtype=dtype), torch.ones(40, 8, dtype=dtype), bias, strategy).shape == (0, 40)
+    for turn, batch in enumerate((0, 1, 2, 17, 40, 100)):
+        x = torch.ones(batch, 8, dtype=dtype)
+        assert kernel.run(x, w[:0], None, turn).shape == (batch, 0)
+        x, what = x[:, :0], f"no columns, batch {batch}"
+        assert_same_bits(kernel.run(x, w[:, :0], bias, turn), bias.expand(batch, 40), what)
+        assert_same_bits(kernel.run(x, w[:, :0], None, turn), torch.zeros(batch, 40, dtype=dtype), what)
+        assert kernel.run(torch.ones(0, 8, dtype=dtype), w, bias, turn).shape == (0, 40)
 
 
 @all_kernels
-def test_leading_dimensions(isa, dtype, strategy):
-    w = whole_weight(33, 65, "50%").to(dtype)
-    for shape in [(65,), (1, 65), (1, 1, 65), (2, 3, 65), (2, 0, 65), (2, 3, 4, 5, 65)]:
+def test_leading_dimensions(kernel):
+    dtype, cols = kernel.dtype, kernel.cols(65)
+    w = kernel.hold(whole_weight(33, cols, "50%")).to(dtype)
+    for shape in [(cols,), (1, cols), (1, 1, cols), (2, 3, cols), (2, 0, cols), (2, 3, 4, 5, cols)]:
         x = whole(*shape, limit=8, seed=torch.Generator().manual_seed(1)).to(dtype)
-        out = run(x, w, None, strategy)
+        out = kernel.run(x, w, None)
         assert out.shape == (*shape[:-1], 33)
         assert_same_bits(out, product(x, w, None).to(dtype), str(shape))
     for shape in [(0,), (3, 0), (2, 3, 0), (2, 0, 0)]:
-        out = run(torch.ones(shape, dtype=dtype), torch.ones(33, 0, dtype=dtype), None, strategy)
+        out = kernel.run(torch.ones(shape, dtype=dtype), torch.ones(33, 0, dtype=dtype), None)
         assert_same_bits(out, torch.zeros(*shape[:-1], 33, dtype=dtype), str(shape))
 
 
 @all_kernels
-def test_strided_inputs_of_more_dimensions(isa, dtype, strategy):
-    w = whole_weight(17, 24, "2:4").to(dtype)
-    base = whole(6, 5, 24, limit=8, seed=torch.Generator().manual_seed(2)).to(dtype)
-    for x in [base.transpose(0, 1), base[::2], base[:, 1:4], base.permute(1, 0, 2)[:, ::3]]:
-        assert_same_bits(run(x, w, None, strategy), product(x, w, None).to(dtype), str(x.stride()))
+def test_strided_inputs_of_more_dimensions(kernel):
+    w = kernel.hold(whole_weight(17, 24, "2:4")).to(kernel.dtype)
+    base = whole(6, 5, 24, limit=8, seed=torch.Generator().manual_seed(2)).to(kernel.dtype)
+    for turn, x in enumerate([base.transpose(0, 1), base[::2], base[:, 1:4], base.permute(1, 0, 2)[:, ::3]]):
+        out = kernel.run(x, w, None, turn)
+        assert_same_bits(out, product(x, w, None).to(kernel.dtype), str(x.stride()))
 
 
 @all_kernels
-def test_normal_data_within_the_bound(isa, dtype, strategy):
-    seed = torch.Generator().manual_seed(3)
-    for rows, cols, batch, sparsity in [
-        (97, 257, 1, "50%"),
-        (64, 1100, 5, "2:4"),
-        (65, 513, 33, "90%"),
-        (48, 2100, 70, "50%"),
-        (16, 1025, 13, "dense"),
-    ]:
-        w = (torch.randn(rows, cols, generator=seed) * mask(rows, cols, sparsity, seed)).to(dtype)
-        x, bias = (
-            torch.randn(batch, cols, generator=seed).to(dtype),
-            torch.randn(rows, generator=seed).to(dtype),
+def test_normal_data_within_the_bound(kernel):
+    seed, dtype = torch.Generator().manual_seed(3), kernel.dtype
+    for turn, (rows, cols, batch, sparsity) in enumerate(
+        [
+            (97, 257, 1, "50%"),
+            (64, 1100, 5, "2:4"),
+            (65, 513, 33, "90%"),
+            (48, 2100, 70, "50%"),
+            (16, 1025, 13, "dense"),
+        ]
+    ):
+        cols = kernel.cols(cols)
+        w = kernel.hold(torch.randn(rows, cols, generator=seed) * mask(rows, cols, sparsity, seed)).to(dtype)
+        x = torch.randn(batch, cols, generator=seed).to(dtype)
+        bias = torch.randn(rows, generator=seed).to(dtype)
+        assert_linear(
+            kernel.run(x, w, bias, turn), x, w, bias, f"{rows}x{cols} {sparsity}, batch {batch}, turn {turn}"
         )
-        assert_linear(run(x, w, bias, strategy), x, w, bias, f"{rows}x{cols} {sparsity}, batch {batch}")
 
 
 @all_kernels
-def test_bound_rejects_a_missing_weight(isa, dtype, strategy):
+def test_bound_rejects_a_missing_weight(kernel):
     seed = torch.Generator().manual_seed(4)
-    w, x = torch.randn(20, 40, generator=seed).to(dtype), torch.randn(7, 40, generator=seed).to(dtype)
+    w = kernel.hold(torch.randn(20, 40, generator=seed)).to(kernel.dtype)
+    x = torch.randn(7, 40, generator=seed).to(kernel.dtype)
     damaged = w.clone()
-    damaged[3, 5] = 0
-    assert_linear(run(x, w, None, strategy), x, w, None)
+    damaged[3, w[3].nonzero()[2]] = 0
+    assert_linear(kernel.run(x, w, None), x, w, None)
     with pytest.raises(AssertionError, match="outside the bound"):
-        assert_linear(run(x, damaged, None, strategy), x, w, None)
+        assert_linear(kernel.run(x, damaged, None), x, w, None)
 
 
 @settings(max_examples=1000, deadline=None)
@@ -201,47 +214,52 @@ def test_bound_rejects_a_missing_weight(isa, dtype, strategy):
     seed=st.integers(0, 2**31),
 )
 def test_exact_on_any_shape(kernel, rows, cols, batch, kept, kind, bias, seed):
-    level, dtype, strategy = kernel
     generator = torch.Generator().manual_seed(seed)
+    cols = kernel.cols(cols, up=False)
     keep = torch.rand(rows, cols, generator=generator) < kept
-    w = (whole(rows, cols, limit=4, seed=generator) * keep).to(dtype)
-    x = whole(batch, cols, limit=8, seed=generator).to(dtype)
+    w = kernel.hold(whole(rows, cols, limit=4, seed=generator) * keep).to(kernel.dtype)
+    x = whole(batch, cols, limit=8, seed=generator).to(kernel.dtype)
     x = arranged(x, kind) if batch else x
-    b = whole(rows, limit=64, seed=generator).to(dtype) if bias else None
-    with forced(level), threads(1):
-        assert_same_bits(run(x, w, b, strategy), product(x, w, b).to(dtype))
+    b = whole(rows, limit=64, seed=generator).to(kernel.dtype) if bias else None
+    with running(kernel.place):
+        out = kernel.run(x, w, b, seed if seed % 3 else None)
+        assert_same_bits(out, product(x, w, b).to(kernel.dtype))
 
 
 @pytest.mark.slow
 @all_kernels
-def test_exact_on_the_full_grid(isa, dtype, strategy):
+def test_exact_on_the_full_grid(kernel):
     numbers = itertools.count()
-    for rows, cols in itertools.product((*EDGES[:-1], 1025), (*EDGES[:-1], *LONG)):
+    edges = kernel.edges[:-1]
+    for rows, cols in itertools.product((*edges, 1025), (*edges, *LONG)):
         for batch in (1, 13, 40) if rows * cols > 10000 else (1, 3, 12, 25, 48, 129):
             i = next(numbers)
             kind, sparsity = INPUTS[i % len(INPUTS)], SPARSITIES[i % 7 % len(SPARSITIES)]
-            check_exact(rows, cols, batch, sparsity, kind, i % 2 == 0, dtype, strategy)
+            batch = kernel.batch(rows, cols, batch)
+            check_exact(kernel, rows, kernel.cols(cols), batch, sparsity, kind, i % 2 == 0, i)
 
 
 # --- special values ---------------------------------------------------------------------------------------------------
 
 
-def plain_case(dtype, rows=40, cols=70, batch=37):
-    return whole_weight(rows, cols, "50%").to(dtype), whole_input(batch, cols).to(dtype)
+def plain_case(kernel, rows=40, cols=70, batch=37):
+    cols = kernel.cols(cols)
+    w = kernel.hold(whole_weight(rows, cols, "50%"))
+    return w.to(kernel.dtype), whole_input(batch, cols).to(kernel.dtype)
 
 
 @all_kernels
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_special_activation_reaches_the_rows_that_keep_its_column(isa, dtype, strategy, value):
-    w, x = plain_case(dtype)
-    good = product(x, w, None).to(dtype)
-    for batch, column in [(0, 0), (16, 33), (36, 69)]:
+def test_special_activation_reaches_the_rows_that_keep_its_column(kernel, value):
+    w, x = plain_case(kernel)
+    good = product(x, w, None).to(kernel.dtype)
+    for turn, (batch, column) in enumerate([(0, 0), (16, 33), (36, 69)]):
         bad = x.clone()
         bad[batch, column] = value
-        out = run(bad, w, None, strategy)
+        out = kernel.run(bad, w, None, turn)
         keeps = w[:, column] != 0
         assert keeps.any() and not keeps.all()
-        expected = (w[:, column] * value).to(dtype)  # infinities keep the sign of the product
+        expected = (w[:, column] * value).to(kernel.dtype)  # infinities keep the sign of the product
         torch.testing.assert_close(out[batch, keeps], expected[keeps], rtol=0, atol=0, equal_nan=True)
         # Documented: a pruned weight times it counts as 0 or as NaN.
         other = out[batch, ~keeps]
@@ -252,53 +270,58 @@ def test_special_activation_reaches_the_rows_that_keep_its_column(isa, dtype, st
 
 @all_kernels
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_special_weight_reaches_its_row_alone(isa, dtype, strategy, value):
-    w, x = plain_case(dtype)
-    for row, column in [(0, 0), (16, 33), (39, 69)]:
+def test_special_weight_reaches_its_row_alone(kernel, value):
+    w, x = plain_case(kernel)
+    for turn, (row, column) in enumerate([(0, 0), (16, 33), (39, 69)]):
         bad = w.clone()
+        group = slice(column // 4 * 4, column // 4 * 4 + 4)
+        if kernel.layout == "sparse24" and not w[row, column]:
+            bad[row, group] = 0
         bad[row, column] = value
-        out = run(x, bad, None, strategy)
-        torch.testing.assert_close(
-            out[:, row], (x[:, column] * value).to(dtype), rtol=0, atol=0, equal_nan=True
-        )
+        out = kernel.run(x, bad, None, turn)
+        expected = (x[:, column] * value).to(kernel.dtype)
+        torch.testing.assert_close(out[:, row], expected, rtol=0, atol=0, equal_nan=True)
         rest = torch.arange(len(w)) != row
-        assert_same_bits(out[:, rest], product(x, w, None).to(dtype)[:, rest], "the other output rows")
+        assert_same_bits(out[:, rest], product(x, w, None).to(kernel.dtype)[:, rest], "the other output rows")
 
 
 @all_kernels
-def test_special_bias(isa, dtype, strategy):
-    w, x = plain_case(dtype)
-    bias = torch.zeros(len(w), dtype=dtype)
+def test_special_bias(kernel):
+    w, x = plain_case(kernel)
+    bias = torch.zeros(len(w), dtype=kernel.dtype)
     bias[1], bias[17], bias[39] = math.nan, math.inf, -math.inf
-    expected = product(x, w, bias).to(dtype)
-    torch.testing.assert_close(run(x, w, bias, strategy), expected, rtol=0, atol=0, equal_nan=True)
+    expected = product(x, w, bias).to(kernel.dtype)
+    torch.testing.assert_close(kernel.run(x, w, bias), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @all_kernels
-def test_negative_zero_weights_are_zeros(isa, dtype, strategy):
-    w, x = plain_case(dtype)
-    signed = torch.where(w == 0, torch.tensor(-0.0, dtype=dtype), w)
-    blob = packed(signed, layout_of(strategy))
-    assert torch.equal(blob, packed(w, layout_of(strategy)))
-    assert _native.header(blob)["nnz"] == int((w != 0).sum())
+def test_negative_zero_weights_are_zeros(kernel):
+    w, x = plain_case(kernel)
+    signed = torch.where(w == 0, torch.tensor(-0.0, dtype=kernel.dtype), w)
+    blob = kernel.pack(signed)
+    kept = w.numel() // 2 if kernel.layout == "sparse24" else int((w != 0).sum())
+    assert kernel.at.native.header(blob)["nnz"] == kept
+    assert_same_bits(kernel.run(x, signed, None), product(x, w, None).to(kernel.dtype))
+    if kernel.layout != "sparse24":  # which keeps zeros to fill its groups, and their signs
+        assert torch.equal(blob, kernel.pack(w))
 
 
 @all_kernels
-def test_subnormals(isa, dtype, strategy):
+def test_subnormals(kernel):
     """Exact, but for the bf16 instructions, which may take them for 0; never garbage."""
-    w, x = plain_case(dtype)
-    tiny = torch.finfo(dtype).smallest_normal
-    small = (x.double() * tiny / 16).to(dtype)
+    w, x = plain_case(kernel)
+    tiny = torch.finfo(kernel.dtype).smallest_normal
+    small = (x.double() * tiny / 16).to(kernel.dtype)
     assert ((small.abs() > 0) & (small.abs() < tiny)).any()
-    assert_linear(run(small, w, None, strategy), small, w, None, "activations")
-    small_w = (w.double() * tiny / 16).to(dtype)
-    assert_linear(run(x, small_w, None, strategy), x, small_w, None, "weights")
+    assert_linear(kernel.run(small, w, None), small, w, None, "activations")
+    small_w = (w.double() * tiny / 16).to(kernel.dtype)
+    assert_linear(kernel.run(x, small_w, None), x, small_w, None, "weights")
 
 
 @all_kernels
-def test_output_is_rounded_to_nearest_even(isa, dtype, strategy):
+def test_output_is_rounded_to_nearest_even(kernel):
     """Identity weights make out = x + bias: random bits as x and bias meet ties, overflow, subnormals, NaN."""
-    size = 64
+    size, dtype = 64, kernel.dtype
     seed = torch.Generator().manual_seed(5)
     word = torch.int32 if dtype == torch.float32 else torch.int16
     info = torch.iinfo(word)
@@ -307,15 +330,14 @@ def test_output_is_rounded_to_nearest_even(isa, dtype, strategy):
     x = torch.where(bits[0].isfinite(), bits[0], 1).reshape(200, size)
     near = torch.randn(size, generator=seed).to(dtype)
     for bias in (bits[1, :size].contiguous(), near):
-        for values in (
-            x,
-            (x.float().sign() * near.float().abs() * 1.0078125 ** torch.arange(200)[:, None]).to(dtype),
+        for turn, values in enumerate(
+            (x, (x.float().sign() * near.float().abs() * 1.0078125 ** torch.arange(200)[:, None]).to(dtype))
         ):
-            out = run(values, torch.eye(size, dtype=dtype), bias, strategy)
+            out = kernel.run(values, torch.eye(size, dtype=dtype), bias, turn)
             flushed = values
-            if dtype == torch.bfloat16 and isa in ("avx512_bf16", "amx"):
+            if dtype == torch.bfloat16 and kernel.place in ("avx512_bf16", "amx"):
                 subnormal = values.abs() < torch.finfo(dtype).smallest_normal
-                if not strategy.startswith("csr"):
+                if not kernel.strategy.startswith("csr"):
                     flushed = torch.where(subnormal, 0, values)
             expected = (flushed.float() + bias.float()).to(dtype)
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
@@ -328,11 +350,12 @@ def test_output_is_rounded_to_nearest_even(isa, dtype, strategy):
 def test_strategies_of_a_level(isa):
     for dtype, strategy in itertools.product(DTYPES, STRATEGIES):
         w, x = torch.eye(16, dtype=dtype), torch.ones(2, 16, dtype=dtype)
+        kernel = Kernel(isa, dtype, strategy)
         if serves(isa, dtype, strategy):
-            assert_same_bits(run(x, w, None, strategy), x)
+            assert_same_bits(kernel.run(x, w, None), x)
         else:
             with pytest.raises(ValueError, match=f"strategy: {strategy} does not serve .* level '{isa}'"):
-                run(x, w, None, strategy)
+                kernel.run(x, w, None)
 
 
 @pytest.mark.parametrize("strategy", range(len(STRATEGIES)))
@@ -364,9 +387,9 @@ def test_plan_names_the_kernel_that_runs(isa, layout):
             )
 
 
-@all_kernels
-def test_one_and_two_threads_agree_bit_for_bit(isa, dtype, strategy):
-    seed = torch.Generator().manual_seed(7)
+@cpu_kernels
+def test_one_and_two_threads_agree_bit_for_bit(kernel):
+    seed, dtype = torch.Generator().manual_seed(7), kernel.dtype
     for rows, cols, batch, sparsity in [(513, 300, 1, "dense"), (97, 1100, 5, "50%"), (200, 130, 70, "90%")]:
         w = (torch.randn(rows, cols, generator=seed) * mask(rows, cols, sparsity, seed)).to(dtype)
         x, bias = (
@@ -375,9 +398,9 @@ def test_one_and_two_threads_agree_bit_for_bit(isa, dtype, strategy):
         )
         assert int((w != 0).sum()) * batch > 64 * 1024  # else one thread does it all
         with threads(1):
-            one = run(x, w, bias, strategy)
+            one = kernel.run(x, w, bias)
         with threads(2):
-            two = run(x, w, bias, strategy)
+            two = kernel.run(x, w, bias)
         assert_same_bits(two, one, f"{rows}x{cols}, batch {batch}")
         assert (one.double() - product(x, w, bias)).abs().le(linear_bound(x, w, bias)).all()
 

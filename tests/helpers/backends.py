@@ -48,6 +48,11 @@ class Place:
         return base.to(self.device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
+def place_of(name: str) -> Place:
+    gpu = name in GPUS
+    return Place(name, "cuda" if name == "cuda" else "cpu", _cuda if gpu else _native)
+
+
 @contextmanager
 def running(name: str) -> Iterator[Place]:
     """Operations on CPU tensors (of `cuda`: on CUDA tensors) run there: "cpu", an instruction set, or one of GPUS."""
@@ -57,8 +62,7 @@ def running(name: str) -> Iterator[Place]:
             stack.enter_context(threads(1))  # see test_linear.py
         elif name == "emulated":
             stack.enter_context(emulated())
-        gpu = name in GPUS
-        yield Place(name, "cuda" if name == "cuda" else "cpu", _cuda if gpu else _native)
+        yield place_of(name)
 
 
 @contextmanager

@@ -54,4 +54,3 @@ KERNELS = [
     for strategy in STRATEGIES
     if serves(level, dtype, strategy)
 ]
-KERNEL_IDS = [f"{level}-{str(dtype)[6:]}-{strategy}" for level, dtype, strategy in KERNELS]
