@@ -229,6 +229,8 @@ tests/test_ops.py::test_masks[cuda-x] ERROR [  3%]
 FAILED tests/test_linear.py::test_exact[cuda-f16 x] - AssertionError: PASSED
 """
 
+    packages = {"hypothesis": "6", "expecttest": "1"}
+
     def run(command, seconds, on_line, env, cwd):
         assert command[:4] == [*build.child(tmp_path, "pytest")]
         assert (
@@ -240,7 +242,7 @@ FAILED tests/test_linear.py::test_exact[cuda-f16 x] - AssertionError: PASSED
             on_line(line)
         return Finished(1, 2.0, text)
 
-    done, outcomes = checks.op_tests(tmp_path, 10, run)
+    done, outcomes = checks.op_tests(tmp_path, packages, 10, run)
     assert done.state == "failed"
     assert outcomes.counts == {"passed": 1, "failed": 1, "skipped": 1, "error": 1}
     assert outcomes.failures == [
@@ -248,6 +250,41 @@ FAILED tests/test_linear.py::test_exact[cuda-f16 x] - AssertionError: PASSED
         "tests/test_ops.py::test_masks[cuda-x]",
     ]
     assert outcomes.collected == 120
+
+
+def test_without_hypothesis_and_expecttest_the_other_tests_run(tmp_path):
+    """On a machine that has neither: the stand-in takes the place of the one, the other's tests are not selected."""
+    (tmp_path / "test_some.py").write_text(
+        "from hypothesis import given, settings\nfrom hypothesis import strategies as st\n"
+        "@settings(max_examples=3)\n@given(a=st.integers(0, 3), b=st.sampled_from([1]))\ndef test_random(a, b): assert False\n"
+        "def test_plain(): pass\n"
+    )
+    env = checks.environment_of(tmp_path, {})
+    assert env["PYTHONPATH"].split(os.pathsep) == [str(build.site(tmp_path)), str(checks.STANDINS)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-rs",
+        "-p",
+        "no:hypothesispytest",
+        "-p",
+        "no:cacheprovider",
+        tmp_path,
+    ]
+    done = stream(command, 60, env=env)
+    assert (
+        "test_plain PASSED" in done.tail and "test_random SKIPPED (hypothesis is not installed)" in done.tail
+    )
+    assert [what for what, _ in checks.without({})] == ["tests on random shapes", "torch.library.opcheck"]
+    assert checks.without({"hypothesis": "6", "expecttest": "1"}) == []
+
+    def run(command, *_, **__):
+        assert command[command.index("-k") + 1] == f"{checks.SELECT} and not opcheck"
+        return Finished(0, 1.0, "")
+
+    checks.op_tests(tmp_path, {}, 10, run)
 
 
 def test_sanitizer_reports_what_it_finds(tmp_path):
@@ -617,6 +654,7 @@ def test_the_page_names_the_card_the_numbers_and_what_is_missing(data):
 def test_the_page_of_a_dry_run_claims_nothing(data):
     text = report.page({**data, "dry_run": True}, None)
     assert "No kernel ran on a GPU" in text and "targets reached" not in text
+    assert "| yes |" not in text and "| NO |" not in text
 
 
 def test_the_picture_shows_every_panel(data):
@@ -635,6 +673,7 @@ def test_the_picture_shows_every_panel(data):
 
 def check(tmp_path, run, dry_run=False, now=None, cards=SMI, nvcc="release 13.0"):
     outputs = {"nvidia-smi": cards, "nvcc": nvcc, "cmake": "cmake version 3.28.1"}
+    packages = dict.fromkeys(environment.PACKAGES, "1")
     budget = Budget(570) if now is None else Budget(570, lambda: now[0])
     record = Record(tmp_path / "r.json", dry_run, 570)
     return steps.Check(
@@ -644,7 +683,7 @@ def check(tmp_path, run, dry_run=False, now=None, cards=SMI, nvcc="release 13.0"
         dry_run,
         1,
         run,
-        lambda: environment.look(lambda it: outputs.get(it[0])),
+        lambda: {**environment.look(lambda it: outputs.get(it[0])), "packages": packages},
         lambda line: None,
     )
 
@@ -774,7 +813,7 @@ def test_a_dry_run_does_what_it_can_and_says_what_it_left_out(tmp_path, dry_mess
             assert "--dry-run" in command
             for message in dry_messages:
                 on_line(json.dumps(message))
-        return Finished(5 if what_runs(command) == "pytest" else 0, 1.0, "")
+        return Finished(0, 1.0, "")
 
     assert check(tmp_path, run, dry_run=True, cards=None, nvcc=None).all()
     assert "-DSPARSEPRUNE_CUDA=OFF" in commands[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from gpu_check.process import Finished, stream
 
 SELECT = "cuda and not emulated"
 """The tests of the card: tests/helpers/backends.py gives it the name cuda."""
+
+TWINS = "emulated"
+"""The same tests on the emulated card."""
+
+STANDINS = Path(__file__).with_name("standins")
 
 TESTS = ("test_linear.py", "test_ops.py", "test_nn.py", "test_checkpoint.py")
 """Those that are run over backends, in the order of their value."""
@@ -27,10 +33,10 @@ _OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b"
 _COLLECTED = re.compile(r"(\d+)(?:/\d+)? tests? (?:collected|selected)|(\d+) selected")
 
 
-def pytest_command(folder: Path, *options: str) -> list[str]:
+def pytest_command(folder: Path, select: str, *options: str) -> list[str]:
     files = [str(ROOT / "tests" / name) for name in TESTS]
     return child(
-        folder, "pytest", "-v", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow", "-k", SELECT,
+        folder, "pytest", "-v", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow", "-k", select,
         *options, *files,
     )  # fmt: skip
 
@@ -55,20 +61,42 @@ class Outcomes:
         return {"counts": dict(self.counts), "failures": self.failures, "selected": self.collected}
 
 
+def without(packages: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    """(what of the tests, why) cannot run for want of a package that a machine with a card may lack."""
+    lacks = []
+    if packages.get("hypothesis") is None:
+        lacks.append(("tests on random shapes", "pip install hypothesis"))
+    if packages.get("expecttest") is None:
+        lacks.append(("torch.library.opcheck", "pip install expecttest"))
+    return lacks
+
+
+def environment_of(folder: Path, packages: Mapping[str, str | None]) -> dict[str, str]:
+    path = [str(site(folder))]
+    if packages.get("hypothesis") is None:
+        path.append(str(STANDINS))
+    return {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "COLUMNS": "250"}
+
+
 def op_tests(
-    folder: Path, seconds: float, run: Callable[..., Finished] = stream
+    folder: Path, packages: Mapping[str, str | None], seconds: float, run: Callable[..., Finished] = stream
 ) -> tuple[Finished, Outcomes]:
     outcomes = Outcomes()
-    env = {"PYTHONPATH": str(site(folder)), "PYTHONUNBUFFERED": "1", "COLUMNS": "250"}
-    done = run(pytest_command(folder), seconds, outcomes.line, env=env, cwd=ROOT)
+    select = SELECT + (" and not opcheck" if packages.get("expecttest") is None else "")
+    env = environment_of(folder, packages)
+    done = run(pytest_command(folder, select), seconds, outcomes.line, env=env, cwd=ROOT)
     return done, outcomes
 
 
-def collect(folder: Path, seconds: float, run: Callable[..., Finished] = stream) -> tuple[Finished, Outcomes]:
-    """Which tests a card would run; where there is none they are not made, and pytest ends with 5."""
+def collect(
+    folder: Path, packages: Mapping[str, str | None], seconds: float, run: Callable[..., Finished] = stream
+) -> tuple[Finished, Outcomes]:
+    """Which tests there are; those of a card are only made where there is one, so their emulated twins are counted."""
     outcomes = Outcomes()
-    env = {"PYTHONPATH": str(site(folder)), "COLUMNS": "250"}
-    done = run(pytest_command(folder, "--collect-only", "-q"), seconds, outcomes.line, env=env, cwd=ROOT)
+    env = environment_of(folder, packages)
+    done = run(
+        pytest_command(folder, TWINS, "--collect-only", "-q"), seconds, outcomes.line, env=env, cwd=ROOT
+    )
     return done, outcomes
 
 

@@ -11,7 +11,7 @@ def main() -> None:
     site, module = sys.argv[1:3]
     # A checkout that is installed to be edited answers for its name ahead of the path.
     sys.meta_path[:] = [it for it in sys.meta_path if not _is_editable(it)]
-    sys.path[0] = site
+    sys.path[0] = site  # in the place of this folder
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     sys.argv[:] = [module, *sys.argv[3:]]
     import sparseprune

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "safetensors", "pybind11", "pytest", "hypothesis", "ninja", "cmake", "nvidia-cusparselt-cu12",
-            "nvidia-cusparselt-cu13")  # fmt: skip
+PACKAGES = ("torch", "numpy", "safetensors", "pybind11", "pytest", "hypothesis", "expecttest", "ninja", "cmake",
+            "nvidia-cusparselt-cu12", "nvidia-cusparselt-cu13")  # fmt: skip
 NEEDED = ("torch", "numpy", "safetensors", "pybind11", "pytest")
 
 _FIELDS = {

@@ -94,7 +94,9 @@ def _linears(data: Data) -> list[str]:
         ]
         rows = []
         for it in sorted(cells, key=lambda it: it["batch"]):
-            verdict = judge_linear(it, device.get("compute_capability"), device.get("copy_gb_s"))
+            verdict = None
+            if not data["dry_run"]:
+                verdict = judge_linear(it, device.get("compute_capability"), device.get("copy_gb_s"))
             seconds = it["seconds"]
             rows.append(
                 (
@@ -124,7 +126,7 @@ def _masks(data: Data) -> list[str]:
     for it in data["masks"]:
         verdict = judge_mask(it)
         for name, share in it["copy_shares"].items():
-            reached = _mark(verdict.reached) if name == "mask_apply_packed_" else None
+            reached = _mark(verdict.reached) if name == "mask_apply_packed_" and not data["dry_run"] else None
             rows.append((it["dtype"], "x".join(map(str, it["shape"])), name, _us(it["seconds"][name]), f"{share:.0%}",
                          "WRONG" if it["wrong"] else reached))  # fmt: skip
     heads = ("dtype", "shape", "", "us", "of the rate of copy_", "all at 80 %")
