@@ -147,7 +147,7 @@ SP_KERNEL SP_THREADS(kThreads, 4) bitmap8_index_kernel(Global<const std::uint8_t
 }
 
 template <typename W>
-SP_KERNEL SP_THREADS(kThreads, 2) bitmap8_pack_kernel(Global<const W> dense, Units units, Global<const std::uint64_t> index,
+SP_KERNEL SP_THREADS(kThreads, 3) bitmap8_pack_kernel(Global<const W> dense, Units units, Global<const std::uint64_t> index,
                                                       Global<const std::int64_t> offsets, Global<W> values) {
   const Shared<W> stage = shared_memory<W>(warp() * kElements * static_cast<unsigned>(sizeof(W)));
   for (std::int64_t unit = first_task(); unit < units.all; unit += task_step()) {
@@ -179,7 +179,7 @@ SP_KERNEL SP_THREADS(kThreads, 2) bitmap8_pack_kernel(Global<const W> dense, Uni
 
 // A unit whose offset cannot be is given zeros: nothing is read by it.
 template <typename W>
-SP_KERNEL SP_THREADS(kThreads, 2)
+SP_KERNEL SP_THREADS(kThreads, 3)
     bitmap8_unpack_kernel(Global<const std::uint64_t> index, Global<const std::int64_t> offsets, Global<const W> values,
                           std::int64_t stored, Units units, Global<W> dense, Global<std::uint8_t> bits) {
   const Shared<W> stage = shared_memory<W>(warp() * kElements * static_cast<unsigned>(sizeof(W)));

@@ -130,7 +130,7 @@ SP_DEVICE void store_row_bits(Global<std::uint8_t> p, const u32x2& v, std::int64
 }
 
 template <bool by_bits>
-SP_KERNEL SP_THREADS(kThreads, 2)
+SP_KERNEL SP_THREADS(kThreads, 3)
     sparse24_pack_kernel(Global<const std::uint16_t> dense, Global<const std::uint8_t> bits, Units units,
                          Global<std::uint16_t> values, Global<std::uint32_t> metadata, Global<std::int64_t> error) {
   const int g = lane_id() / 4, t = lane_id() % 4;

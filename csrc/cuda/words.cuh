@@ -42,12 +42,16 @@ SP_DEVICE bool is_aligned(int shift, std::int64_t index, int each) {
   return ((shift + index) & (each - 1)) == 0;
 }
 
-// The lane's elements of V; zero from `left` on. stage: 32 V.
+// The lane's elements of V: of a whole piece at a multiple of 16 bytes (of sizeof(V)), of any piece (zero from `left` on),
+// and by what it is. stage: 32 V, the warp's own.
 template <typename V, typename T>
-SP_DEVICE V load_piece(Global<const T> p, std::int64_t left, bool aligned, Shared<T> stage) {
+SP_DEVICE V load_whole(Global<const T> p) {
   constexpr int each = static_cast<int>(sizeof(V) / sizeof(T));
-  if (left <= 0) return V{};
-  if (aligned && left >= 32 * each) return load<V>(p + lane_id() * each);
+  return load<V>(p + lane_id() * each);
+}
+template <typename V, typename T>
+SP_DEVICE V load_staged(Global<const T> p, std::int64_t left, Shared<T> stage) {
+  constexpr int each = static_cast<int>(sizeof(V) / sizeof(T));
   SP_UNROLL
   for (int j = 0; j < each; ++j) {
     const int i = 32 * j + lane_id();
@@ -60,15 +64,21 @@ SP_DEVICE V load_piece(Global<const T> p, std::int64_t left, bool aligned, Share
   sync_warp();  // the stage may be written again
   return v;
 }
+template <typename V, typename T>
+SP_DEVICE V load_piece(Global<const T> p, std::int64_t left, bool aligned, Shared<T> stage) {
+  if (left <= 0) return V{};
+  if (aligned && left >= static_cast<int>(32 * sizeof(V) / sizeof(T))) return load_whole<V>(p);
+  return load_staged<V>(p, left, stage);
+}
 
 template <typename V, typename T>
-SP_DEVICE void store_piece(Global<T> p, const V& v, std::int64_t left, bool aligned, Shared<T> stage) {
+SP_DEVICE void store_whole(Global<T> p, const V& v) {
   constexpr int each = static_cast<int>(sizeof(V) / sizeof(T));
-  if (left <= 0) return;
-  if (aligned && left >= 32 * each) {
-    store(p + lane_id() * each, v);
-    return;
-  }
+  store(p + lane_id() * each, v);
+}
+template <typename V, typename T>
+SP_DEVICE void store_staged(Global<T> p, const V& v, std::int64_t left, Shared<T> stage) {
+  constexpr int each = static_cast<int>(sizeof(V) / sizeof(T));
   store(stage + lane_id() * each, v);
   sync_warp();
   SP_UNROLL
@@ -77,6 +87,15 @@ SP_DEVICE void store_piece(Global<T> p, const V& v, std::int64_t left, bool alig
     if (i < left) store(p + i, load<T>(stage + i));
   }
   sync_warp();  // the stage may be written again
+}
+template <typename V, typename T>
+SP_DEVICE void store_piece(Global<T> p, const V& v, std::int64_t left, bool aligned, Shared<T> stage) {
+  if (left <= 0) return;
+  if (aligned && left >= static_cast<int>(32 * sizeof(V) / sizeof(T))) {
+    store_whole(p, v);
+  } else {
+    store_staged(p, v, left, stage);
+  }
 }
 
 template <typename W>
