@@ -135,15 +135,17 @@ def test_plans_are_made_for_the_multiprocessors_that_it_claims(emulator: ModuleT
         emulator.set_sm_count(before)
 
 
-def test_bank_conflicts_are_told_by_line(emulator: ModuleType) -> None:
-    # A row of an odd length goes through shared memory.
-    x, kept, out = (t[:2999] for t in operands())
+def test_traffic_is_told_by_line(emulator: ModuleType) -> None:
+    # Rows of an odd length go through shared memory.
+    x, kept, out = operands()
     mask(emulator, x[1:], kept[1:], out[1:])
     (report,) = emulator.report()
-    assert report["conflicts"]
-    for line, counted in report["conflicts"].items():
-        assert re.fullmatch(r"csrc/cuda/\w+\.cuh?:\d+", line)
-        assert counted["mean"] == counted["turns"] / counted["requests"]
-        assert 1 <= counted["mean"] <= counted["worst"] <= 32
+    for space, units in (("shared", "turns"), ("global", "sectors")):
+        assert report[space]
+        for line, counted in report[space].items():
+            assert re.fullmatch(r"csrc/cuda/\w+\.cuh?:\d+", line)
+            assert 1 <= counted["requests"] <= counted[units] <= counted["requests"] * counted["worst"]
+            assert counted["worst"] <= 32
+            assert counted["bytes"] >= counted["requests"]
     emulator.clear_report()
     assert emulator.report() == []

@@ -13,18 +13,22 @@ using namespace sparseprune;
 
 namespace {
 
+py::dict traffic(const std::map<std::string, simt::Traffic>& lines, const char* units) {
+  py::dict all;
+  for (const auto& [line, t] : lines) {
+    py::dict d;
+    d["requests"] = t.requests;
+    d["bytes"] = t.bytes;
+    d[units] = t.units;
+    d["worst"] = t.worst;
+    all[py::str(line)] = d;
+  }
+  return all;
+}
+
 py::list report() {
   py::list kernels;
   for (const auto& [name, r] : simt::reports()) {
-    py::dict conflicts;
-    for (const auto& [line, c] : r.conflicts) {
-      py::dict d;
-      d["requests"] = c.requests;
-      d["turns"] = c.turns;
-      d["worst"] = c.worst;
-      d["mean"] = static_cast<double>(c.turns) / static_cast<double>(c.requests);
-      conflicts[py::str(line)] = d;
-    }
     py::dict d;
     d["kernel"] = name;
     d["launches"] = r.launches;
@@ -38,7 +42,8 @@ py::list report() {
     d["shuffles"] = r.shuffles;
     d["sync_warp"] = r.sync_warp;
     d["sync_block"] = r.sync_block;
-    d["conflicts"] = conflicts;
+    d["shared"] = traffic(r.shared, "turns");
+    d["global"] = traffic(r.global, "sectors");
     kernels.append(d);
   }
   return kernels;
@@ -63,7 +68,7 @@ PYBIND11_MODULE(_simt, m) {
   m.def("seed", &simt::seed);
   m.def("set_sm_count", &simt::set_sm_count, py::arg("count"));
 
-  // What each kernel has done since the last clear_report: a dict each, bank conflicts by line.
+  // What each kernel has done since the last clear_report: a dict each, of the fields of host/report.h.
   m.def("report", &report);
   m.def("clear_report", &simt::clear_reports);
 }

@@ -5,7 +5,7 @@
 // What is checked: bounds, alignment and writability of buffers (those registered, host/memory.h); shared memory: bounds,
 // alignment, reads of what nobody wrote; both: accesses by two threads, one of them a write, with no barrier between them;
 // cp.async: lands at the wait, touched before, never waited for; metadata of mma.sp; all lanes in every collective, all
-// threads in every barrier; the limits of a launch. Bank conflicts are counted (host/report.h).
+// threads in every barrier; the limits of a launch. Bank conflicts and sectors are counted (host/report.h).
 #pragma once
 
 #include <bit>
@@ -60,10 +60,13 @@ Shared<T> shared_memory(unsigned byte_offset) {
   return reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(machine.shared) + byte_offset);
 }
 
-inline unsigned shared_base() { return 0; }
+// Where the dynamic shared memory of a block begins: not at 0, and 128-byte aligned, no more is promised.
+inline unsigned shared_base() {
+  return 1024 + 128;
+}
 template <typename T>
 Shared<T> shared_at(unsigned a) {
-  return shared_memory<T>(a);
+  return shared_memory<T>(a - shared_base());
 }
 
 template <typename V>
@@ -176,7 +179,7 @@ inline int popc(std::uint64_t v) {
   return std::popcount(v);
 }
 
-// prmt's default mode, written from the PTX ISA.
+// dp4a.u32.u32 and prmt's default mode, written from the PTX ISA.
 inline std::uint32_t dot4(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   for (int i = 0; i < 32; i += 8) c += (a >> i & 255u) * (b >> i & 255u);
   return c;

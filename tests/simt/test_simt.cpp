@@ -19,7 +19,7 @@ int main() {
     test::test_warp();
     test::test_mma();
     test::test_machine();
-    test::test_conflicts();
+    test::test_traffic();
   }
   std::printf("%d passed, %d failed\n", test::passed, test::failed);
   return test::failed != 0;

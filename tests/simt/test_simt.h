@@ -70,6 +70,6 @@ void test_copies();
 void test_warp();
 void test_mma();
 void test_machine();
-void test_conflicts();
+void test_traffic();
 
 }  // namespace sparseprune::simt::test

@@ -33,6 +33,8 @@ SP_KERNEL pointers_kernel(Args a, Global<std::uint8_t> bytes, Global<float> floa
   *p = 8;
   p -= 13;
   a.out[14] = p == a.out && p < a.out + 1;
+  store(shared_memory<int>(8), 9);
+  a.out[15] = load<int>(shared_at<int>(shared_base() + 8));
 }
 
 SP_KERNEL add_one(Global<const std::uint32_t> in, Global<std::uint32_t> out) {
@@ -136,8 +138,8 @@ void test_pointers() {
   Buffer<int> in(2, 1, false), out(16);
   Buffer<std::uint8_t> bytes(2);
   Buffer<float> floats(2);
-  launch(grid(32), pointers_kernel, Args{in.data(), out.data(), nullptr}, bytes.data(), floats.data());
-  const int want[16] = {3, 0, 1, (5 + 1) | 64, 1, 1, 0x40200000, 0, 1, 2, 3, 4, 7, 8, 1, 0};
+  launch(grid(32, 64), pointers_kernel, Args{in.data(), out.data(), nullptr}, bytes.data(), floats.data());
+  const int want[16] = {3, 0, 1, (5 + 1) | 64, 1, 1, 0x40200000, 0, 1, 2, 3, 4, 7, 8, 1, 9};
   for (int i = 0; i < 16; ++i) expect_equal(out[static_cast<std::size_t>(i)], want[i], "pointers " + std::to_string(i));
   expect(std::is_trivially_copyable_v<Args>, "arguments can be copied to a card");
 }

@@ -1,4 +1,4 @@
-// Shuffles, ballots, numbers, barriers, deadlocks, limits, bank conflicts.
+// Shuffles, ballots, numbers, barriers, deadlocks, limits, traffic.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -86,12 +86,26 @@ SP_KERNEL rows_of_ldmatrix(unsigned pitch) {
   ldmatrix_x4(r, p + lane() * pitch);
 }
 
-// Of the line whose number of requests this is.
-BankConflicts conflicts(std::int64_t requests) {
-  for (const auto& [line, c] : reports().at("test").conflicts) {
-    if (c.requests == requests) return c;
+template <typename V>
+SP_KERNEL global_loads(Global<const std::uint8_t> p, int stride) {
+  if (lane() != 3) load<V>(p + static_cast<int>(lane()) * stride);
+}
+SP_KERNEL global_copies(Global<const std::uint8_t> p) {
+  const int l = static_cast<int>(lane());
+  cp_async16(shared_memory<std::uint8_t>(16 * lane()), p + 16 * l, l == 0 ? 4 : 16);
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
+// Of the line with so many requests.
+Traffic shared_traffic(std::int64_t requests) {
+  for (const auto& [line, t] : reports().at("test").shared) {
+    if (t.requests == requests) return t;
   }
   return {};
+}
+Traffic global_traffic() {
+  return reports().at("test").global.begin()->second;
 }
 
 }  // namespace
@@ -161,6 +175,7 @@ void test_numbers() {
     if (!std::isnan(want) && from_float<f16>(f).bits != b) expect(false, "f16 there and back " + std::to_string(bits));
   }
   expect_equal(popc(0xf0f0u) + popc(std::uint64_t{1} << 63 | 5), 11, "popc");
+  expect_equal(dot4(0xff020304, 0xff05000a, 7), 255u * 255 + 10 + 40 + 7, "dot4");
   expect_equal(byte_perm(0x03020100, 0x07060504, 0x5140), 0x05010400u, "byte_perm");
   expect_equal(byte_perm(0x00807f01, 0x80000000, 0x1234fa98), 0xffff0000u, "byte_perm, signs");
 }
@@ -204,23 +219,23 @@ void test_machine() {
   for (std::uint32_t i = 0; i < 256; ++i) expect_equal(orders[1][i], i, "every thread once");
 }
 
-void test_conflicts() {
+void test_traffic() {
   const auto strided = [](unsigned stride) {
     clear_reports();
     launch(grid(32, 4096), strided_loads, stride);
-    return conflicts(2);
+    return shared_traffic(2);
   };
   expect_equal(strided(1).worst, 1u, "neighbours");
   expect_equal(strided(2).worst, 2u, "every second word");
   expect_equal(strided(32).worst, 32u, "one bank");
-  expect_equal(strided(32).turns, 64, "one bank, twice");
+  expect_equal(strided(32).units, 64, "one bank, twice");
   expect_equal(strided(33).worst, 1u, "padded rows");
   expect_equal(strided(0).worst, 1u, "one word for all");
 
   const auto stored = [](auto kernel, unsigned stride, std::int64_t requests) {
     clear_reports();
     launch(grid(32, 32 * 16 * 8), kernel, stride);
-    return conflicts(requests).worst;
+    return shared_traffic(requests).worst;
   };
   expect_equal(stored(vector_stores<std::uint16_t>, 1, 1), 1u, "two lanes a word");
   expect_equal(stored(vector_stores<u32x2>, 1, 2), 1u, "8 bytes a lane");
@@ -231,11 +246,31 @@ void test_conflicts() {
   const auto rows = [](unsigned pitch) {
     clear_reports();
     launch(grid(32, 32 * 144), rows_of_ldmatrix, pitch);
-    return conflicts(4).worst;
+    return shared_traffic(4).worst;
   };
   expect_equal(rows(128), 8u, "rows of 128 bytes");
   expect_equal(rows(144), 1u, "rows of 128 bytes, padded");
   expect_equal(reports().at("test").ldmatrix, 1, "ldmatrix counted");
+
+  clear_buffers();
+  Buffer<u32x4> buffer(130, {}, false);
+  const auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
+  const auto* const p = reinterpret_cast<const std::uint8_t*>((address + 31) / 32 * 32);
+  const auto loaded = [&](auto kernel, int stride) {
+    clear_reports();
+    launch(grid(32), kernel, p, stride);
+    return global_traffic();
+  };
+  expect_equal(loaded(global_loads<int>, 4).units, 4, "neighbours");
+  expect_equal(loaded(global_loads<int>, 4).bytes, 31 * 4, "neighbours but one");
+  expect_equal(loaded(global_loads<int>, 64).units, 31, "far apart");
+  expect_equal(loaded(global_loads<u32x4>, 16).units, 16, "16 bytes a lane");
+  expect_equal(loaded(global_loads<u32x4>, 0).worst, 1u, "one place");
+  clear_reports();
+  launch(grid(32, 512), global_copies, p);
+  expect_equal(global_traffic().bytes, 31 * 16 + 4, "copies");
+  expect_equal(global_traffic().units, 16, "copies");
+  expect_equal(shared_traffic(4).units, 4, "copies");
 }
 
 }  // namespace sparseprune::simt::test

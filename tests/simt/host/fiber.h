@@ -4,8 +4,10 @@
 #include <cstddef>
 
 #if !defined(__x86_64__) && !defined(__aarch64__)
-#include <ucontext.h>
 #define SIMT_UCONTEXT
+#endif
+#if defined(SIMT_UCONTEXT)
+#include <ucontext.h>
 #endif
 
 namespace sparseprune::simt {

@@ -9,9 +9,9 @@
 #include <random>
 #include <stdexcept>
 
-#include "host/conflicts.h"
 #include "host/memory.h"
 #include "host/report.h"
+#include "host/traffic.h"
 #include "simt.h"
 
 namespace sparseprune::simt {
@@ -20,8 +20,8 @@ Machine machine;
 
 namespace {
 
-// Blocks of a launch whose bank conflicts are counted: the others do the same.
-constexpr std::uint64_t kCountedBlocks = 8;
+// Blocks of a launch whose traffic is counted: the others' is much the same.
+constexpr std::uint64_t kCountedBlocks = 4;
 // Every so often, on average, another warp goes on although this one could.
 constexpr std::uint32_t kWarpSteps = 8;
 
@@ -180,7 +180,7 @@ void run_block(std::uint64_t index) {
   m.self = next_thread(random_order.next() % warps);
   switch_context(block.outside, m.self->context);
   m.self = nullptr;
-  if (m.count_conflicts) {
+  if (m.count_traffic) {
     for (unsigned w = 0; w < warps; ++w) count_logged(w);
   }
   if (!block.failure.empty()) throw Fault(block.failure);
@@ -234,7 +234,7 @@ void join_warp(const char* doing, Complete complete, void* operand, const Locati
     set_waiting();
   } else {
     w.arrived = 0;
-    if (machine.count_conflicts) count_logged(self.warp);
+    if (machine.count_traffic) count_logged(self.warp);
     complete(w.operands, at);
     set_ready(self.warp);
   }
@@ -259,7 +259,7 @@ void join_block(const Location& at) {
     machine.block_since = ++machine.clock;
     for (unsigned w = 0; w < machine.threads / kLanes; ++w) {
       machine.warps[w].since = machine.clock;
-      if (machine.count_conflicts) count_logged(w);
+      if (machine.count_traffic) count_logged(w);
       set_ready(w);
     }
   }
@@ -297,7 +297,7 @@ void run(const Grid& grid, Body body) {
   while (std::gcd(stride, blocks) != 1) stride = (stride + 1) % blocks;
   std::uint64_t index = random_order.next() % blocks;
   for (std::uint64_t i = 0; i < blocks; ++i) {
-    m.count_conflicts = i < kCountedBlocks;
+    m.count_traffic = i < kCountedBlocks;
     run_block(index);
     ++report.blocks;
     index = (index + stride) % blocks;

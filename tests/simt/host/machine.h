@@ -19,6 +19,8 @@ constexpr unsigned kMaxSharedBytes = 227 * 1024;
 
 struct Grid;
 
+enum class Space : std::uint8_t { shared, global };
+
 // A cp.async that has not landed. From `bytes` on the 16 are zero.
 struct Copy {
   char* dst;
@@ -63,7 +65,7 @@ struct Machine {
 
   std::uint32_t clock = 1;
   std::uint32_t launch_start = 1, block_start = 1, block_since = 1;  // block_since: the last barrier of the block
-  bool count_conflicts = false;
+  bool count_traffic = false;
 };
 extern Machine machine;
 

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "host/conflicts.h"
 #include "host/machine.h"
 #include "host/report.h"
+#include "host/traffic.h"
 
 namespace sparseprune::simt {
 
@@ -55,13 +55,14 @@ std::size_t check_global(const Extent* extent, const void* p, unsigned bytes, un
 
 Shadow& shadow_of(const Extent* extent) {
   auto& shadow = const_cast<Extent*>(extent)->shadow;
-  if (!shadow) shadow = std::make_unique<Shadow>(Shadow::Space::global, extent->end - extent->begin);
+  if (!shadow) shadow = std::make_unique<Shadow>(Space::global, extent->end - extent->begin);
   return *shadow;
 }
 
 void access_global(const Extent* extent, const void* p, unsigned bytes, unsigned align, Shadow::Access access,
                    const char* what, const Location& at) {
   const std::size_t offset = check_global(extent, p, bytes, align, what, at);
+  if (machine.count_traffic) log_access(Space::global, address_of(p), bytes, site_of(at));
   if (extent->writable) {
     shadow_of(extent).access(access, offset, bytes, site_of(at));
   } else if (access == Shadow::Access::write || access == Shadow::Access::atomic) {
@@ -70,7 +71,7 @@ void access_global(const Extent* extent, const void* p, unsigned bytes, unsigned
 }
 
 Shadow& shared_shadow() {
-  static Shadow shadow(Shadow::Space::shared, kMaxSharedBytes);
+  static Shadow shadow(Space::shared, kMaxSharedBytes);
   return shadow;
 }
 
@@ -153,22 +154,22 @@ void atomic_global(const Extent* extent, void* p, unsigned bytes, unsigned align
 void read_shared(const void* p, unsigned bytes, unsigned align, const Location& at) {
   const std::size_t offset = check_shared(p, bytes, align, "read", at);
   shared_shadow().access(Shadow::Access::read, offset, bytes, site_of(at));
-  if (machine.count_conflicts) log_shared(offset, bytes, at);
+  if (machine.count_traffic) log_access(Space::shared, offset, bytes, site_of(at));
 }
 void write_shared(void* p, unsigned bytes, unsigned align, const Location& at) {
   const std::size_t offset = check_shared(p, bytes, align, "write", at);
   shared_shadow().access(Shadow::Access::write, offset, bytes, site_of(at));
-  if (machine.count_conflicts) log_shared(offset, bytes, at);
+  if (machine.count_traffic) log_access(Space::shared, offset, bytes, site_of(at));
 }
 
 void read_rows(const void* const* rows, unsigned count, const Location& at) {
-  unsigned offsets[kLanes];
+  std::uintptr_t offsets[kLanes];
   for (unsigned i = 0; i < count; ++i) {
     const std::size_t offset = check_shared(rows[i], 16, 16, "ldmatrix row", at);
     shared_shadow().access(Shadow::Access::read_by_warp, offset, 16, site_of(at));
-    offsets[i] = static_cast<unsigned>(offset);
+    offsets[i] = offset;
   }
-  if (machine.count_conflicts) count_rows(offsets, count, at);
+  if (machine.count_traffic) count_rows(offsets, count, site_of(at));
 }
 
 void issue_copy(void* dst, const Extent* extent, const void* src, int bytes, const Location& at) {
@@ -176,13 +177,14 @@ void issue_copy(void* dst, const Extent* extent, const void* src, int bytes, con
   const std::size_t offset = check_shared(dst, 16, 16, "cp.async", at);
   if (bytes > 0) {
     check_global(extent, src, static_cast<unsigned>(bytes), 16, "cp.async", at);
+    if (machine.count_traffic) log_access(Space::global, address_of(src), static_cast<unsigned>(bytes), site_of(at));
     if (extent->writable) {
       shadow_of(extent).access(Shadow::Access::read, address_of(src) - extent->begin, static_cast<unsigned>(bytes),
                                site_of(at));
     }
   }
   shared_shadow().access(Shadow::Access::issue_copy, offset, 16, site_of(at));
-  if (machine.count_conflicts) log_shared(offset, 16, at);
+  if (machine.count_traffic) log_access(Space::shared, offset, 16, site_of(at));
   Thread& t = *machine.self;
   t.copies.push_back(
       {static_cast<char*>(dst), static_cast<const char*>(src), static_cast<unsigned>(bytes), t.groups, site_of(at)});

@@ -6,8 +6,6 @@
 #include <new>
 #include <string>
 
-#include "host/machine.h"
-
 namespace sparseprune::simt {
 
 namespace {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "host/machine.h"
 #include "host/site.h"
 
 namespace sparseprune::simt {
@@ -19,7 +20,6 @@ struct FreeMemory {
 
 class Shadow {
  public:
-  enum class Space : std::uint8_t { shared, global };
   enum class Access : std::uint8_t { read, read_by_warp, read_once, write, issue_copy, atomic };
 
   Shadow(Space space, std::size_t bytes);
