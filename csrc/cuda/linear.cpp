@@ -5,9 +5,9 @@
 namespace sparseprune::cuda {
 namespace {
 
-constexpr int kInvalidValue = 1;             // cudaErrorInvalidValue
-constexpr std::int64_t kMaxSplits = 0xffff;  // a dimension of the grid
-constexpr std::int64_t kMaxCols = INT32_MAX - 64;
+constexpr int kInvalidValue = 1;                          // cudaErrorInvalidValue
+constexpr std::int64_t kMaxSplits = 0xffff;               // a dimension of the grid
+constexpr std::int64_t kMaxCols = std::int64_t{1} << 30;  // kernels count them in 32 bits
 
 int run(const LinearCall& call, const Geometry& g) {
   if (call.layout == Layout::sparse24) return linear_sparse24(call, g);

@@ -1,9 +1,10 @@
-// Which configuration runs. The kernels are compiled in three other files, so that the longest part of a build is shared out.
+// Which configuration runs. The kernels are compiled in three other files, so that the longest part of a build is shared
+// out.
 #include <iterator>
 #include <utility>
 
-#include "cuda/linear_sparse24.h"
 #include "cuda/launchers.h"
+#include "cuda/linear_sparse24.h"
 
 namespace sparseprune::cuda {
 

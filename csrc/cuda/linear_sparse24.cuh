@@ -8,7 +8,7 @@
 //                 x: [batch][cols], rows `stride` apart, any alignment. It is operand B.
 //                 out: [batch][rows]; with splits > 1 float32 [splits][batch][rows] instead, without bias.
 //
-// Preconditions   values and metadata at 16 bytes; 1 <= rows, batch; 0 <= cols < 2^31.
+// Preconditions   values and metadata at 16 bytes; 1 <= rows, batch; 0 <= cols <= 2^30.
 //
 // Partition       A block makes a tile of tile_m rows x tile_n batch rows, over one split of the columns:
 //
@@ -25,98 +25,20 @@
 //                 row n of x keeps its eight 16-byte parts at place part ^ (n % 8), so that the 8 rows of an ldmatrix matrix
 //                 meet 8 different groups of banks (this is also wgmma's 128-byte swizzle). linear_sparse24.h has the tiles.
 //
-// Where more will go. wgmma.sp (sm_90a; mma.sync reaches 60 % of its chips): linear_sparse24_sm90.cu, for tiles from 128 x 128
-// on, from the same blobs: warp w of a warpgroup takes its A registers and metadata of m64nNk32 from tile w % 2 of unit
+// Where more will go. wgmma.sp (sm_90a; mma.sync reaches 60 % of its chips): linear_sparse24_sm90.cu, for tiles from 128 x
+// 128 on, from the same blobs: warp w of a warpgroup takes its A registers and metadata of m64nNk32 from tile w % 2 of unit
 // w / 2, and x lies in shared memory as the instruction wants it. int8: another T here and mma.sp.m16n8k64 in simt.h, units
 // of 32 x 128 in fragments.h, the scales of groups behind PackedHeader::reserved.
 #pragma once
 
-#include <cstring>
 #include <initializer_list>
 #include <type_traits>
 #include <utility>
 
-#include "cuda/linear_sparse24.h"
-#include "cuda/launchers.h"
-#include "cuda/simt.h"
+#include "cuda/sparse24_drain.cuh"
+#include "cuda/sparse24_tile.cuh"
 
 namespace sparseprune::cuda {
-
-struct Sparse24Args {
-  simt::Global<const std::uint8_t> values, metadata;
-  simt::Global<const std::uint16_t> x, bias;  // bias may be null
-  simt::Global<std::uint16_t> out;
-  simt::Global<float> partial;  // null for one split
-  std::int64_t rows, batch, stride;
-  std::int64_t strips;  // of 32 rows
-  int cols, blocks;     // blocks of 64 columns
-  unsigned tiles_m, tiles_n;
-  std::int64_t strip_bytes;  // values of a strip
-  bool x_vectors;    // x consists of aligned 16 bytes
-  bool out_vectors;  // out or partial, and bias, 8 elements at a time
-};
-
-// A configuration as constants.
-template <int CONFIG>
-struct Sparse24Tile {
-  static constexpr Sparse24Config kConfig = kSparse24Configs[CONFIG];
-  static constexpr int kWarpsM = kConfig.warps_m, kWarpsN = kConfig.warps_n, kWarpsK = kConfig.warps_k;
-  static constexpr int kUnits = kConfig.units, kTilesN = kConfig.n_tiles, kStages = kConfig.stages;
-  static constexpr int kTileM = kConfig.tile_m(), kTileN = kConfig.tile_n();
-  static constexpr int kThreads = kConfig.threads(), kGroup = kThreads / kWarpsK;
-
-  static constexpr int kBlockUnits = kWarpsM * kUnits;
-  static constexpr int kValueBytes = sparse24::kValues * 2, kMetadataBytes = sparse24::kWords * 4;  // of a unit
-  static constexpr int kRowBytes = sparse24::kCols * 2;                                             // of x
-  static constexpr int kMetadata = kBlockUnits * kValueBytes, kX = kMetadata + kBlockUnits * kMetadataBytes;
-  static constexpr int kStageBytes = kConfig.stage_bytes();
-  static constexpr int kShared = kConfig.shared_bytes();
-
-  // Copies of 16 bytes by each thread of a group: values, metadata (one, by the first threads), x.
-  static constexpr int kValueCopies = kBlockUnits * kValueBytes / 16 / kGroup;
-  static constexpr int kMetadataThreadsOfUnit = kMetadataBytes / 16, kMetadataThreads = kBlockUnits * kMetadataThreadsOfUnit;
-  static constexpr int kXRows = kGroup / 8, kXCopies = kTileN / kXRows;
-  static constexpr int kCopies = kValueCopies + 1 + kXCopies;
-
-  // A round is 2 x kTilesN slots: a step of 32 columns and a tile of 8 batch rows each. Copies are spread over the first
-  // ones, so that tensor cores need not wait for their issue; with two stages over fewer, for they must land by the round's end.
-  static constexpr int kSlots = 2 * kTilesN;
-  static constexpr int kCopySlots = kStages > 2 || kTilesN == 1 ? kTilesN : kTilesN / 2;
-
-  // The sums leave through shared memory, in passes of so many tiles of each warp as fit. Rows of the tile are 4 floats
-  // longer than needed: the four n of a register's lanes then begin 8 banks apart.
-  static constexpr int kPitch = kTileM + 4;
-  static constexpr int pass_bytes(int tiles) {
-    return kWarpsK * kWarpsN * tiles * 8 * kPitch * 4;
-  }
-  static constexpr int tiles_of_a_pass() {
-    int tiles = kTilesN;
-    while (pass_bytes(tiles) > kShared) tiles /= 2;
-    return tiles;
-  }
-  static constexpr int kPassTiles = tiles_of_a_pass(), kPasses = kTilesN / kPassTiles;
-  static constexpr int kPassRows = kWarpsN * kPassTiles * 8;  // batch rows
-
-  static_assert(kShared <= kMaxShared, "every card must be able to run every configuration");
-  static_assert(kValueCopies * kGroup * 16 == kMetadata, "all threads of a group copy as many values");
-  static_assert(kMetadataThreads <= kGroup, "the metadata is one copy or none for each thread");
-  static_assert(kXCopies * kXRows == kTileN && kXRows % 4 == 0, "a group copies x in whole rows");
-  // A round of copies of values is a part of a unit, or some units; then offsets do not carry.
-  static_assert(kValueBytes % (kGroup * 16) == 0 || kGroup * 16 % kValueBytes == 0, "groups are powers of two");
-  static_assert(kX % 128 == 0 && kStageBytes % 128 == 0, "the swizzle works on bits 4 to 6 of an address");
-  static_assert(kPassTiles * kPasses == kTilesN && kPassTiles > 0, "passes are equal");
-  static_assert(kStages >= 2, "a stage arrives while another is in use");
-};
-
-// Where a thread's work lies.
-struct Sparse24Place {
-  int thread;  // of its K group
-  int k_group, warp_m, warp_n;
-  std::int64_t strip, n;          // the first of the block's tile
-  int units, x_rows;              // of the tile that there are
-  int a_byte, e_byte, b_byte;     // of a stage: the first of this lane's operands
-  int x_byte;                     // of a stage: the first of this thread's copies of x
-};
 
 // What a thread copies next; each copy's place in memory is a constant away, or a multiple of a stride.
 struct Sparse24Cursor {
@@ -125,36 +47,6 @@ struct Sparse24Cursor {
   int block;    // of columns
   int columns;  // of x that are left from the thread's part on
 };
-
-// Byte of part `part` (8 columns) of row n of x, in a stage.
-template <typename C>
-SP_DEVICE int sparse24_x_byte(int n, int part) {
-  return C::kX + n * C::kRowBytes + (part ^ n % 8) * 16;
-}
-
-template <typename C>
-SP_DEVICE Sparse24Place sparse24_place(const Sparse24Args& a) {
-  const int thread = static_cast<int>(simt::thread_x()), lane = thread % 32;
-  Sparse24Place p;
-  p.thread = C::kWarpsK == 1 ? thread : thread % C::kGroup;
-  p.k_group = C::kWarpsK == 1 ? 0 : thread / C::kGroup;
-  p.warp_m = p.thread / 32 % C::kWarpsM;
-  p.warp_n = p.thread / 32 / C::kWarpsM;
-  p.a_byte = p.warp_m * C::kUnits * C::kValueBytes + lane * 16;
-  p.e_byte = C::kMetadata + p.warp_m * C::kUnits * C::kMetadataBytes + lane * 8;
-  p.b_byte = sparse24_x_byte<C>(p.warp_n * C::kTilesN * 8 + lane % 8, lane / 8);  // matrix lane / 8 of an ldmatrix: 8 columns
-  p.x_byte = sparse24_x_byte<C>(p.thread / 8, p.thread % 8);
-  // Blocks that run at the same time lie in a near square of about 2048 rows, so that L2 serves most reads of both
-  // operands: down the rows of a band first, then along the batch.
-  constexpr unsigned kBand = 2048 / C::kTileM;
-  const unsigned id = simt::block_x(), band = id / (kBand * a.tiles_n), within = id % (kBand * a.tiles_n);
-  const unsigned left = a.tiles_m - band * kBand, height = left < kBand ? left : kBand;
-  p.strip = static_cast<std::int64_t>(band * kBand + within % height) * C::kBlockUnits;
-  p.n = static_cast<std::int64_t>(within / height) * C::kTileN;
-  p.units = static_cast<int>(a.strips - p.strip < C::kBlockUnits ? a.strips - p.strip : C::kBlockUnits);
-  p.x_rows = static_cast<int>(a.batch - p.n < C::kTileN ? a.batch - p.n : C::kTileN);
-  return p;
-}
 
 template <typename C>
 SP_DEVICE Sparse24Cursor sparse24_cursor(const Sparse24Args& a, const Sparse24Place& p, int block) {
@@ -186,8 +78,9 @@ SP_DEVICE int sparse24_x_copy_byte(const Sparse24Place& p, int rows) {
   return (p.x_byte ^ rows % 8 * 16) + rows * C::kRowBytes;
 }
 
-// Copy i of kCopies of this thread's part in bringing a block of columns to a stage. What there is not becomes zeros: columns
-// past the last, batch rows, units, and, without `more`, all of it, which nobody reads: a size of 0 costs less than a branch.
+// Copy i of kCopies of this thread's part in bringing a block of columns to a stage. What there is not becomes zeros:
+// columns past the last, batch rows, units, and, without `more`, all of it, which nobody reads: a size of 0 costs less than
+// a branch.
 template <typename C>
 SP_DEVICE void sparse24_copy(const Sparse24Args& a, const Sparse24Place& p, const Sparse24Cursor& c,
                              simt::Shared<std::uint8_t> stage, bool more, int i) {
@@ -263,10 +156,6 @@ SP_DEVICE void sparse24_load_first(const Sparse24Place& p, simt::Shared<std::uin
   sparse24_load_b<C>(p, stage, 0, f);
 }
 
-// [unit][tile of 16 rows][tile of 8 batch rows][register]
-template <typename C>
-using Sparse24Sums = float[C::kUnits][2][C::kTilesN][4];
-
 template <typename T, typename C>
 SP_DEVICE void sparse24_multiply(int slot, const Sparse24Fragments<C>& f, const std::uint32_t (&e)[C::kUnits],
                                  Sparse24Sums<C>& acc) {
@@ -298,120 +187,6 @@ SP_DEVICE void sparse24_slots(std::integer_sequence<int, SLOT...>, const Sparse2
                               simt::Shared<std::uint8_t> read, simt::Shared<std::uint8_t> write, const Sparse24Cursor& next,
                               bool more, Sparse24Fragments<C>& f, Sparse24Sums<C>& acc) {
   (sparse24_slot<T, C, SLOT>(a, p, read, write, next, more, f, acc), ...);
-}
-
-SP_DEVICE std::uint32_t sparse24_bits(float v) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  return bits;
-}
-SP_DEVICE float sparse24_float(std::uint32_t bits) {
-  float v;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
-
-// Eight rows of one batch row, from `row` on, as far as there are.
-template <typename T>
-SP_DEVICE void sparse24_write(const Sparse24Args& a, std::int64_t n, std::int64_t row, float (&sum)[8]) {
-  const std::int64_t at = n * a.rows + row;
-  const int valid = a.rows - row < 8 ? static_cast<int>(a.rows - row) : 8;
-  if (a.partial) {
-    const auto to = a.partial + (static_cast<std::int64_t>(simt::block_y()) * a.batch * a.rows + at);
-    if (a.out_vectors) {
-      SP_UNROLL
-      for (int e = 0; e < 8; e += 4) {
-        simt::store(to + e, simt::u32x4{sparse24_bits(sum[e]), sparse24_bits(sum[e + 1]), sparse24_bits(sum[e + 2]),
-                                        sparse24_bits(sum[e + 3])});
-      }
-      return;
-    }
-    SP_UNROLL
-    for (int e = 0; e < 8; ++e) {
-      if (e < valid) simt::store(to + e, sum[e]);
-    }
-    return;
-  }
-  std::uint32_t pair[4] = {};
-  if (a.out_vectors) {
-    if (a.bias) {
-      const auto v = simt::load<simt::u32x4>(a.bias + row);
-      pair[0] = v.x, pair[1] = v.y, pair[2] = v.z, pair[3] = v.w;
-    }
-    SP_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const T low{static_cast<std::uint16_t>(pair[e] & 0xffff)}, high{static_cast<std::uint16_t>(pair[e] >> 16)};
-      const std::uint32_t first = simt::from_float<T>(sum[2 * e] + simt::to_float(low)).bits;
-      const std::uint32_t second = simt::from_float<T>(sum[2 * e + 1] + simt::to_float(high)).bits;
-      pair[e] = first | second << 16;
-    }
-    simt::store(a.out + at, simt::u32x4{pair[0], pair[1], pair[2], pair[3]});
-    return;
-  }
-  SP_UNROLL
-  for (int e = 0; e < 8; ++e) {
-    if (e >= valid) continue;
-    if (a.bias) sum[e] += simt::to_float(T{simt::load<std::uint16_t>(a.bias + (row + e))});
-    simt::store(a.out + (at + e), simt::from_float<T>(sum[e]).bits);
-  }
-}
-
-// The sums of the K groups, added up in their order: the result does not depend on which warp was first.
-template <typename T, typename C>
-SP_DEVICE void sparse24_drain(const Sparse24Args& a, const Sparse24Place& p,
-                              const Sparse24Sums<C>& acc) {
-  const int lane = static_cast<int>(simt::lane()), thread = static_cast<int>(simt::thread_x());
-  const auto tile = simt::shared_memory<float>(0);  // [k group][batch row of the pass][row]
-  constexpr int kGroupFloats = C::kPassRows * C::kPitch;
-  SP_UNROLL
-  for (int pass = 0; pass < C::kPasses; ++pass) {
-    simt::sync_block();  // the last stage, or the pass before, is read
-    SP_UNROLL
-    for (int j = 0; j < C::kPassTiles; ++j) {
-      const int n = (p.warp_n * C::kPassTiles + j) * 8 + lane % 4 * 2;
-      SP_UNROLL
-      for (int u = 0; u < C::kUnits; ++u) {
-        SP_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const auto& c = acc[u][h][pass * C::kPassTiles + j];
-          const auto to = tile + (p.k_group * kGroupFloats + n * C::kPitch +
-                                  (p.warp_m * C::kUnits + u) * sparse24::kRows + h * 16 + lane / 4);
-          simt::store(to, c[0]);
-          simt::store(to + C::kPitch, c[1]);
-          simt::store(to + 8, c[2]);
-          simt::store(to + (C::kPitch + 8), c[3]);
-        }
-      }
-    }
-    simt::sync_block();  // all sums of the pass are there
-    constexpr int kParts = C::kTileM / 8;
-    SP_ROLL
-    for (int i = thread; i < C::kPassRows * kParts; i += C::kThreads) {
-      const int local = i / kParts, part = i % kParts;
-      const int n = (local / (C::kPassTiles * 8) * C::kTilesN + pass * C::kPassTiles) * 8 + local % (C::kPassTiles * 8);
-      const std::int64_t row = p.strip * sparse24::kRows + part * 8;
-      if (n >= p.x_rows || row >= a.rows) continue;
-      // Four neighbours of eight read the two halves in the other order, or lanes 0 and 4 would meet in a bank.
-      const int swap = part / 4 % 2;
-      float half[2][4] = {};
-      SP_UNROLL
-      for (int k = 0; k < C::kWarpsK; ++k) {
-        SP_UNROLL
-        for (int q = 0; q < 2; ++q) {
-          const auto v = simt::load<simt::u32x4>(tile + (k * kGroupFloats + local * C::kPitch + part * 8 + (q ^ swap) * 4));
-          half[q][0] += sparse24_float(v.x), half[q][1] += sparse24_float(v.y);
-          half[q][2] += sparse24_float(v.z), half[q][3] += sparse24_float(v.w);
-        }
-      }
-      float sum[8];
-      SP_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        sum[e] = swap ? half[1][e] : half[0][e];
-        sum[e + 4] = swap ? half[0][e] : half[1][e];
-      }
-      sparse24_write<T>(a, p.n + n, row, sum);
-    }
-  }
 }
 
 template <typename T, int CONFIG>
@@ -481,7 +256,8 @@ struct Sparse24Name {
   char text[64] = {};
   constexpr Sparse24Name() {
     int size = 0;
-    for (const char* part : {"linear_sparse24_", std::is_same_v<T, bf16> ? "bf16_" : "f16_", kSparse24Configs[CONFIG].name}) {
+    for (const char* part :
+         {"linear_sparse24_", std::is_same_v<T, bf16> ? "bf16_" : "f16_", kSparse24Configs[CONFIG].name}) {
       for (; *part; ++part) text[size++] = *part;
     }
   }

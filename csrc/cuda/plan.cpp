@@ -8,9 +8,9 @@
 #include <cstddef>
 #include <iterator>
 
+#include "cuda/launchers.h"
 #include "cuda/linear_bitmap8.h"
 #include "cuda/linear_sparse24.h"
-#include "cuda/launchers.h"
 
 namespace sparseprune::cuda {
 namespace {

@@ -3,7 +3,8 @@
 // Equation        out[n][m] = bias[m] + sum over s of partial[s][n][m], in the order of s.
 // Operands        partial: float32 [splits][batch][rows]; bias [rows] or null; out [batch][rows].
 // Preconditions   splits, batch, rows >= 1.
-// Partition       A thread takes N neighbouring outputs, a warp 32 N; splits are read one after the other, all independent, so
+// Partition       A thread takes N neighbouring outputs, a warp 32 N; splits are read one after the other, all independent,
+// so
 //                 that several are under way.
 // Constants       N = 4 makes the reads of partial 16 bytes; small blocks, because a decode's output is 4096 numbers.
 #include <cstring>
@@ -72,8 +73,8 @@ SP_KERNEL SP_THREADS(kThreads, 1) sum_splits_kernel(simt::Global<const float> pa
 template <typename T, int N>
 int run(const float* partial, int splits, std::int64_t batch, std::int64_t rows, const void* bias, void* out, void* stream) {
   const std::int64_t size = batch * rows, blocks = ceil_div(size, kThreads * N);
-  return simt::launch({"sum_splits", static_cast<unsigned>(blocks), 1, 1, kThreads, 0, stream}, sum_splits_kernel<T, N>, partial,
-                      splits, size, rows, static_cast<const T*>(bias), static_cast<T*>(out));
+  return simt::launch({"sum_splits", static_cast<unsigned>(blocks), 1, 1, kThreads, 0, stream}, sum_splits_kernel<T, N>,
+                      partial, splits, size, rows, static_cast<const T*>(bias), static_cast<T*>(out));
 }
 
 template <typename T>
@@ -87,8 +88,8 @@ int run(const float* partial, int splits, std::int64_t batch, std::int64_t rows,
 
 }  // namespace
 
-int sum_splits(DType dtype, const float* partial, int splits, std::int64_t batch, std::int64_t rows, const void* bias, void* out,
-               void* stream) {
+int sum_splits(DType dtype, const float* partial, int splits, std::int64_t batch, std::int64_t rows, const void* bias,
+               void* out, void* stream) {
   if (batch == 0 || rows == 0) return 0;
   switch (dtype) {
     case DType::f32: return run<float>(partial, splits, batch, rows, bias, out, stream);
