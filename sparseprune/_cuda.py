@@ -20,7 +20,7 @@ LAYOUTS: dict[str, int] = {"sparse24": 2, "bitmap8": 3}
 LAYOUT_OF: dict[int, str] = {code: layout for layout, code in LAYOUTS.items()}
 
 _NO_ERROR = 2**63 - 1  # launchers.h: kNoError
-_ALIGN = 64  # packed.h: kAlign; a blob's size modulo it names the layout
+_ALIGN = 64  # packed.h: kAlign
 _HEADER = 64
 _NOT_BUILT = (
     "this build of sparseprune has no CUDA kernels; install a wheel that has them, or build it where nvcc is (the "
@@ -87,6 +87,20 @@ def layout_for(kind: str, n: int, m: int, dtype: torch.dtype) -> str:
     return "sparse24" if (kind, n, m) == ("nm", 2, 4) and dtype != torch.float32 else "bitmap8"
 
 
+def layout_of(packed: Tensor) -> str:
+    """The layout of a packed weight, by its size (packed.h: size_tag): to look at its header is to wait for the device."""
+    return LAYOUT_OF[_layout_code(packed.numel())]
+
+
+def _layout_code(size: int) -> int:
+    code = size % 4
+    if code not in LAYOUT_OF:
+        raise ValueError(
+            "packed: holds no weight packed for CUDA; move the layer with .to(device), not its buffer alone"
+        )
+    return code
+
+
 def _place(x: Tensor) -> tuple[int, int]:
     index = x.get_device()
     return index, _stream(index)
@@ -112,10 +126,6 @@ def _no_error(like: Tensor) -> Tensor:
 @lru_cache(maxsize=4096)
 def plan(device: int, layout: int, dtype: int, rows: int, cols: int, batch: int) -> tuple[int, int, int]:
     """(configuration, blocks that share a sum, bytes of workspace) that serve a linear of this shape best."""
-    if layout not in LAYOUT_OF:
-        raise ValueError(
-            "packed: holds no weight packed for CUDA; move the layer with .to(device), not its buffer alone"
-        )
     return _kernels.plan(device, layout, dtype, rows, cols, batch)
 
 
@@ -144,7 +154,7 @@ def linear(
     dtype, device, index, size = x.dtype, x.device, x.get_device(), packed.numel()
     code = DTYPES[dtype]
     if forced is None:
-        config, splits, workspace_bytes = plan(index, size % _ALIGN, code, rows, cols, batch)
+        config, splits, workspace_bytes = plan(index, _layout_code(size), code, rows, cols, batch)
     else:
         config, splits = forced
         workspace_bytes = 4 * splits * batch * rows if splits > 1 else 0
@@ -377,8 +387,7 @@ def dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
 
 
 def _unpack(packed: Tensor, full: Tensor, bits: Tensor | None) -> None:
-    is_24 = packed.numel() % _ALIGN == LAYOUTS["sparse24"]
-    (_kernels.sparse24_unpack if is_24 else _kernels.bitmap8_unpack)(
+    (_kernels.sparse24_unpack if layout_of(packed) == "sparse24" else _kernels.bitmap8_unpack)(
         *_place(packed),
         _source(packed),
         packed.numel(),

@@ -92,16 +92,26 @@ class SparseLinear(nn.Module):
         packed: Any = self._buffers["packed"]
         bias = self._parameters["bias"]
         if _needs_dispatcher(input, bias):
+            self._check_columns(input)
             return _linear(input, packed, bias, self.out_features)
         if bias is None:
             try:
                 if input.is_cpu and packed.is_cpu:
                     return _backend.cpu.linear(input, packed, None, self.out_features)
-                if input.is_cuda and input.device == packed.device:
+                if input.is_cuda and input.device == packed.device and input.shape[-1] == self.in_features:
                     return _backend.cuda.linear(input, packed, None, self.out_features)
             except (KeyError, IndexError, RuntimeError):
                 pass  # an input that the checks below refuse by name
+        if not input.is_cpu:
+            self._check_columns(input)
         return _linear_undispatched(input, packed, bias, self.out_features)
+
+    def _check_columns(self, input: Tensor) -> None:
+        # A CPU kernel knows its weight's shape; a blob on a GPU shows the host only its size, which may fit another shape.
+        if input.dim() and input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input: must have {self.in_features} columns [..., in_features], got shape {tuple(input.shape)}"
+            )
 
     def sparse_weight(self) -> SparseWeight:
         """The canonical weight, a copy."""

@@ -1,3 +1,5 @@
+"""SparseLinear, on the CPU and on the GPU's kernels, emulated and real."""
+
 import copy
 import io
 import pickle
@@ -11,6 +13,16 @@ from sparseprune.nn import SparseLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = ["2:4", "bitmap", "csr"]
+
+
+@pytest.fixture(autouse=True)
+def place(place):
+    """Every test runs everywhere; where there is a real GPU, whatever names no device is there."""
+    if place.device == "cpu":
+        yield place
+        return
+    with torch.device(place.device):
+        yield place
 
 
 def dense_layer(rows=24, cols=40, form="2:4", bias=True, dtype=torch.float32, seed=0):
@@ -171,12 +183,12 @@ def test_a_cast_that_underflows_keeps_the_pattern():
     assert layer.state_dict()["weight.values"].tolist() == [0.0, 1.0]
 
 
-def test_meta_and_to_empty_never_run_on_bytes_at_random():
+def test_meta_and_to_empty_never_run_on_bytes_at_random(place):
     layer = SparseLinear.from_dense(dense_layer())
     state = layer.state_dict()
     for emptied in (
-        copy.deepcopy(layer).to_empty(device="cpu"),
-        copy.deepcopy(layer).to("meta").to_empty(device="cpu"),
+        copy.deepcopy(layer).to_empty(device=place.device),
+        copy.deepcopy(layer).to("meta").to_empty(device=place.device),
     ):
         with pytest.raises((RuntimeError, ValueError), match="packed"):
             emptied(torch.randn(1, 40))
@@ -187,13 +199,13 @@ def test_meta_and_to_empty_never_run_on_bytes_at_random():
     with pytest.raises(RuntimeError, match="weight: the layer is on the meta device"):
         meta.state_dict()
     with pytest.raises(NotImplementedError, match="meta tensor"):
-        meta.to("cpu")
+        meta.to(place.device)
 
 
-def test_to_the_same_dtype_keeps_the_packed_tensor():
+def test_to_the_same_dtype_and_device_keeps_the_packed_tensor(place):
     layer = SparseLinear.from_dense(dense_layer())
     packed = layer.packed
-    assert layer.to(torch.float32).cpu().packed is packed
+    assert layer.to(torch.float32).to(place.device).packed is packed
 
 
 def test_deepcopy_is_independent_and_shares_within_one_copy():
@@ -224,6 +236,7 @@ def test_pickles_carry_the_canonical_form():
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_compile_full_graph(form):
+    torch._dynamo.reset()  # it counts how often one forward() is compiled, whichever layer's
     model = nn.Sequential(SparseLinear.from_dense(dense_layer(form=form), form), nn.GELU())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for batch in (1, 3):
@@ -233,7 +246,7 @@ def test_compile_full_graph(form):
     assert x.grad.shape == x.shape
 
 
-def test_repr_says_what_matters():
+def test_repr_says_what_matters(place):
     text = repr(SparseLinear.from_dense(dense_layer(dtype=torch.bfloat16)))
     for part in (
         "in_features=40",
@@ -242,7 +255,7 @@ def test_repr_says_what_matters():
         "format=2:4",
         "sparsity=0.500",
         "dtype=bfloat16",
-        "isa=",
+        "isa=" if place.device == "cpu" else "device=cuda:0",
     ):
         assert part in text
     assert f"nbytes={SparseLinear.from_dense(dense_layer(dtype=torch.bfloat16)).nbytes} (" in text
@@ -299,7 +312,7 @@ def test_bad_input_is_refused_on_every_path(mode, bias):
         ]:
             with pytest.raises(error, match="input|weight|bias"):
                 layer(x)
-        with pytest.raises((ValueError, NotImplementedError), match="strided|SparseCPU"):
+        with pytest.raises((ValueError, NotImplementedError), match="strided|SparseCPU|SparseCUDA"):
             layer(torch.ones(2, 40).to_sparse())
         layer.register_parameter("bias", nn.Parameter(torch.zeros(3)))
         with pytest.raises(ValueError, match=r"bias: must have shape \[24\], got \(3,\)"):

@@ -186,13 +186,13 @@ class Bench:
         rows, cols = self.shapes[cell.layer]
         x = torch.randn(cell.batch, cols, device=self.device).to(DTYPES[cell.dtype])
         name, (config, splits) = planned(modules[0], cell.batch)
-        names = _cuda.configs(_cuda.LAYOUT_OF[modules[0].packed.numel() % 64], x.dtype)
+        names = _cuda.configs(_cuda.layout_of(modules[0].packed), x.dtype)
         calls = {
             f"{other}, splits {parts}": [
                 functools.partial(_cuda.linear, x, it.packed, None, rows, (index, parts)) for it in modules
             ]
             for index, other in enumerate(names)
-            for parts in ({1, splits, 2 * splits, 4 * splits} if index == config else {1, 4})
+            for parts in split_counts(splits if index == config else 1, cols)
         }
         timings, errors = take_turns(calls, seconds, self.clock)
         best = min(timings, key=lambda it: timings[it].median)
@@ -311,15 +311,20 @@ class Layers:
                     self.errors[name] = first_line(error)
 
 
+def split_counts(splits: int, cols: int) -> list[int]:
+    """`splits`, more, and none; a split has 64 columns at least."""
+    return sorted({min(parts, math.ceil(cols / 64)) for parts in (1, splits, 2 * splits, 4 * splits)})
+
+
 def planned(layer: Any, batch: int) -> tuple[str, tuple[int, int]]:
     """The configuration and the splits that the plan has for a layer on a GPU, by name and by number."""
     packed, dtype = layer.packed, layer.dtype
-    layout = packed.numel() % 64
+    layout = _cuda.layout_of(packed)
     code = _native.DTYPES[dtype]
     config, splits, _ = _cuda.plan(
-        packed.get_device(), layout, code, layer.out_features, layer.in_features, batch
+        packed.get_device(), _cuda.LAYOUTS[layout], code, layer.out_features, layer.in_features, batch
     )
-    name = _cuda.configs(_cuda.LAYOUT_OF[layout], dtype)[config]
+    name = _cuda.configs(layout, dtype)[config]
     return f"{name}, splits {splits}", (config, splits)
 
 

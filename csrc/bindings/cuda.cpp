@@ -274,8 +274,7 @@ void bind_packing(py::module_& m) {
         const Matrix shape = matrix(rows, cols, dtype);
         const Geometry g = require_geometry(shape, blob, blob_bytes);
         run("unpack", device, [&] {
-          const i64 stored =
-              (g.total - static_cast<i64>(Layout::bitmap8) - g.values) / static_cast<i64>(size_of(shape.dtype));
+          const i64 stored = (blob_bytes - blob_bytes % kAlign - g.values) / static_cast<i64>(size_of(shape.dtype));
           return cuda::bitmap8_unpack(shape, at(blob, g.index), at(blob, g.offsets), at(blob, g.values), stored, at(dense),
                                       at(bits), at(stream));
         });
@@ -287,7 +286,7 @@ void linear(int device, Address stream, Address packed, i64 packed_bytes, Addres
             Address bias, Address out, i64 rows, int dtype, int config, int splits, Address workspace, i64 workspace_bytes) {
   const Matrix m = matrix(rows, cols, dtype);
   const Geometry g = require_geometry(m, packed, packed_bytes);
-  const auto layout = static_cast<Layout>(packed_bytes % kAlign);
+  const auto layout = layout_of_size(packed_bytes);
   const int configs = cuda::linear_configs(layout, m.dtype);
   if (config < 0 || config >= configs) {
     throw std::invalid_argument("config: must be in [0, " + std::to_string(configs) + "), got " + std::to_string(config));

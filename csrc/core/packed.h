@@ -76,6 +76,16 @@ struct Geometry {
   std::int64_t total;
 };
 
+// The host cannot read the header of a blob on a GPU without waiting for it. The size, modulo 64, says what it must know: the
+// layout, and of shape and dtype as much as tells apart what has the same geometry: 40 and 41 columns, a matrix and its
+// transpose, n values and half as many that are twice as wide.
+static constexpr std::int64_t size_tag(const PackedHeader& h) {
+  return static_cast<std::int64_t>(h.layout) + kLayouts * ((h.rows + 3 * h.cols + 7 * static_cast<int>(h.dtype)) % 15);
+}
+static constexpr Layout layout_of_size(std::int64_t size) {
+  return static_cast<Layout>(size % kAlign % kLayouts);
+}
+
 static constexpr Geometry geometry_of(const PackedHeader& h) {
   Geometry g{};
   const std::int64_t cols = h.cols > 0 ? h.cols : 1;
@@ -88,8 +98,7 @@ static constexpr Geometry geometry_of(const PackedHeader& h) {
         ceil_div(h.rows, sparse ? sparse24::kRows : bitmap8::kRows) * (g.kpad / (sparse ? sparse24::kCols : bitmap8::kCols));
     g.index = sparse ? g.offsets : round_up(g.offsets + (g.units + 1) * 8, kAlign);
     g.values = g.index + g.units * (sparse ? sparse24::kWords * 4 : bitmap8::kTiles * 8);
-    // The host cannot read the header of a blob on a GPU without waiting for it: the size names the layout.
-    g.total = round_up(g.values + h.stored * item, kAlign) + static_cast<std::int64_t>(h.layout);
+    g.total = round_up(g.values + h.stored * item, kAlign) + size_tag(h);
     return g;
   }
   const bool tile = h.layout == Layout::tile;
@@ -106,7 +115,7 @@ static constexpr Geometry geometry_of(const PackedHeader& h) {
 // False where they do not.
 static constexpr bool cuda_geometry(const Matrix& m, std::int64_t size, PackedHeader* h, Geometry* g) {
   *h = PackedHeader{};
-  h->rows = m.rows, h->cols = m.cols, h->dtype = m.dtype, h->layout = static_cast<Layout>(size % kAlign);
+  h->rows = m.rows, h->cols = m.cols, h->dtype = m.dtype, h->layout = layout_of_size(size);
   if (!is_cuda(h->layout)) return false;
   *g = geometry_of(*h);
   const std::int64_t item = static_cast<std::int64_t>(size_of(m.dtype));
@@ -114,7 +123,7 @@ static constexpr bool cuda_geometry(const Matrix& m, std::int64_t size, PackedHe
     h->stored = g->units * sparse24::kValues;
     if (item != 2) return false;
   } else {
-    h->stored = (size - static_cast<std::int64_t>(h->layout) - g->values) / item;  // up to 63 bytes more than were packed
+    h->stored = (size - size % kAlign - g->values) / item;  // up to 63 bytes more than were packed
     if (h->stored < 0 || h->stored > g->units * bitmap8::kRows * bitmap8::kCols + kAlign) return false;
   }
   *g = geometry_of(*h);
