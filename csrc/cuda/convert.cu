@@ -2,15 +2,17 @@
 //
 //   values[offsets[r] + rank] = dense[r, c]     rank: how many elements of row r are kept left of column c
 //
-// Layouts   dense [rows, cols] row-major; bits [rows, ceil(cols / 8)], padding zero; offsets, crow int64 [rows + 1]; col
-// int32. Needs     a row of less than 2^31 elements; no alignment. Partition a team a row: the 8 warps of a block, or, for
-// short rows, one warp. A turn of the team is 8 (or 1) neighbouring
-//           spans of 2 pieces (words.cuh):
+// Layouts   dense [rows, cols] row-major; bits [rows, ceil(cols / 8)], padding zero; offsets, crow int64 [rows + 1];
+//           col int32.
+// Needs     a row of less than 2^31 elements; no alignment.
+// Partition a team a row: the 8 warps of a block, or, for short rows, one warp. A turn of the team is 8 (or 1)
+//           neighbouring spans of 2 pieces (words.cuh):
 //
 //             row r | warp 0 | warp 1 | .. | warp 7 | warp 0 | ..      rank = of the turns before (a register)
 //                   '------------ turn 0 -----------'                       + of the warps before (shared memory)
 //                                                                           + of the lanes before (shuffles)
-// Constants 2 pieces: the lanes' counts of both share the halves of a register, so that one scan of shuffles serves them.
+//
+// Constants 2 pieces: their counts share the halves of a register, so that one scan of shuffles serves both.
 #include "cuda/words.cuh"
 
 namespace sparseprune::cuda {

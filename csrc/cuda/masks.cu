@@ -2,13 +2,11 @@
 //
 // Layouts   x, out [rows, cols] row-major; mask bytes [rows, cols], any non-zero keeps; bits [rows, ceil(cols / 8)].
 // Needs     nothing of shape or alignment; out may be x (a warp reads its span before it writes it).
-// Partition a warp a span of 4 pieces (words.cuh) of a row:  row | span 0 | span 1 | ...   Where cols % 8 == 0 no byte of
-// the
-//           bits is shared by two rows, and the matrix is one long row: no ends, no short rows.
+// Partition a warp a span of 4 pieces (words.cuh) of a row:  row | span 0 | span 1 | ...   Where cols % 8 == 0 no two rows
+//           share a byte of the bits, and the matrix is one long row: no ends, no short rows.
 // Constants 4 pieces: 64 bytes a lane under way, which with a quarter of an SM's threads is twice what the latency of HBM3
-// asks
-//           for (3.3 TB/s x some 700 ns / 132 SMs = 18 KB an SM). Blocks are not persistent: spans are equal and there is
-//           nothing to keep.
+//           needs (3.3 TB/s x some 700 ns / 132 SMs = 18 KB an SM). Blocks are not persistent: spans are equal and there
+//           is nothing to keep.
 #include <cstring>
 
 #include "cuda/words.cuh"

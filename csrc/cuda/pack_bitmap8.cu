@@ -1,13 +1,11 @@
 // Dense words and bitmasks to bitmaps of 8 x 8 with their values, and back.
 //
-//   index[unit][tile] bit 8 r + c = element (r, c) of the tile is kept;  values: in the order of the bits, tile after tile
+//   index[unit][tile] bit 8 r + c = element (r, c) of the tile is kept; values: in the order of the bits, tile after tile
 //
-// Layouts   dense [rows, cols] row-major; bits [rows, ceil(cols / 8)], padding zero; index, offsets [units + 1] and values
-// as
-//           core/fragments.h lays a unit of 16 rows x 64 columns out.
+// Layouts   dense [rows, cols] row-major; bits [rows, ceil(cols / 8)], padding zero; index, offsets [units + 1] and
+//           values of units of 16 rows x 64 columns, as core/fragments.h lays them out.
 // Needs     index and values at 16 bytes, as a blob's sections are. dense, bits: any alignment.
-// Partition a warp a unit. A lane has 8 columns of a row (one byte of one bitmap) at a time, as 8 lanes read a row's 64
-// columns:
+// Partition a warp a unit. A lane has 8 columns of a row at a time, one byte of one bitmap, as 8 lanes read a row's 64:
 //
 //                 columns 0-7   8-15  ..  56-63         a byte of bitmap 2 b + row / 8, b = lane % 8: the rank of its first
 //     rows 0-3    lane 0        1         7             value is that of the bitmap + the popcount of the rows above it
@@ -15,7 +13,7 @@
 //                 ..                      lane 31       4 such items a lane: rows 0-3, 4-7, 8-11, 12-15
 //
 //           Values pass through shared memory, so that a unit's, which begin at 16 bytes, are 16-byte accesses too.
-// Constants a unit in shared memory a warp, 2 or 4 KB: 16 or 32 KB a block, three blocks and more an SM.
+// Constants a unit in shared memory a warp, 2 or 4 KB: 16 or 32 KB a block, of which 3 fit every chip.
 #include "cuda/words.cuh"
 
 namespace sparseprune::cuda {

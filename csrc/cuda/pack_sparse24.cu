@@ -2,12 +2,11 @@
 //
 //   chunk (4 columns of a row) -> two values, lower place first, and the nibble lower | higher << 2
 //
-// Layouts   dense [rows, cols] row-major; bits [rows, ceil(cols / 8)]; values, metadata as core/fragments.h lays a unit of
-// 32
-//           rows x 64 columns out.
+// Layouts   dense [rows, cols] row-major; bits [rows, ceil(cols / 8)]; values and metadata of units of 32 rows x 64
+//           columns, as core/fragments.h lays them out.
 // Needs     cols % 4 == 0; values and metadata at 16 bytes, as a blob's sections are. dense, bits: any alignment.
-// Partition a warp a unit. Lane 4g + t has chunks t and t + 4 of each step of rows g, g + 8, g + 16, g + 24: 16 chunks, the
-//           very ones whose values it stores, 16 bytes a tile and step, so nothing goes through shared memory:
+// Partition a warp a unit. Lane 4g + t has chunks t and t + 4 of each step of rows g, g + 8, g + 16, g + 24: 16 chunks,
+//           the very ones whose values it stores, 16 bytes a tile and step: nothing goes through shared memory.
 //
 //             step 0 (chunks 0-7)   step 1        k = 0: row g         8-byte loads; a quad's are a full sector
 //             t  .  .  . t+4 ..   | t .. t+4 ..   k = 1: row g + 8
@@ -15,7 +14,8 @@
 //           A metadata word is made of nibbles of all four lanes of a quad, and a lane stores two words, neighbours in
 //           memory: words are ORed over the quad while they are dealt out (quad_deal), and dealt back by shuffles
 //           (quad_word). A row's 8 bytes of bits are two words of the same kind: lane t has those of row g + 8t.
-// Constants 16 loads of 8 bytes under way a lane: 4 KB a warp, so two blocks fill an SM.
+// Constants 16 loads of 8 bytes under way a lane, 4 KB a warp: 8 warps hide the latency of HBM3 (masks.cu), and 3 blocks
+//           of 8 fit beside the 80 registers that they take.
 #include "cuda/words.cuh"
 
 namespace sparseprune::cuda {
