@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import backends
+
+from sparseprune import _cuda
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -322,6 +325,20 @@ def test_small_part_is_right_here_and_says_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(small_part.ops, "linear", broken)
     assert small_part.main("cpu") == 1
     assert "wrong: linear 2:4 bfloat16 40x100" in capsys.readouterr().out
+
+
+def test_small_part_and_the_choice_of_configurations_on_the_emulated_card():
+    """What the children run on a card, on the emulated one: all but the timing."""
+    with backends.running("emulated"):
+        assert small_part.main("cpu") == 0
+        bench = measure.Bench("cpu", lambda message: None)
+        for form, layout in (("2:4", "sparse24"), ("bitmap", "bitmap8")):
+            found = bench.measure(plan.Cell("choice", "bf16", "small", form, 0.5, 9), 0.0)
+            assert {name.partition(",")[0] for name in found["seconds"]} == set(
+                _cuda.configs(layout, torch.bfloat16)
+            )
+            assert {found["planned"], found["best"]} <= set(found["seconds"])
+            assert found["best_over_planned"] >= 1 and not found["errors"]
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
