@@ -20,6 +20,7 @@ int main() {
     test::test_mma();
     test::test_machine();
     test::test_traffic();
+    test::test_races();
   }
   std::printf("%d passed, %d failed\n", test::passed, test::failed);
   return test::failed != 0;

@@ -71,5 +71,6 @@ void test_warp();
 void test_mma();
 void test_machine();
 void test_traffic();
+void test_races();
 
 }  // namespace sparseprune::simt::test

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "test_simt.h"
@@ -58,6 +59,9 @@ SP_KERNEL warps_at_two_barriers() {
   } else {
     sync_block();
   }
+}
+SP_KERNEL never_ends(Global<const int> more) {
+  while (more[0]) sync_warp();
 }
 SP_KERNEL nothing() {
 }
@@ -191,6 +195,11 @@ void test_machine() {
                 "threads 36-63 in sync_block"});
   expect_fault([] { launch(grid(64), warps_at_two_barriers); }, "two barriers",
                {"sync_block: all threads must take part, but others wait at"});
+
+  Buffer<int> more(1, 1, false);
+  const std::uint64_t most = std::exchange(machine.most_meetings, 10000);
+  expect_fault([&] { launch(grid(32), never_ends, more.data()); }, "no end", {"this block does not end"});
+  machine.most_meetings = most;
 
   const auto refused = [](Grid g) { return [=] { launch(g, nothing); }; };
   launch(grid(1024, 227 * 1024), nothing);

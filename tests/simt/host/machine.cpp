@@ -39,6 +39,7 @@ struct Block {
   Context outside;  // who runs the block
   std::uint32_t ready_warps = 0;
   unsigned alive = 0, at_barrier = 0;
+  std::uint64_t meetings = 0;
   Location barrier;
   std::string failure;  // what ended it early
   Body body{};
@@ -120,6 +121,7 @@ void set_ready(unsigned warp) {
 
 void yield() {
   Thread* const self = machine.self;
+  if (++block.meetings > machine.most_meetings) fault(self->at, "this block does not end");
   Thread* const next = next_thread(self->warp);
   if (!next) deadlock();
   if (next != self) {
@@ -163,6 +165,7 @@ void run_block(std::uint64_t index) {
   block.ready_warps = 0;
   block.alive = m.threads;
   block.at_barrier = 0;
+  block.meetings = 0;
   block.failure.clear();
   for (unsigned w = 0; w < warps; ++w) {
     m.warps[w].arrived = 0;

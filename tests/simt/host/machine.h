@@ -66,6 +66,10 @@ struct Machine {
   std::uint32_t clock = 1;
   std::uint32_t launch_start = 1, block_start = 1, block_since = 1;  // block_since: the last barrier of the block
   bool count_traffic = false;
+
+  // Arrivals at barriers and collectives, of all threads of a block, after which it is said not to end. Some seconds; a real
+  // kernel's block has thousands to millions.
+  std::uint64_t most_meetings = 100'000'000;
 };
 extern Machine machine;
 
