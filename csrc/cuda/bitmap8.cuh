@@ -24,10 +24,18 @@
 
 namespace sparseprune::cuda {
 
-// What differs between the lanes of a warp, computed once.
+// v, as a thing of the lane that cannot be computed again: ptxas would do that in every iteration, to save registers that
+// are there in plenty.
+SP_DEVICE unsigned keep(unsigned v) {
+  return simt::shuffle(v, static_cast<int>(simt::lane()));
+}
+
+// What differs between the lanes of a warp.
 struct Bitmap8Lane {
-  unsigned row, step;   // g and s of index_unit
+  unsigned byte;        // 32s + g: where index_unit has the first of its bytes
+  unsigned last;        // the lane 28 + s
   std::uint32_t later;  // 1 in the field of every start that step s comes before
+  unsigned quad;        // the lane 4g
   unsigned pair;        // 2t
   unsigned shift;       // of the count of t pairs
   std::uint32_t mask;   // of it, in each byte
@@ -36,8 +44,7 @@ struct Bitmap8Lane {
 struct Bitmap8Unit {
   std::uint32_t bits;    // lane 4g + s, byte i: row g of bitmap i of step s
   std::uint32_t before;  // values of the step before that row
-  std::uint32_t
-      counts;  // of its first pair (2 bits, up to 2), first two pairs (3 bits, up to 4), first three (3 bits, up to 6)
+  std::uint32_t counts;  // of its first pair (2 bits: up to 2), first two (3 bits: up to 4), first three (3 bits: up to 6)
   std::uint32_t starts;  // all lanes alike: the unit's values before steps 1, 2 and 3, in 10 bits each
 };
 
@@ -48,20 +55,22 @@ struct Bitmap8Step {
 };
 
 SP_DEVICE Bitmap8Lane bitmap8_lane() {
-  const unsigned t = simt::lane() % 4;
+  const unsigned g = simt::lane() / 4, t = simt::lane() % 4;
   constexpr std::uint32_t kStarts = 1u | 1u << 10 | 1u << 20;
   Bitmap8Lane me{};
-  me.row = simt::lane() / 4, me.step = t;
-  me.later = kStarts >> 10 * t << 10 * t;
-  me.pair = 2 * t;
-  me.shift = t == 3 ? 5 : t == 2 ? 2 : 0;
-  me.mask = t == 0 ? 0 : t == 1 ? 0x03030303u : 0x07070707u;
+  me.byte = keep(32 * t + g);
+  me.last = keep(28 + t);
+  me.later = keep(kStarts >> 10 * t << 10 * t);
+  me.quad = keep(4 * g);
+  me.pair = keep(2 * t);
+  me.shift = keep(t == 3 ? 5 : t == 2 ? 2 : 0);
+  me.mask = keep(t == 0 ? 0 : t == 1 ? 0x03030303u : 0x07070707u);
   return me;
 }
 
-// bitmaps: the unit's 128 bytes. Four byte loads: a 4 x 8 byte transposition that no bank sees twice.
-SP_DEVICE Bitmap8Unit index_unit(const Bitmap8Lane& me, simt::Shared<const std::uint8_t> bitmaps) {
-  const simt::Shared<const std::uint8_t> p = bitmaps + (32 * me.step + me.row);
+// p: the unit's 128 bytes of bitmaps, from me.byte on. Four byte loads: a 4 x 8 byte transposition in which no bank is asked
+// for two words.
+SP_DEVICE Bitmap8Unit index_unit(const Bitmap8Lane& me, simt::Shared<const std::uint8_t> p) {
   Bitmap8Unit unit{};
   unit.bits = static_cast<std::uint32_t>(p[0]) | static_cast<std::uint32_t>(p[8]) << 8 |
               static_cast<std::uint32_t>(p[16]) << 16 | static_cast<std::uint32_t>(p[24]) << 24;
@@ -79,11 +88,11 @@ SP_DEVICE Bitmap8Unit index_unit(const Bitmap8Lane& me, simt::Shared<const std::
     const std::uint32_t above = simt::shuffle_up(rows, d);
     if (simt::lane() >= d) rows += above;
   }
-  const std::uint32_t totals = simt::shuffle(rows, static_cast<int>(28 + me.step));
+  const std::uint32_t totals = simt::shuffle(rows, static_cast<int>(me.last));
   const std::uint32_t bitmaps_before = totals * 0x01010100u;  // byte i: the sum of totals 0 .. i - 1, up to 192
   unit.before = rows - row + bitmaps_before;
 
-  unit.starts = ((bitmaps_before >> 24) + (totals >> 24)) * me.later;
+  unit.starts = simt::dot4(totals, 0x01010101u, 0) * me.later;
   unit.starts += simt::shuffle_xor(unit.starts, 1);
   unit.starts += simt::shuffle_xor(unit.starts, 2);
   return unit;
@@ -91,7 +100,7 @@ SP_DEVICE Bitmap8Unit index_unit(const Bitmap8Lane& me, simt::Shared<const std::
 
 template <int STEP>
 SP_DEVICE Bitmap8Step step_of(const Bitmap8Lane& me, const Bitmap8Unit& unit) {
-  const int from = static_cast<int>(simt::lane() & 28u) | STEP;
+  const int from = static_cast<int>(me.quad | STEP);
   const std::uint32_t bits = simt::shuffle(unit.bits, from);
   const std::uint32_t before = simt::shuffle(unit.before, from);
   const std::uint32_t counts = simt::shuffle(unit.counts, from);
@@ -102,10 +111,11 @@ SP_DEVICE Bitmap8Step step_of(const Bitmap8Lane& me, const Bitmap8Unit& unit) {
   return step;
 }
 
-// Byte i of v: one instruction, where a shift and a mask would be two.
-template <int I>
-SP_DEVICE unsigned byte_of(std::uint32_t v) {
-  return simt::byte_perm(v, 0, 0x4440u | I);
+// The byte offset of bitmap I's value, of ITEM bytes, of a unit whose values begin at `slot`. In two instructions, where to
+// extract a byte, to scale and to add would be two for each bitmap.
+template <int I, int ITEM>
+SP_DEVICE unsigned byte_offset(const Bitmap8Step& step, unsigned slot) {
+  return simt::dot4(step.place, static_cast<std::uint32_t>(ITEM) << 8 * I, slot + ITEM * step.start);
 }
 
 }  // namespace sparseprune::cuda

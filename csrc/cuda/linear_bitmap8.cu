@@ -25,16 +25,17 @@ namespace {
 // and a byte permutation puts them where they belong. Its selector follows from the two bits of `keep`:
 //   0: 3232 (no value; the upper halves of what was read are zero)  1: 3210  2: 1032  3: 5410
 // and is itself looked up by a byte permutation, for two bitmaps at once.
-SP_DEVICE void expand(const Bitmap8Step& step, unsigned values, std::uint32_t (&a)[4]) {
+SP_DEVICE void expand(const Bitmap8Step& step, unsigned slot, std::uint32_t (&a)[4]) {
   constexpr std::uint32_t kSelect01 = 0x32103232u, kSelect23 = 0x54101032u;
   const std::uint32_t control = step.keep * 0x22u + 0x10101010u;  // bytes 2 keep and 2 keep + 1 of the eight
   const std::uint32_t low = simt::byte_perm(kSelect01, kSelect23, control);
   const std::uint32_t high = simt::byte_perm(kSelect01, kSelect23, control >> 16);
-  const auto p = simt::shared_memory<std::uint16_t>(values + 2 * step.start);
-  const unsigned at[4] = {byte_of<0>(step.place), byte_of<1>(step.place), byte_of<2>(step.place), byte_of<3>(step.place)};
+  const unsigned at[4] = {byte_offset<0, 2>(step, slot), byte_offset<1, 2>(step, slot), byte_offset<2, 2>(step, slot),
+                          byte_offset<3, 2>(step, slot)};
   SP_UNROLL
   for (int i = 0; i < 4; ++i) {
-    a[i] = simt::byte_perm(p[at[i]], p[at[i] + 1], (i < 2 ? low : high) >> 16 * (i % 2));
+    const auto p = simt::shared_at<std::uint16_t>(at[i]);
+    a[i] = simt::byte_perm(p[0], p[1], (i < 2 ? low : high) >> 16 * (i % 2));
   }
 }
 
@@ -43,9 +44,13 @@ class TensorCoreSum {
   using T = typename Tile::T;
 
  public:
-  SP_DEVICE void add(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned values, unsigned x) {
-    half<0>(me, unit, values, x);
-    half<1>(me, unit, values, x);
+  // Lane L points ldmatrix at row L % 8 of columns 8 (L / 8) and up.
+  SP_DEVICE TensorCoreSum() : b_(keep(simt::lane() % 8 * Tile::kXPitch + 16 * (simt::lane() / 8))) {
+  }
+
+  SP_DEVICE void add(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned slot, unsigned x) {
+    half<0>(me, unit, slot, x + b_);
+    half<1>(me, unit, slot, x + b_);
   }
 
   // c0, c1 of a lane: row g, batch rows 2t and 2t + 1; c2, c3: row g + 8.
@@ -61,22 +66,21 @@ class TensorCoreSum {
  private:
   // Two steps, because one ldmatrix brings B of both.
   template <int HALF>
-  SP_DEVICE void half(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned values, unsigned x) {
+  SP_DEVICE void half(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned slot, unsigned x) {
     std::uint32_t even[4], odd[4];
-    expand(step_of<2 * HALF>(me, unit), values, even);
-    expand(step_of<2 * HALF + 1>(me, unit), values, odd);
-    // Lane L points at row L % 8 of columns 8 (L / 8) and up.
-    const unsigned n = simt::lane() % 8, chunk = (4 * HALF + simt::lane() / 8) ^ n;
+    expand(step_of<2 * HALF>(me, unit), slot, even);
+    expand(step_of<2 * HALF + 1>(me, unit), slot, odd);
     SP_UNROLL
     for (int i = 0; i < Tile::kN / 8; ++i) {
       std::uint32_t b[4];
-      simt::ldmatrix_x4(b, simt::shared_memory<std::uint16_t>(x + (8 * i + n) * Tile::kXRow + 16 * chunk));
+      simt::ldmatrix_x4(b, simt::shared_at<T>(x + 8 * i * Tile::kXPitch + 64 * HALF));
       const std::uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
       simt::mma_m16n8k16<T>(sums_[i], even, first);
       simt::mma_m16n8k16<T>(sums_[i], odd, second);
     }
   }
 
+  unsigned b_;
   float sums_[Tile::kN / 8][4] = {};
 };
 

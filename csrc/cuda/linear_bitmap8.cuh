@@ -49,18 +49,16 @@ struct Bitmap8Tile {
   // Bitmaps lie behind the values: a lane with nothing to take may look up to 2 past the last value of a full unit.
   static constexpr int kValueBytes = bitmap8::kRows * bitmap8::kCols * kItem, kBitmapBytes = bitmap8::kTiles * 8;
   static constexpr int kSlot = kValueBytes + kBitmapBytes;
-  static constexpr int kXRow = bitmap8::kCols * kItem, kXChunks = kXRow / 16;  // of one batch row
-  static constexpr int kStage = WARPS_M * WARPS_K * kSlot + WARPS_K * kN * kXRow;
+  // Rows of x: 16 bytes more than they need, so that ldmatrix finds 8 rows in all 32 banks. float32 reads two rows never.
+  static constexpr int kXChunks = bitmap8::kCols * kItem / 16, kXPitch = bitmap8::kCols * kItem + (kItem == 2 ? 16 : 0);
+  static constexpr int kXFirst = WARPS_M * WARPS_K * kSlot, kStage = kXFirst + WARPS_K * kN * kXPitch,
+                       kRing = STAGES * kStage;
   // Sums [WARPS_K][N][kPitch]: 2 kPitch is 8 modulo 32 banks, so that 4 lanes 2 batch rows apart, of 8 rows each, meet in
   // none.
   static constexpr int kPitch = kM + 4, kSumBytes = WARPS_K * kN * kPitch * 4;
-  static constexpr int kShared = STAGES * kStage > kSumBytes ? STAGES * kStage : kSumBytes;
+  static constexpr int kShared = kRing > kSumBytes ? kRing : kSumBytes;
 
   static constexpr int kXRows = kGroup / kXChunks;  // batch rows that a group copies at once
-  // Where a batch row has its chunk: linear_bitmap8.cu says why not simply in order.
-  static SP_SHARED_CODE constexpr int x_chunk(int row, int chunk) {
-    return kItem == 2 ? chunk ^ row % 8 : chunk;
-  }
   static_assert(kN % kXRows == 0, "the threads of a group copy whole rows of x");
   static_assert(STAGES >= 2 && kShared <= 99 * 1024, "a ring, and no more shared memory than the smallest card has");
 };
@@ -102,143 +100,145 @@ struct Bitmap8Task {
   }
 };
 
-// Fills the ring.
+// Fills the ring. All that a thread needs again and again it keeps, places in shared memory among it.
 template <typename Tile>
 class Bitmap8Stream {
   using Word = typename Tile::Word;
   static constexpr int kWindow = 32;
+  static constexpr int kCopies = Tile::kN / Tile::kXRows;  // rows of x that a thread has a chunk of
 
  public:
-  SP_DEVICE Bitmap8Stream(const Bitmap8Args<Tile>& args, const Bitmap8Task<Tile>& task) : args_(args), task_(task) {
-    thread_ = static_cast<int>(simt::thread_x()) % Tile::kGroup;
-    chunk_ = thread_ % Tile::kXChunks, row_ = thread_ / Tile::kXChunks;
-    x_ = args.x + ((task.batch + row_) * args.stride + chunk_ * Tile::kPer16);
-    unit_ = static_cast<std::int64_t>(task.strip) * args.blocks;
+  SP_DEVICE Bitmap8Stream(const Bitmap8Args<Tile>& args, const Bitmap8Task<Tile>& task) : args_(args) {
+    const int lane = static_cast<int>(simt::lane()), thread = static_cast<int>(simt::thread_x()) % Tile::kGroup;
+    const int chunk = thread % Tile::kXChunks, row = thread / Tile::kXChunks;
+    const int begin = task.begin + task.warp_k, blocks = task.end - begin;
+    const unsigned slot = simt::shared_base() + simt::warp() * Tile::kSlot;
+    const unsigned x = simt::shared_base() + Tile::kXFirst + task.warp_k * Tile::kN * Tile::kXPitch;
+    lane_ = static_cast<int>(keep(simt::lane()));
+    tiles_ = blocks > 0 ? (blocks + Tile::kWarpsK - 1) / Tile::kWarpsK : 0;
+    units_ = task.strip < args.strips ? tiles_ : 0;
+    unit_ = static_cast<std::int64_t>(task.strip) * args.blocks + begin;
+    slot_ = keep(slot);
+    put_slot_ = keep(slot + 16 * lane);
+    x_ = keep(x);
+    put_x_ = keep(x + row * Tile::kXPitch + 16 * chunk);
     next_ = window(0);
+    index_ = args.index + (unit_ * Tile::kBitmapBytes + 16 * lane);
+    x_from_ = args.x + ((task.batch + row) * args.stride + std::int64_t{begin} * bitmap8::kCols + chunk * Tile::kPer16);
+    x_next_ = Tile::kXRows * args.stride;
+    x_left_ = static_cast<int>(args.cols - std::int64_t{begin} * bitmap8::kCols) - chunk * Tile::kPer16;
+    x_rows_ = task.batch_rows > row ? (task.batch_rows - row + Tile::kXRows - 1) / Tile::kXRows : 0;
     // Batch rows that are not there: zeros, once.
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
-      for (int row = row_; row < Tile::kN; row += Tile::kXRows) {
-        if (row >= task.batch_rows)
-          simt::store(simt::shared_memory<std::uint8_t>(x_at(stage, row)), simt::u32x4{0, 0, 0, 0});
+    for (int j = x_rows_; j < kCopies; ++j) {
+      for (int stage = 0; stage < Tile::kStages; ++stage) {
+        simt::store(at(x_place(j) + stage * Tile::kStage), simt::u32x4{0, 0, 0, 0});
       }
     }
   }
 
-  // The block of columns that this warp has in iteration i; past the end where it has none.
-  SP_DEVICE int block_of(int i) const {
-    return task_.begin + task_.warp_k + i * Tile::kWarpsK;
-  }
-  // Alike for all lanes of a warp.
+  // Whether this warp has a unit in iteration i.
   SP_DEVICE bool has_unit(int i) const {
-    return block_of(i) < task_.end && task_.strip < args_.strips;
+    return static_cast<unsigned>(i) < static_cast<unsigned>(units_);
+  }
+  // Of the stage to be worked on, once the next has been set under way.
+  SP_DEVICE unsigned slot() const {
+    return slot_;
+  }
+  SP_DEVICE unsigned x() const {
+    return x_;
   }
 
-  SP_DEVICE unsigned values_at(int stage) const {
-    return stage * Tile::kStage + simt::warp() * Tile::kSlot;
-  }
-  SP_DEVICE unsigned x_at(int stage) const {
-    return stage * Tile::kStage + Tile::kWarpsM * Tile::kWarpsK * Tile::kSlot + task_.warp_k * Tile::kN * Tile::kXRow;
-  }
-
-  // Sets what iteration i needs under way. Every i once, in order.
-  SP_DEVICE void fetch(int i, int stage) {
-    if (i % kWindow == 0) {
+  // Sets under way what iteration i needs. Every i once, in order.
+  SP_DEVICE void fetch(int i) {
+    if (static_cast<unsigned>(i) % kWindow == 0) {
       now_ = next_;
       next_ = window(i + kWindow);
     }
-    const int block = block_of(i);
-    if (block < task_.end) fetch_x(block, stage);
-    if (has_unit(i)) fetch_unit(i, block, stage);
+    const std::uint32_t mine = simt::shuffle(now_.mine, static_cast<int>(static_cast<unsigned>(i) % kWindow));
+    const int chunks = static_cast<int>(mine & 255u) * (8 / Tile::kPer16), left = chunks - lane_;
+    const auto values = now_.values + static_cast<std::uint64_t>(mine >> 8) * 8;
+    const bool x_whole = i < tiles_ && args_.x_aligned && x_left_ >= Tile::kPer16;
+    SP_UNROLL
+    for (int j = 0; j < Tile::kValueBytes / 512; ++j) {
+      if (left > 32 * j) simt::cp_async16(at(put_slot_ + 512 * j), values + 32 * Tile::kPer16 * j, 16);
+    }
+    if (i < units_ && lane_ < Tile::kBitmapBytes / 16) simt::cp_async16(at(put_slot_ + Tile::kValueBytes), index_, 16);
+    SP_UNROLL
+    for (int j = 0; j < kCopies; ++j) {
+      if (x_whole && j < x_rows_) simt::cp_async16(at(x_place(j)), x_from_ + j * x_next_, 16);
+    }
+    // A lane with nothing to take looks up to 2 past the last value.
+    if (i < units_ && lane_ == 0 && chunks < Tile::kValueBytes / 16)
+      simt::store(at(put_slot_ + 16 * chunks), simt::u32x4{0, 0, 0, 0});
+    if (i < tiles_ && !x_whole) gather_x();
+
+    index_ += Tile::kWarpsK * Tile::kBitmapBytes;
+    x_from_ += Tile::kWarpsK * bitmap8::kCols;
+    x_left_ -= Tile::kWarpsK * bitmap8::kCols;
+    const bool last = ++stage_ == Tile::kStages;
+    const unsigned step = static_cast<unsigned>(last ? Tile::kStage - Tile::kRing : Tile::kStage);
+    stage_ = last ? 0 : stage_;
+    slot_ += step, put_slot_ += step, x_ += step, put_x_ += step;
   }
 
  private:
-  // Where the values of 32 units of this warp lie: those of iteration i + lane, in eights, counted from `first`.
+  // Where the values of 32 units of this warp lie.
   struct Window {
-    std::int64_t first;
-    std::uint32_t mine;  // distance << 8 | length
+    simt::Global<const Word> values;  // of the first, from this lane's chunk on
+    std::uint32_t mine;               // of iteration i + lane: distance from it << 8 | length, in eights
   };
 
-  SP_DEVICE std::int64_t offset(int block) const {  // multiple of 8 within the blob, whatever it holds
-    const std::int64_t v = args_.offsets[unit_ + block];
+  // The offset of the unit of iteration i, or of the one behind it: a multiple of 8 within the blob, whatever it holds.
+  SP_DEVICE std::int64_t offset(int i, int behind) const {
+    const std::int64_t v = args_.offsets[unit_ + static_cast<std::int64_t>(i) * Tile::kWarpsK + behind];
     return (v < 0 ? 0 : v > args_.stored ? args_.stored : v) & ~std::int64_t{7};
   }
 
   SP_DEVICE Window window(int i) const {
-    Window w{};
+    Window w{args_.values, 0};
     if (!has_unit(i)) return w;
-    w.first = offset(block_of(i));
-    const int j = i + static_cast<int>(simt::lane());
-    if (!has_unit(j)) return w;
-    const std::int64_t begin = offset(block_of(j)), far = begin - w.first, length = offset(block_of(j) + 1) - begin;
+    const std::int64_t first = offset(i, 0);
+    w.values = args_.values + (first + lane_ * Tile::kPer16);
+    if (!has_unit(i + lane_)) return w;
+    const std::int64_t begin = offset(i + lane_, 0), far = begin - first, length = offset(i + lane_, 1) - begin;
     static_assert(kWindow * Tile::kWarpsK * 128 < 1 << 24, "distances, in eights of values, fit their 24 bits");
     if (far < 0 || far >= std::int64_t{8} << 24 || length < 0) return w;
     w.mine = static_cast<std::uint32_t>(far / 8) << 8 | static_cast<std::uint32_t>(length < 1024 ? length / 8 : 128);
     return w;
   }
 
-  SP_DEVICE void fetch_unit(int i, int block, int stage) const {
-    const unsigned slot = values_at(stage);
-    const int lane = static_cast<int>(simt::lane());
-    if (lane < Tile::kBitmapBytes / 16) {
-      simt::cp_async16(simt::shared_memory<std::uint8_t>(slot + Tile::kValueBytes + 16 * lane),
-                       args_.index + ((unit_ + block) * Tile::kBitmapBytes + 16 * lane), 16);
-    }
-    const std::uint32_t mine = simt::shuffle(now_.mine, i % kWindow);
-    const int chunks = static_cast<int>(mine & 255u) * (8 / Tile::kPer16);
-    const auto values = args_.values + (now_.first + static_cast<std::int64_t>(mine >> 8) * 8 + lane * Tile::kPer16);
-    SP_UNROLL
-    for (int j = 0; j < Tile::kValueBytes / 512; ++j) {
-      if (lane + 32 * j < chunks) {
-        simt::cp_async16(simt::shared_memory<Word>(slot + 16 * lane + 512 * j), values + 32 * Tile::kPer16 * j, 16);
+  static SP_DEVICE simt::Shared<std::uint8_t> at(unsigned place) {
+    return simt::shared_at<std::uint8_t>(place);
+  }
+  SP_DEVICE unsigned x_place(int j) const {
+    return put_x_ + j * Tile::kXRows * Tile::kXPitch;
+  }
+
+  // x at any alignment, and zeros past its last column.
+  SP_DEVICE void gather_x() const {
+    for (int j = 0; j < x_rows_; ++j) {
+      const auto from = x_from_ + j * x_next_;
+      std::uint32_t w[4] = {};
+      SP_UNROLL
+      for (int e = 0; e < Tile::kPer16; ++e) {
+        if (e >= x_left_) continue;
+        w[e * Tile::kItem / 4] |= static_cast<std::uint32_t>(from[e]) << 8 * Tile::kItem * (e % (4 / Tile::kItem));
       }
+      simt::store(at(x_place(j)), simt::u32x4{w[0], w[1], w[2], w[3]});
     }
-    // A lane with nothing to take looks up to 2 past the last value.
-    if (lane == 0 && chunks < Tile::kValueBytes / 16) {
-      simt::store(simt::shared_memory<Word>(slot + 16 * chunks), simt::u32x4{0, 0, 0, 0});
-    }
-  }
-
-  // The place of this thread's chunk of a batch row.
-  SP_DEVICE unsigned x_at(int stage, int row) const {
-    return x_at(stage) + row * Tile::kXRow + 16 * Tile::x_chunk(row, chunk_);
-  }
-
-  SP_DEVICE void fetch_x(int block, int stage) const {
-    const std::int64_t column = static_cast<std::int64_t>(block) * bitmap8::kCols;
-    const std::int64_t past = args_.cols - column - chunk_ * Tile::kPer16;
-    const int valid = past >= Tile::kPer16 ? Tile::kPer16 : past > 0 ? static_cast<int>(past) : 0;
-    const bool whole = args_.x_aligned && valid == Tile::kPer16;
-    SP_UNROLL
-    for (int j = 0; j < Tile::kN / Tile::kXRows; ++j) {
-      const int row = row_ + j * Tile::kXRows;
-      if (row >= task_.batch_rows) continue;
-      const auto src = x_ + (column + j * Tile::kXRows * args_.stride);
-      const auto dst = simt::shared_memory<Word>(x_at(stage, row));
-      if (whole) {
-        simt::cp_async16(dst, src, 16);
-      } else {
-        simt::store(dst, gather(src, valid));
-      }
-    }
-  }
-
-  // 16 bytes at any alignment, zeros past the last column.
-  static SP_DEVICE simt::u32x4 gather(simt::Global<const Word> src, int valid) {
-    std::uint32_t w[4] = {};
-    SP_UNROLL
-    for (int e = 0; e < Tile::kPer16; ++e) {
-      if (e < valid)
-        w[e * Tile::kItem / 4] |= static_cast<std::uint32_t>(src[e]) << 8 * Tile::kItem * (e % (4 / Tile::kItem));
-    }
-    return {w[0], w[1], w[2], w[3]};
   }
 
   const Bitmap8Args<Tile>& args_;
-  const Bitmap8Task<Tile>& task_;
-  simt::Global<const Word> x_;
-  std::int64_t unit_;
-  int thread_, chunk_, row_;
+  // In the stage to be filled: the places of the warp and of its group, and of what this thread copies.
+  unsigned slot_, put_slot_, x_, put_x_;
+  int lane_, stage_ = 0;
+  int tiles_, units_;  // iterations that have an x tile, a unit
+  std::int64_t unit_;  // the first
   Window now_{}, next_{};
+  simt::Global<const std::uint8_t> index_;  // the next chunk of bitmaps
+  simt::Global<const Word> x_from_;         // and of x, in the first of x_rows_ rows
+  std::int64_t x_next_;
+  int x_left_, x_rows_;  // x_left_: columns from that chunk on
 };
 
 // The sums of all warps from shared memory, added up and written. Threads go along rows: out has them side by side.
@@ -262,33 +262,30 @@ SP_DEVICE void write_sums(const Bitmap8Args<Tile>& args, const Bitmap8Task<Tile>
 }
 
 // Sum: of one warp, [N][16 rows].
-//   add(me, unit, values, x)   plus the product of a unit (values: byte offset of its slot) and an x tile (byte offset)
-//   put(first)                 into shared memory as float [N][kPitch], from byte offset `first`
+//   add(me, unit, slot, x)   plus the product of a unit, whose values are at slot, and an x tile
+//   put(first)               into shared memory as float [N][kPitch], from byte offset `first`
 template <typename Tile, typename Sum>
 SP_KERNEL SP_THREADS(Tile::kThreads, Tile::kBlocks) linear_bitmap8_kernel(const Bitmap8Args<Tile> args) {
   const Bitmap8Task<Tile> task(args);
   Bitmap8Stream<Tile> stream(args, task);
   const Bitmap8Lane me = bitmap8_lane();
-  Sum sum{};
+  Sum sum;
 
   const int iterations = (task.end - task.begin + Tile::kWarpsK - 1) / Tile::kWarpsK;
-  int put = 0, take = 1;  // stages: the oldest of the ring is free, the next is to be worked on
   for (int i = 1 - Tile::kStages; i < iterations; ++i) {
-    // Stage `take` has landed, for all who share it, and nobody reads stage `put` any more.
+    // Stage i has landed, for all who share it, and nobody reads the one before any more.
     simt::cp_async_wait<Tile::kStages - 2>();
     if constexpr (Tile::kWarpsM == 1) {
       simt::sync_warp();
     } else {
       simt::sync_block();
     }
-    stream.fetch(i + Tile::kStages - 1, put);
+    stream.fetch(i + Tile::kStages - 1);
     simt::cp_async_commit();
-    if (i >= 0 && stream.has_unit(i)) {
-      const unsigned slot = stream.values_at(take);
-      sum.add(me, index_unit(me, simt::shared_memory<std::uint8_t>(slot + Tile::kValueBytes)), slot, stream.x_at(take));
+    if (stream.has_unit(i)) {
+      const unsigned slot = stream.slot();
+      sum.add(me, index_unit(me, simt::shared_at<std::uint8_t>(slot + Tile::kValueBytes + me.byte)), slot, stream.x());
     }
-    put = put + 1 < Tile::kStages ? put + 1 : 0;
-    take = take + 1 < Tile::kStages ? take + 1 : 0;
   }
 
   simt::cp_async_wait<0>();

@@ -29,11 +29,11 @@ SP_DEVICE float float_of(std::uint32_t bits) {
 template <typename Tile>
 class MultiplyAddSum {
  public:
-  SP_DEVICE void add(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned values, unsigned x) {
-    step<0>(me, unit, values, x);
-    step<1>(me, unit, values, x);
-    step<2>(me, unit, values, x);
-    step<3>(me, unit, values, x);
+  SP_DEVICE void add(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned slot, unsigned x) {
+    step<0>(me, unit, slot, x + 4 * me.pair);
+    step<1>(me, unit, slot, x + 4 * me.pair);
+    step<2>(me, unit, slot, x + 4 * me.pair);
+    step<3>(me, unit, slot, x + 4 * me.pair);
   }
 
   SP_DEVICE void put(unsigned first) const {
@@ -53,17 +53,18 @@ class MultiplyAddSum {
 
  private:
   template <int STEP>
-  SP_DEVICE void step(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned values, unsigned x) {
+  SP_DEVICE void step(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned slot, unsigned x) {
     const Bitmap8Step s = step_of<STEP>(me, unit);
-    const auto p = simt::shared_memory<float>(values + 4 * s.start);
-    const unsigned at[4] = {byte_of<0>(s.place), byte_of<1>(s.place), byte_of<2>(s.place), byte_of<3>(s.place)};
+    const unsigned at[4] = {byte_offset<0, 4>(s, slot), byte_offset<1, 4>(s, slot), byte_offset<2, 4>(s, slot),
+                            byte_offset<3, 4>(s, slot)};
     SP_UNROLL
     for (int half = 0; half < 2; ++half) {
       float w[2][2];  // row g or g + 8, column
       SP_UNROLL
       for (int r = 0; r < 2; ++r) {
         const int i = 2 * half + r;
-        const float one = p[at[i]], next = p[at[i] + 1];
+        const auto p = simt::shared_at<float>(at[i]);
+        const float one = p[0], next = p[1];
         const bool left = (s.keep & 1u << 8 * i) != 0, right = (s.keep & 2u << 8 * i) != 0;
         w[r][0] = left ? one : 0.0f;
         w[r][1] = right ? left ? next : one : 0.0f;
@@ -71,7 +72,7 @@ class MultiplyAddSum {
       SP_UNROLL
       for (int n = 0; n < Tile::kN; ++n) {
         const auto pair =
-            simt::load<simt::u32x2>(simt::shared_memory<float>(x + n * Tile::kXRow + 4 * (16 * STEP + 8 * half + me.pair)));
+            simt::load<simt::u32x2>(simt::shared_at<float>(x + n * Tile::kXPitch + 4 * (16 * STEP + 8 * half)));
         const float x0 = float_of(pair.x), x1 = float_of(pair.y);
         SP_UNROLL
         for (int r = 0; r < 2; ++r) sums_[r][n] += w[r][0] * x0, sums_[r][n] += w[r][1] * x1;

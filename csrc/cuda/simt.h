@@ -99,7 +99,7 @@ SP_DEVICE T* shared_memory(unsigned byte_offset) {
 SP_DEVICE unsigned shared_base() { return static_cast<unsigned>(__cvta_generic_to_shared(simt_shared)); }
 template <typename T>
 SP_DEVICE T* shared_at(unsigned a) {
-  return static_cast<T*>(__cvta_shared_to_generic(a));
+  return reinterpret_cast<T*>(simt_shared + (a - shared_base()));  // not by cvta: on that nvcc 13.0 does not end
 }
 
 // The built-in vectors, because a struct of scalars may be read word by word.
