@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from helpers import simt
+from simt import traffic
 from torch import Tensor
 
 NAMED_BY_A_FAULT = re.compile(
@@ -149,3 +150,14 @@ def test_traffic_is_told_by_line(emulator: ModuleType) -> None:
             assert counted["bytes"] >= counted["requests"]
     emulator.clear_report()
     assert emulator.report() == []
+
+
+def test_kernels_waste_no_traffic() -> None:
+    """No bank conflicts, and whole sectors, where a kernel must run as fast as memory."""
+    streams = ("linear_sparse24", "linear_bitmap8_bf16", "mask_", "bits_to_bytes", "bytes_to_bits")
+    seen = set()
+    for use in traffic.measure():
+        if use.kernel.startswith(streams):
+            seen.add(use.kernel)
+            assert use.worst == 1 if use.space == "shared" else use.mean > 0.9, use
+    assert len(seen) >= 10, seen
