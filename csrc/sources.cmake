@@ -63,7 +63,7 @@ function(sparseprune_add_cuda target)
   target_include_directories(sparseprune_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
   target_compile_options(sparseprune_cuda PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-fvisibility=hidden>
-    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-fvisibility=hidden;-Xptxas=--warn-on-spills>)
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-fvisibility=hidden;-Xptxas=--warn-on-spills,--warn-on-local-memory-usage>)
   if(SPARSEPRUNE_WERROR)
     target_compile_options(sparseprune_cuda PRIVATE
       $<$<COMPILE_LANGUAGE:CXX>:-Werror>

@@ -1,5 +1,6 @@
-"""What an installed wheel must do, with nothing of the repository on the path: `python tests/smoke.py`."""
+"""What an installed wheel must do, with nothing of the repository on the path: `python tests/smoke.py [cpu|cuda]`."""
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,47 @@ import sparseprune as sp
 from sparseprune import _core
 
 
-def main() -> None:
+def check_libraries() -> None:
+    """Neither libtorch nor anything of CUDA is needed to load the extension, and there is one OpenMP runtime: torch's."""
+    libraries = subprocess.run(["ldd", _core.__file__], capture_output=True, text=True, check=True).stdout
+    needed = libraries.replace(str(Path(_core.__file__).parent), "")
+    assert not re.search("torch|libcuda|libcudart|nvidia", needed), libraries
+    print(libraries.strip())
+    maps = Path("/proc/self/maps").read_text()
+    runtimes = set(re.findall(r"(/\S*lib(?:gomp|omp|iomp5)[\w.-]*\.so[\w.]*)", maps))
+    assert len(runtimes) == 1, runtimes
+    print(f"OpenMP runtime: {runtimes.pop()}")
+
+
+def check_cuda(kind: str) -> None:
+    """The wheel for CPUs says that it has no GPU kernels; the one with CUDA says what this machine lacks, or runs."""
+    info = sp.cuda_info()
+    print(f"CUDA: {info}")
+    assert info["built"] == (kind == "cuda"), info
+    if kind == "cuda":
+        assert {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"} <= set(info["targets"]), info
+        assert any(target.startswith("compute_") for target in info["targets"]), info
+    if not info["missing"]:
+        weight = torch.randn(64, 64, device="cuda")
+        assert torch.equal(sp.ops.dense_to_csr(weight)[2], weight.flatten())
+        return
+    assert re.search(
+        "driver|no CUDA" if kind == "cuda" else "no CUDA kernels; install a wheel", info["missing"]
+    ), info
+    if kind == "cuda" and not _core.cuda.missing():
+        return  # a GPU is here, a torch that can use it is not
+    try:
+        sp._cuda._kernels.bytes_to_bits(0, 0, 0, 0, 0, 0)
+    except RuntimeError as error:
+        print(f"A CUDA call: {error}")
+        assert re.search(
+            "NVIDIA driver" if kind == "cuda" else "no CUDA kernels; install a wheel", str(error)
+        ), error
+    else:
+        raise AssertionError("a CUDA call went through, where cuda_info() says that something is missing")
+
+
+def main(kind: str) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 64)).eval()
     sp.prune(model, pattern="2:4", method="magnitude")
@@ -28,9 +69,8 @@ def main() -> None:
             )
             reloaded = sp.load(folder, model=skeleton).eval()
         assert torch.equal(reloaded(x), model(x))
-    libraries = subprocess.run(["ldd", _core.__file__], capture_output=True, text=True, check=True).stdout
-    assert "torch" not in libraries.replace(str(Path(_core.__file__).parent), ""), libraries
-    print(libraries.strip())
+    check_libraries()
+    check_cuda(kind)
     print(
         f"smoke test passed: sparseprune {sp.__version__}, torch {torch.__version__}, python {sys.version.split()[0]}, "
         f"isa {sp.isa()}, from {Path(_core.__file__).parent}"
@@ -38,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1] if len(sys.argv) > 1 else "cuda" if hasattr(_core, "cuda") else "cpu")
