@@ -1,4 +1,6 @@
 // Pointers, and the rules of memory.
+#include <thread>
+
 #include "test_simt.h"
 
 namespace sparseprune::simt::test {
@@ -197,6 +199,21 @@ void test_global() {
   expect_equal(sums[1], 0, "atomic_min");
   expect_fault([&] { launch(grid(64, 0, 3), blocks_add, sums.data(), true); }, "an atomic's place read",
                {"global memory, byte 0: read"});
+
+  // The clock begins anew: what it dated before conflicts with nothing, what it dates from then on does.
+  launch(grid(64), same_place, out.data(), 1);
+  machine.clock = UINT32_MAX / 2 + 1;
+  launch(grid(64), same_place, out.data(), 1);
+  expect(machine.clock < 100, "the clock begins anew");
+  expect_fault([&] { launch(grid(64), same_place, out.data(), 0); }, "two threads, by the second clock",
+               {"written, which was written"});
+
+  // Another thread's buffers are its own.
+  std::thread([&] {
+    expect_fault([&] { launch(grid(64), same_place, out.data(), 1); }, "another thread's buffer", {"in no buffer"});
+    clear_buffers();
+  }).join();
+  launch(grid(64), same_place, out.data(), 1);
 
   // Memory that is used again, smaller; and two views of one buffer.
   register_buffer(p, 64, true);

@@ -283,8 +283,8 @@ void run(const Grid& grid, Body body) {
   begin_counts(grid.name);
   forget_logged();
   if (m.clock > UINT32_MAX / 2) {
-    forget_stamps();
     m.clock = 0;
+    ++m.clock_age;
   }
   m.launch_start = ++m.clock;
   random_order.state = seed();

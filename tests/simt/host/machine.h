@@ -63,7 +63,7 @@ struct Machine {
   char* shared = nullptr;
   Warp warps[kMaxThreads / kLanes];
 
-  std::uint32_t clock = 1;
+  std::uint32_t clock = 1, clock_age = 0;  // of age 1 the second clock, after the first has nearly run out
   std::uint32_t launch_start = 1, block_start = 1, block_since = 1;  // block_since: the last barrier of the block
   bool count_traffic = false;
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -21,14 +20,13 @@ struct Registered {
 };
 
 // Disjoint, by address. A launcher may hold pointers made before others were registered: what was replaced is kept in `old`
-// until the launch.
+// until the launch. Each thread has its own: it registers what it launches with, while another clears.
 struct Registry {
-  std::mutex mutex;
   std::map<std::uintptr_t, Registered> live;
   std::vector<std::unique_ptr<Extent>> old;
 };
 Registry& registry() {
-  static Registry r;
+  thread_local Registry r;
   return r;
 }
 
@@ -91,7 +89,6 @@ std::size_t check_shared(const void* p, unsigned bytes, unsigned align, const ch
 void register_buffer(const void* address, std::size_t bytes, bool writable) {
   if (bytes == 0) return;
   Registry& r = registry();
-  const std::lock_guard lock(r.mutex);
   std::uintptr_t begin = address_of(address), end = begin + bytes;
   auto i = r.live.lower_bound(begin);
   if (i != r.live.begin() && std::prev(i)->second.extent->end > begin) --i;
@@ -109,7 +106,6 @@ void register_buffer(const void* address, std::size_t bytes, bool writable) {
 
 void clear_buffers() {
   Registry& r = registry();
-  const std::lock_guard lock(r.mutex);
   r.live.clear();
   r.old.clear();
 }
@@ -117,7 +113,6 @@ void clear_buffers() {
 const Extent* find_extent(const void* address) {
   if (!address) return nullptr;
   Registry& r = registry();
-  const std::lock_guard lock(r.mutex);
   auto i = r.live.upper_bound(address_of(address));
   if (i == r.live.begin()) return &nowhere;
   const Extent& extent = *std::prev(i)->second.extent;
@@ -126,16 +121,8 @@ const Extent* find_extent(const void* address) {
 
 void begin_launch_of_buffers() {
   Registry& r = registry();
-  const std::lock_guard lock(r.mutex);
   for (auto& [begin, registered] : r.live) registered.before_launch = true;
   r.old.clear();
-}
-
-void forget_stamps() {
-  Registry& r = registry();
-  const std::lock_guard lock(r.mutex);
-  for (auto& [begin, registered] : r.live) registered.extent->shadow.reset();
-  shared_shadow().forget();
 }
 
 void read_global(const Extent* extent, const void* p, unsigned bytes, unsigned align, const Location& at) {

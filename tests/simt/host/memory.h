@@ -17,14 +17,14 @@ struct Extent {
   std::unique_ptr<Shadow> shadow;  // of a writable one, from its first access on
 };
 
-// A range registered anew takes the place of those it overlaps that were registered before the last launch (memory that has
-// been used again). Those registered since, views of one storage, become one with it; it is writable if one of them is.
+// By thread. A range registered anew takes the place of those it overlaps that were registered before the last launch
+// (memory that has been used again). Those registered since, views of one storage, become one with it; it is writable if one
+// of them is.
 void register_buffer(const void* address, std::size_t bytes, bool writable);
 void clear_buffers();
 // The one that holds `address`, or else ends there; null for null; for any other an extent that holds nothing.
 const Extent* find_extent(const void* address);
 void begin_launch_of_buffers();
-void forget_stamps();  // the clock begins anew
 
 // Of the running thread. A fault says what is wrong.
 void read_global(const Extent* extent, const void* p, unsigned bytes, unsigned align, const Location& at);

@@ -41,15 +41,18 @@ void FreeMemory::operator()(void* p) const {
   std::free(p);
 }
 
-Shadow::Shadow(Space space, std::size_t bytes) : space_(space), words_((bytes + 3) / 4), word_(zeroed<Record>(words_)) {
+Shadow::Shadow(Space space, std::size_t bytes)
+    : space_(space), clock_age_(machine.clock_age), words_((bytes + 3) / 4), word_(zeroed<Record>(words_)) {
 }
 
 void Shadow::forget() {
   word_.reset(zeroed<Record>(words_));
   byte_.reset();
+  clock_age_ = machine.clock_age;
 }
 
 void Shadow::access(Access access, std::size_t offset, unsigned bytes, Site site) {
+  if (clock_age_ != machine.clock_age) forget();
   if ((offset | bytes) & 3) return access_bytes(access, offset, bytes, site);
   const std::uint32_t floor = space_ == Space::shared ? machine.block_start : machine.launch_start;
   for (std::size_t word = offset / 4; word < (offset + bytes) / 4; ++word) {

@@ -28,7 +28,6 @@ class Shadow {
   void access(Access access, std::size_t offset, unsigned bytes, Site site);
   // 16 bytes whose copy was issued by the running thread have arrived.
   void land(std::size_t offset);
-  void forget();  // the clock begins anew
 
  private:
   struct Record {
@@ -37,11 +36,13 @@ class Shadow {
     Site write_site, read_site;
   };
 
+  void forget();
   void access_bytes(Access access, std::size_t offset, unsigned bytes, Site site);
   void check(Record& r, Access access, std::size_t offset, Site site);
   [[noreturn]] void conflict(const Record& r, Access access, bool with_write, std::size_t offset, Site site) const;
 
   Space space_;
+  std::uint32_t clock_age_;  // stamps of another are void
   std::size_t words_;
   std::unique_ptr<Record[], FreeMemory> word_, byte_;  // byte_: from the first shared word on
 };
