@@ -1,0 +1,440 @@
+"""Kernels broken on purpose: the emulator, or the results, must show each of them.
+
+A mutant is one place of the real source, changed. It is compiled alone and linked with the objects of the emulator's build;
+then the cases that meet the changed lines run in a process of their own, which may hang or crash. `control` changes
+nothing and must pass them all: else a mutant would be caught by what is wrong anyway.
+
+python tests/simt/mutants.py [PATTERN]   # a line of JSON for each, as it is known
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers import simt
+
+CUDA = simt.ROOT / "csrc" / "cuda"
+LIMIT_SECONDS = 120  # of the cases: a mutant may wait for ever
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which the file holds once (but for its white space), becomes `new`. `says`: what the fault, or the comparison of
+    results, must say.
+
+    `unit`: what is compiled in the place of the whole file where that is a header: `{file}` stands for it.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    cases: str
+    says: str
+    unit: str = ""
+
+
+WRONG = "differ, first at|outside the bound"  # helpers/compare.py
+WAITING = "no wait for its group yet"
+UNWRITTEN = "nobody has written it"
+UNORDERED = f"with no barrier since|{UNWRITTEN}|{WAITING}"  # which of them depends on who runs first
+OUTSIDE = "out of bounds"
+MISALIGNED = "misaligned"
+SHOWN = f"{WRONG}|{UNORDERED}|{OUTSIDE}"  # whichever comes first
+
+
+def sparse24(config: int) -> str:
+    """One instance of the kernel, so that a mutant is compiled in seconds."""
+    return (
+        '#include "cuda/linear_sparse24.cuh"\n'
+        f"template int sparseprune::cuda::launch_sparse24<sparseprune::bf16, {config}>"
+        "(const sparseprune::cuda::LinearCall&, const sparseprune::Geometry&);\n"
+    )
+
+
+def _linear(
+    name: str, old: str, new: str, cases: str, says: str, config: int = 0, file: str = "linear_sparse24.cuh"
+) -> Mutant:
+    unit = '#include "cuda/linear_bitmap8.cu"\n' if "bitmap8" in file else sparse24(config)
+    return Mutant(name, file, old, new, cases, says, unit)
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    _linear("sparse24: no wait for the copies", "simt::cp_async_wait<C::kStages - 2>();", "", "n8", WAITING),
+    _linear("sparse24: waits for a stage too few", "cp_async_wait<C::kStages - 2>", "cp_async_wait<C::kStages - 1>", "n8",
+            WAITING),
+    _linear("sparse24: no commit", "simt::cp_async_commit(); sparse24_advance<C>(next), write_at = after(write_at); block +=",
+            "sparse24_advance<C>(next), write_at = after(write_at); block +=", "n8", SHOWN),
+    _linear("sparse24: no barrier of the warp", "simt::sync_warp();", "", "n8", UNORDERED),
+    _linear("sparse24: no barrier of the block", "else { simt::sync_block(); }", "", "n64", UNORDERED, 3),
+    _linear("sparse24: the sums overwrite the last stage",
+            "simt::sync_block();  // the last stage, or the pass before, is read", "", "n64", UNORDERED, 3, file="sparse24_drain.cuh"),
+    _linear("sparse24: sums read before they are there", "simt::sync_block();  // all sums of the pass are there", "",
+            "n8", UNORDERED, file="sparse24_drain.cuh"),
+    _linear("sparse24: metadata of the next lane", "C::kMetadataBytes + lane * 8;", "C::kMetadataBytes + (lane + 1) % 32 * 8;",
+            "n8", WRONG, file="sparse24_tile.cuh"),
+    _linear("sparse24: metadata of the other step", "f.e[0][u] = words.x, f.e[1][u] = words.y;",
+            "f.e[0][u] = words.y, f.e[1][u] = words.x;", "n8", WRONG),
+    _linear("sparse24: the wrong selector", "mma_sp_m16n8k32<T, 1>", "mma_sp_m16n8k32<T, 0>", "n8", WRONG),
+    _linear("sparse24: reads past the rows",
+            "p.units = static_cast<int>(a.strips - p.strip < C::kBlockUnits ? a.strips - p.strip : C::kBlockUnits);",
+            "p.units = C::kBlockUnits;", "n64", OUTSIDE, 3, file="sparse24_tile.cuh"),
+    _linear("sparse24: writes past the rows", "if (n >= p.x_rows || row >= a.rows) continue;", "if (n >= p.x_rows) continue;",
+            "n64", SHOWN, 3, file="sparse24_drain.cuh"),
+    _linear("sparse24: writes past the batch", "if (n >= p.x_rows || row >= a.rows) continue;", "if (row >= a.rows) continue;",
+            "n8", OUTSIDE, file="sparse24_drain.cuh"),
+    _linear("sparse24: copies past the columns", "more && c.columns > 0 &&", "more &&", "n8", OUTSIDE),
+    _linear("sparse24: reads past the columns", "e < columns ? simt::load", "true ? simt::load", "n8", SHOWN),
+    _linear("sparse24: copies past the batch", "c.columns > 0 && p.thread / 8 + rows < p.x_rows;", "c.columns > 0;", "n8",
+            OUTSIDE),
+    _linear("sparse24: what is not there is no zero", "if (a.x_vectors) simt::cp_async16(stage + sparse24_x_copy_byte<C>(p, rows),",
+            "if (a.x_vectors && there) simt::cp_async16(stage + sparse24_x_copy_byte<C>(p, rows),", "n8", UNWRITTEN),
+    _linear("sparse24: vectors at any address", "a.x_vectors = aligned(call.x) &&", "a.x_vectors =", "n8", MISALIGNED),
+    _linear("sparse24: splits overlap", "(a.blocks * (split + 1) / splits);", "(a.blocks * (split + 1) / splits + 1);", "n8",
+            SHOWN),
+    Mutant("splits: the first is left out", "splits.cu", "for (int s = 0; s < splits; ++s)", "for (int s = 1; s < splits; ++s)",
+           "n8", WRONG),
+    Mutant("splits: four outputs at any address", "splits.cu", "rows % 4 == 0 && aligned(partial)", "aligned(partial)", "n8", SHOWN),
+    _linear("bitmap8: no wait for the copies", "    simt::cp_async_wait<Tile::kStages - 2>();\n", "", "bitmap8", WAITING,
+            file="linear_bitmap8.cuh"),
+    _linear("bitmap8: no barrier before the sums", "  simt::sync_block();  // the ring becomes room for the sums\n", "",
+            "bitmap8", UNORDERED, file="linear_bitmap8.cuh"),
+    _linear("bitmap8: no zeros behind the values", "simt::store(at(put_slot_ + 16 * chunks), simt::u32x4{0, 0, 0, 0});", ";",
+            "bitmap8", UNWRITTEN, file="linear_bitmap8.cuh"),
+    _linear("bitmap8: writes past the rows", "    if (row >= args.rows) continue;\n", "", "bitmap8", SHOWN,
+            file="linear_bitmap8.cuh"),
+    _linear("bitmap8: places one pair on", "step.place = before + (counts >> me.shift & me.mask);",
+            "step.place = before + (counts >> 2 & 0x07070707u);", "bitmap8", WRONG, file="bitmap8.cuh"),
+    Mutant("words: a stage read before it is written", "words.cuh", "  sync_warp();\n  const V v = load<V>", "  const V v = load<V>",
+           "masks", UNORDERED, '#include "cuda/masks.cu"\n'),
+    Mutant("words: reads past the row's end", "words.cuh", "if (i < left) word = load<T>(p + i);", "word = load<T>(p + i);",
+           "masks", OUTSIDE, '#include "cuda/masks.cu"\n'),
+    Mutant("words: writes past the row's end", "words.cuh", "if (i < left) store(p + i, load<T>(stage + i));",
+           "store(p + i, load<T>(stage + i));", "masks", SHOWN, '#include "cuda/masks.cu"\n'),
+    Mutant("masks: vectors at any address", "words.cuh", "return ((shift + index) & (each - 1)) == 0;", "return each > 0;",
+           "masks", MISALIGNED, '#include "cuda/masks.cu"\n'),
+    Mutant("masks: bits past the row's end", "words.cuh", "if (first % 8 == 0 && first < left) store(bits",
+           "if (first % 8 == 0) store(bits", "masks", SHOWN, '#include "cuda/masks.cu"\n'),
+    Mutant("csr: one set of sums for two turns", "convert.cu", "  turn ^= 1;\n", "", "conversions", UNORDERED),
+    Mutant("csr: sums read before they are there", "convert.cu", "  sync_block();\n  Sums s{0, 0};", "  Sums s{0, 0};",
+           "conversions", UNORDERED),
+    Mutant("csr: ranks count their own lane", "convert.cu", "before = upto - own;", "before = upto;", "conversions", SHOWN),
+    Mutant("pack: the nibble of the next chunk", "pack_sparse24.cu", "|= nibble << word_shift(8 * i, t);",
+           "|= nibble << word_shift(8 * i, (t + 1) % 4);", "n8", SHOWN),
+    Mutant("pack: reads past the columns", "pack_sparse24.cu",
+           "const bool inside = row < units.rows && chunk < units.groups;", "const bool inside = row < units.rows;", "n8", SHOWN),
+)  # fmt: skip
+
+CONTROLS = (
+    _linear("control: sparse24, few batch rows", "", "", "n8", ""),
+    _linear("control: sparse24, many batch rows", "", "", "n64", "", 3),
+    _linear("control: bitmap8", "", "", "bitmap8", "", file="linear_bitmap8.cuh"),
+    Mutant("control: masks", "masks.cu", "", "", "masks", ""),
+    Mutant("control: conversions", "convert.cu", "", "", "conversions", ""),
+)
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def cases(name: str) -> Callable[[], None]:
+    """The cases of a name; they run on CPU tensors under `backends.emulated`. Imports what a process that compiles must not."""
+    import torch
+    from helpers import reference
+    from helpers.compare import assert_same_bits, product
+    from helpers.shapes import arranged, generator, mask, raw, whole
+
+    from sparseprune import _cuda, ops
+
+    def linear(layout: str, config: str, shapes: Sequence[tuple[int, int, int, int, str]]) -> None:
+        """Whole numbers, exact in float32: one weight dropped, doubled or misplaced shows."""
+        dtype = torch.bfloat16
+        index = _cuda.configs(layout, dtype).index(config)
+        for rows, cols, batch, splits, kind in shapes:
+            random = generator(rows, cols, batch)
+            keep = mask(rows, cols, "2:4" if layout == "sparse24" else "50%", random)
+            weight = (whole(rows, cols, limit=4, seed=random) * keep).to(dtype)
+            canonical = ops.dense_to_nm(weight, 2, 4) if layout == "sparse24" else ops.dense_to_bitmap(weight)
+            packed = ops.pack(*canonical, cols, layout)
+            x = arranged(whole(batch, cols, limit=8, seed=random).to(dtype), kind)
+            bias = whole(rows, limit=64, seed=random).to(dtype)
+            out = _cuda.linear(x, packed, bias, rows, (index, splits))
+            what = f"{rows}x{cols}, batch {batch}, splits {splits}, {kind} input"
+            assert_same_bits(out, product(x, weight, bias).to(dtype), what)
+
+    def n8() -> None:
+        linear("sparse24", "n8_m32_k8", [
+            (64, 1024, 8, 1, "contiguous"), (40, 1100, 3, 1, "contiguous"), (32, 512, 1, 1, "offset"),
+            (42, 200, 9, 1, "wide rows"), (40, 200, 3, 1, "contiguous"), (40, 200, 3, 1, "contiguous"), (34, 1280, 5, 2, "contiguous"),
+            (64, 1280, 16, 3, "transposed"),
+        ])  # fmt: skip
+
+    def n64() -> None:
+        linear("sparse24", "n64_m64", [
+            (64, 640, 64, 1, "contiguous"), (40, 576, 70, 1, "contiguous"), (90, 100, 33, 1, "offset"),
+            (96, 832, 20, 2, "contiguous"),
+        ])  # fmt: skip
+
+    def bitmap8() -> None:
+        linear("bitmap8", "n8_m16_k8", [
+            (16, 1280, 8, 1, "contiguous"), (40, 1100, 3, 1, "contiguous"), (17, 77, 1, 1, "offset"),
+            (33, 700, 9, 2, "wide rows"),
+        ])  # fmt: skip
+
+    def matrices() -> list[torch.Tensor]:
+        shapes = [(3, 7), (1, 300), (9, 33), (5, 1025), (8, 512), (2, 2700)]
+        return [
+            raw(rows, cols, dtype, 0.5, generator(rows, cols))
+            for rows, cols in shapes
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+
+    def masks() -> None:
+        for x in matrices():
+            keep = torch.rand(x.shape, generator=generator(1, *x.shape)) < 0.5
+            for kept in (keep, torch.zeros_like(keep)):
+                bits = ops.pack_mask(kept)
+                assert_same_bits(bits, reference.pack_mask(kept), f"pack_mask {tuple(x.shape)}")
+                assert_same_bits(ops.unpack_mask(bits, x.shape[1]), kept, f"unpack_mask {tuple(x.shape)}")
+                expected = reference.mask_apply(x, kept)
+                assert_same_bits(ops.mask_apply(x, kept), expected, f"mask_apply {tuple(x.shape)}")
+                assert_same_bits(
+                    ops.mask_apply_packed(x, bits), expected, f"mask_apply_packed {tuple(x.shape)}"
+                )
+            shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+            expected, expected_bits = reference.threshold_mask(x, 0.5)
+            assert_same_bits(
+                ops.threshold_mask_(shifted, 0.5), expected_bits, f"bits of threshold_mask {tuple(x.shape)}"
+            )
+            assert_same_bits(shifted, expected, f"threshold_mask {tuple(x.shape)}")
+        # No magnitude is below: all are kept, and nothing past the row's end.
+        x = torch.ones(3, 13)
+        assert_same_bits(ops.threshold_mask_(x, 0.0), reference.threshold_mask(x, 0.0)[1], "threshold 0")
+
+    def conversions() -> None:
+        for x in matrices():
+            what = str(tuple(x.shape))
+            for actual, expected in zip(ops.dense_to_csr(x), reference.dense_to_csr(x), strict=True):
+                assert_same_bits(actual, expected, f"dense_to_csr {what}")
+            for actual, expected in zip(ops.dense_to_bitmap(x), reference.dense_to_bitmap(x), strict=True):
+                assert_same_bits(actual, expected, f"dense_to_bitmap {what}")
+            restored = reference.mask_apply(x, x != 0)
+            crow, col, values = reference.dense_to_csr(x)
+            assert_same_bits(
+                ops.csr_to_dense(crow, col, values, x.shape[1]), restored, f"csr_to_dense {what}"
+            )
+            bits = reference.pack_mask(x != 0)
+            assert_same_bits(
+                ops.bitmap_to_dense(values, bits, x.shape[1]), restored, f"bitmap_to_dense {what}"
+            )
+
+    return {"n8": n8, "n64": n64, "bitmap8": bitmap8, "masks": masks, "conversions": conversions}[name]
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def mutated(mutant: Mutant) -> str:
+    """The file's text, changed. ValueError where the place is not there, or there twice."""
+    text = (CUDA / mutant.file).read_text()
+    if not mutant.old:
+        return text
+    found = list(re.finditer(r"\s+".join(map(re.escape, mutant.old.split())), text))
+    if len(found) != 1:
+        raise ValueError(f"{mutant.name}: {mutant.file} must hold {mutant.old!r} once, got {len(found)}")
+    return text[: found[0].start()] + mutant.new + text[found[0].end() :]
+
+
+@dataclass(frozen=True)
+class Build:
+    """The emulator's build: how each file is compiled, and what is linked."""
+
+    folder: Path
+    commands: dict[str, list[str]] = field(default_factory=dict)  # by source
+
+    @classmethod
+    def of(cls, folder: Path) -> Build:
+        entries = json.loads((folder / "compile_commands.json").read_text())
+        module = [it for it in entries if "/_simt.dir/" in it["output"]]
+        return cls(folder, {str(Path(it["file"]).resolve()): shlex.split(it["command"]) for it in module})
+
+    def variant(self, mutant: Mutant, folder: Path) -> Path:
+        """Compiles the changed file and links it with the objects of all others."""
+        overlay = folder / "csrc"
+        shutil.copytree(CUDA, overlay / "cuda")
+        (overlay / "cuda" / mutant.file).write_text(mutated(mutant))
+        source = overlay / "cuda" / mutant.file
+        replaced = str(CUDA / mutant.file)
+        if mutant.unit:
+            source = folder / "unit.cu"
+            source.write_text(mutant.unit)
+            included = re.fullmatch(r'#include "cuda/(\w+\.cu)"\n', mutant.unit)
+            replaced = str(CUDA / included[1]) if included else ""
+        fresh = folder / "mutant.o"
+        _call(
+            [*self._flags(overlay), "-MMD", "-MF", str(folder / "used"), "-c", str(source), "-o", str(fresh)]
+        )
+        if str(overlay / "cuda" / mutant.file) not in (folder / "used").read_text().split():
+            raise ValueError(
+                f"{mutant.name}: {source.name} must include {mutant.file}, or the mutant changes nothing"
+            )
+        # The changed object comes first: of an instance that an object beside it has too, the linker takes the first.
+        objects = [self._object(it) for it in self.commands if it != replaced]
+        library = folder / f"_simt{sysconfig_suffix()}"
+        _call(
+            [
+                self._compiler(),
+                "-shared",
+                "-o",
+                str(library),
+                str(fresh),
+                *objects,
+                str(self.folder / "libsimt_emulator.a"),
+            ]
+        )
+        return library
+
+    def _compiler(self) -> str:
+        return next(iter(self.commands.values()))[0]
+
+    def _flags(self, overlay: Path) -> list[str]:
+        """Those of any kernel, the changed folder ahead of the real one, and less optimised: seconds count."""
+        command = self.commands[str(CUDA / "splits.cu")]
+        kept = command[1 : command.index("-o")]
+        return [command[0], f"-I{overlay}", f"-I{overlay / 'cuda'}", *kept, "-O1", "-w"]
+
+    def _object(self, source: str) -> str:
+        command = self.commands[source]
+        return str(self.folder / command[command.index("-o") + 1])
+
+
+def sysconfig_suffix() -> str:
+    import sysconfig
+
+    return str(sysconfig.get_config_var("EXT_SUFFIX"))
+
+
+def _call(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)}: {done.returncode}\n{done.stderr[-4000:]}")
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def load(library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_simt", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def verdict(library: Path, name: str) -> tuple[str, str]:
+    """(passed | fault | wrong, message) of the cases, in this process."""
+    from helpers import backends
+
+    try:
+        with backends.emulated(load(library)):
+            cases(name)()
+    except backends.Fault as fault:
+        return "fault", str(fault)
+    except AssertionError as wrong:
+        return "wrong", str(wrong)
+    except (RuntimeError, ValueError) as error:
+        return "error", f"{type(error).__name__}: {error}"
+    return "passed", ""
+
+
+def run_forked(library: Path, name: str) -> tuple[str, str]:
+    """The same in a child, which may crash or hang."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # threads of a pool that no kernel of a child uses
+        child = os.fork()
+    if child == 0:
+        os.close(read)
+        signal.alarm(LIMIT_SECONDS)
+        outcome = "error", "no verdict"
+        try:
+            outcome = verdict(library, name)
+        except BaseException as error:  # the child must not go on as its parent
+            outcome = "error", f"{type(error).__name__}: {error}"
+        finally:
+            os.write(write, json.dumps([outcome[0], outcome[1][:4000]]).encode())
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if text:
+        kind, message = json.loads(text)
+        return kind, message
+    number = os.WTERMSIG(status)
+    return (
+        ("hang", f"no end within {LIMIT_SECONDS} s")
+        if number == signal.SIGALRM
+        else ("crash", signal.strsignal(number) or "")
+    )
+
+
+def run(mutants: Sequence[Mutant], jobs: int, done: Callable[[dict[str, Any]], None]) -> None:
+    """Compiles all, then runs one after the other: a process that forks must have no threads."""
+    build = Build.of(simt.build("_simt"))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compile_one(index: int) -> tuple[Path, float]:
+            place = Path(folder) / str(index)
+            place.mkdir()
+            begin = time.monotonic()
+            return build.variant(mutants[index], place), time.monotonic() - begin
+
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            libraries = list(pool.map(compile_one, range(len(mutants))))
+        from sparseprune import ops  # noqa: F401  once, for all children
+
+        for mutant, (library, compile_seconds) in zip(mutants, libraries, strict=True):
+            begin = time.monotonic()
+            kind, message = run_forked(library, mutant.cases)
+            done({
+                "name": mutant.name, "kind": kind, "message": message, "compile_seconds": round(compile_seconds, 1),
+                "run_seconds": round(time.monotonic() - begin, 1),
+            })  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kernels broken on purpose, and what shows it.")
+    parser.add_argument("pattern", nargs="?", default="", help="a regular expression that names must hold")
+    parser.add_argument(
+        "--jobs", type=int, default=int(os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", os.cpu_count() or 1))
+    )
+    arguments = parser.parse_args()
+    chosen = [it for it in (*CONTROLS, *MUTANTS) if re.search(arguments.pattern, it.name)]
+    run(chosen, arguments.jobs, lambda result: print(json.dumps(result), flush=True))
+
+
+if __name__ == "__main__":
+    main()
