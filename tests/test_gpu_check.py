@@ -290,6 +290,23 @@ def test_without_hypothesis_and_expecttest_the_other_tests_run(tmp_path):
     checks.op_tests(tmp_path, {}, 10, run)
 
 
+def test_every_file_with_tests_of_the_card_is_run():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        checks.TWINS,
+    ]
+    done = subprocess.run([*command, Path(__file__).parent], capture_output=True, text=True, timeout=300)
+    files = {line.partition("::")[0].rpartition("/")[2] for line in done.stdout.splitlines() if "::" in line}
+    assert files - {Path(__file__).name} == set(checks.TESTS), done.stdout[-2000:]
+
+
 def test_sanitizer_reports_what_it_finds(tmp_path):
     def run(command, seconds, on_line, env, cwd):
         assert command[:3] == ["compute-sanitizer", "--tool", "racecheck"]
