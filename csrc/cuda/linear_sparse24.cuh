@@ -57,7 +57,7 @@ SP_DEVICE Sparse24Cursor sparse24_cursor(const Sparse24Args& a, const Sparse24Pl
   c.values = a.values + ((p.strip * a.blocks + block) * C::kValueBytes + p.thread * 16 / C::kValueBytes * a.strip_bytes +
                          p.thread * 16 % C::kValueBytes);
   c.metadata = a.metadata + (metadata * C::kMetadataBytes + p.thread % C::kMetadataThreadsOfUnit * 16);
-  c.x = a.x + ((p.n + p.thread / 8) * a.stride + std::int64_t{block} * sparse24::kCols + part * 8);
+  c.x = a.copied_x + ((p.n + p.thread / 8) * a.copied_stride + std::int64_t{block} * sparse24::kCols + part * 8);
   c.block = block;
   c.columns = a.cols - block * sparse24::kCols - part * 8;
   return c;
@@ -94,23 +94,25 @@ SP_DEVICE void sparse24_copy(const Sparse24Args& a, const Sparse24Place& p, cons
     if (p.thread < C::kMetadataThreads) simt::cp_async16(stage + (C::kMetadata + p.thread * 16), c.metadata, more ? 16 : 0);
   } else {
     const int rows = (i - C::kValueCopies - 1) * C::kXRows;
-    const bool there = more && c.columns > 0 && p.thread / 8 + rows < p.x_rows;
-    const auto from = c.x + rows * a.stride;
-    if (a.x_vectors) simt::cp_async16(stage + sparse24_x_copy_byte<C>(p, rows), from, there ? 16 : 0);
+    const bool there = more && c.columns > 0 && p.thread / 8 + rows < p.copied_rows;
+    const auto from = c.x + rows * a.copied_stride;
+    simt::cp_async16(stage + sparse24_x_copy_byte<C>(p, rows), from, there ? 16 : 0);
   }
 }
 
-// In place of the copies of x, where its rows do not consist of whole, aligned 16 bytes.
+// In place of the zeros that were copied, x, where its rows do not consist of whole, aligned 16 bytes. After the wait: each
+// thread overwrites its own copies. Slow, and here so that the loop of all other calls has no branch.
 template <typename C>
-SP_DEVICE void sparse24_gather_x(const Sparse24Args& a, const Sparse24Place& p, const Sparse24Cursor& c,
-                                 simt::Shared<std::uint8_t> stage) {
+SP_DEVICE void sparse24_gather_x(const Sparse24Args& a, const Sparse24Place& p, simt::Shared<std::uint8_t> stage,
+                                 int block) {
+  const std::int64_t col = std::int64_t{block} * sparse24::kCols + p.thread % 8 * 8;
   SP_ROLL
-  for (int i = 0; i < C::kXCopies; ++i) {
-    const int rows = i * C::kXRows, columns = p.thread / 8 + rows < p.x_rows ? c.columns : 0;
-    const auto from = c.x + rows * a.stride;
+  for (int rows = 0; rows < C::kTileN; rows += C::kXRows) {
+    const int n = p.thread / 8 + rows;
+    const auto from = a.x + ((p.n + n) * a.stride + col);
     std::uint32_t v[8];
     SP_UNROLL
-    for (int e = 0; e < 8; ++e) v[e] = e < columns ? simt::load<std::uint16_t>(from + e) : 0;
+    for (int e = 0; e < 8; ++e) v[e] = n < p.x_rows && col + e < a.cols ? simt::load<std::uint16_t>(from + e) : 0;
     simt::store(stage + sparse24_x_copy_byte<C>(p, rows),
                 simt::u32x4{v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16});
   }
@@ -207,8 +209,9 @@ SP_KERNEL SP_THREADS(Sparse24Tile<CONFIG>::kThreads, 1) linear_sparse24_kernel(S
   const auto after = [](int at) { return at == (C::kStages - 1) * C::kStageBytes ? 0 : at + C::kStageBytes; };
   // The one barrier of a round: the copies of the stage to be read next have landed, the others' too; and all have read the
   // stage before it, which the next round overwrites.
-  const auto arrive = [] {
+  const auto arrive = [&] {
     simt::cp_async_wait<C::kStages - 2>();
+    if (!a.x_vectors && block < end) sparse24_gather_x<C>(a, p, stages + read_at, block);
     if constexpr (C::kGroup == 32) {
       simt::sync_warp();
     } else {
@@ -218,7 +221,6 @@ SP_KERNEL SP_THREADS(Sparse24Tile<CONFIG>::kThreads, 1) linear_sparse24_kernel(S
 
   for (int s = 0; s < C::kStages - 1; ++s) {
     if (next.block < end) {
-      if (!a.x_vectors) sparse24_gather_x<C>(a, p, next, stages + write_at);
       SP_UNROLL
       for (int i = 0; i < C::kCopies; ++i) sparse24_copy<C>(a, p, next, stages + write_at, true, i);
     }
@@ -230,10 +232,8 @@ SP_KERNEL SP_THREADS(Sparse24Tile<CONFIG>::kThreads, 1) linear_sparse24_kernel(S
   for (int round = 0; round < rounds; ++round) {
     const bool mine = kAlone || block < end;
     if (mine) {
-      const bool more = next.block < end;
-      if (more && !a.x_vectors) sparse24_gather_x<C>(a, p, next, stages + write_at);
       sparse24_slots<T, C>(std::make_integer_sequence<int, C::kSlots - 1>{}, a, p, stages + read_at, stages + write_at, next,
-                           more, f, acc);
+                           next.block < end, f, acc);
     }
     simt::cp_async_commit();
     sparse24_advance<C>(next), write_at = after(write_at);
@@ -283,6 +283,9 @@ int launch_sparse24(const LinearCall& call, const Geometry& g) {
   a.blocks = static_cast<int>(ceil_div(call.cols, sparse24::kCols));  // 0 without columns: the sums are then zero
   a.tiles_m = static_cast<unsigned>(tiles_m), a.tiles_n = static_cast<unsigned>(tiles_n);
   a.x_vectors = aligned(call.x) && call.cols % 8 == 0 && (call.stride % 8 == 0 || call.batch == 1);
+  // Where nothing of x is copied, copies of no bytes still name an aligned address.
+  a.copied_x = a.x_vectors ? a.x : reinterpret_cast<const std::uint16_t*>(call.packed + g.values);
+  a.copied_stride = a.x_vectors ? a.stride : 0;
   a.out_vectors = call.rows % 8 == 0 && (one ? aligned(call.out) && aligned(call.bias) : aligned(call.workspace));
   static constexpr Sparse24Name<T, CONFIG> name;
   // A tile is 256 outputs at least, so that 2^31 of them would be a terabyte.

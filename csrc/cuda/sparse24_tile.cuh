@@ -9,10 +9,11 @@ namespace sparseprune::cuda {
 
 struct Sparse24Args {
   simt::Global<const std::uint8_t> values, metadata;
-  simt::Global<const std::uint16_t> x, bias;  // bias may be null
+  simt::Global<const std::uint16_t> x, bias;   // bias may be null
+  simt::Global<const std::uint16_t> copied_x;  // what cp_async16 reads: x, or nothing
   simt::Global<std::uint16_t> out;
   simt::Global<float> partial;  // null for one split
-  std::int64_t rows, batch, stride;
+  std::int64_t rows, batch, stride, copied_stride;
   std::int64_t strips;  // of 32 rows
   int cols, blocks;     // blocks of 64 columns
   unsigned tiles_m, tiles_n;
@@ -80,6 +81,7 @@ struct Sparse24Place {
   int k_group, warp_m, warp_n;
   std::int64_t strip, n;       // the first of the block's tile
   int units, x_rows;           // of the tile that there are
+  int copied_rows;             // x_rows, or 0 where x is gathered
   int a_byte, e_byte, b_byte;  // of a stage: the first of this lane's operands
   int x_byte;                  // of a stage: the first of this thread's copies of x
 };
@@ -113,6 +115,7 @@ SP_DEVICE Sparse24Place sparse24_place(const Sparse24Args& a) {
   p.n = static_cast<std::int64_t>(within / height) * C::kTileN;
   p.units = static_cast<int>(a.strips - p.strip < C::kBlockUnits ? a.strips - p.strip : C::kBlockUnits);
   p.x_rows = static_cast<int>(a.batch - p.n < C::kTileN ? a.batch - p.n : C::kTileN);
+  p.copied_rows = a.x_vectors ? p.x_rows : 0;
   return p;
 }
 
