@@ -26,9 +26,10 @@
 //                 meet 8 different groups of banks (this is also wgmma's 128-byte swizzle). linear_sparse24.h has the tiles.
 //
 // Where more will go. wgmma.sp (sm_90a; mma.sync reaches 60 % of its chips): linear_sparse24_sm90.cu, for tiles from 128 x
-// 128 on, from the same blobs: warp w of a warpgroup takes its A registers and metadata of m64nNk32 from tile w % 2 of unit
-// w / 2, and x lies in shared memory as the instruction wants it. int8: another T here and mma.sp.m16n8k64 in simt.h, units
-// of 32 x 128 in fragments.h, the scales of groups behind PackedHeader::reserved.
+// 128 on, from the same blobs: x lies in shared memory as the instruction wants it, and warp w of a warpgroup takes its A
+// registers of m64nNk32 from tile w % 2 of unit w / 2, and its metadata, by odd warps two lanes further on: one selector
+// serves all four. int8: another T here and mma.sp.m16n8k64 in simt.h, units of 32 x 128 in fragments.h, the scales of
+// groups behind PackedHeader::reserved.
 #pragma once
 
 #include <initializer_list>
