@@ -153,6 +153,26 @@ def test_what_is_missing_is_named_with_its_remedy():
     assert lacks[0].startswith("no cmake") and "pip install numpy safetensors pybind11 pytest" in lacks[1]
 
 
+def test_the_architecture_is_the_cards():
+    cards = [{"compute_capability": "9.0"}, {"compute_capability": "8.9"}, {"compute_capability": "9.0"}]
+    assert environment.architectures({"cmake": "3.24.0", "cards": cards}) == "native"
+    assert environment.architectures({"cmake": "3.22.1", "cards": cards}) == "90-real;89-real"
+
+
+def test_a_busy_card_is_told():
+    assert environment.busy({"utilization": "37 %"}) == 37
+    assert environment.busy({"utilization": "[N/A]"}) == environment.busy({}) == 0
+
+
+def test_clocks_are_read_while_cells_are_measured(tmp_path):
+    record = Record(tmp_path / "r.json", dry_run=False, budget=570)
+    clocks = iter([{"sm_clock": "1980 MHz"}, {}, {"sm_clock": "1755 MHz"}])
+    bench = steps.Benchmarks(record, lambda: next(clocks))
+    for index in range(3 * steps.CLOCKS_EVERY):
+        bench.line(json.dumps({"kind": "begin", "index": index, "cell": "x"}))
+    assert record.data["environment"]["clocks"] == [{"sm_clock": "1980 MHz"}, {"sm_clock": "1755 MHz"}]
+
+
 def test_look_finds_versions():
     outputs = {
         "nvcc": "Cuda compilation tools, release 13.0, V13.0.48",
@@ -556,6 +576,18 @@ def test_a_cell_that_fails_costs_that_cell():
     ]  # fmt: skip
 
 
+def test_what_a_cell_cannot_do_without_is_named(monkeypatch):
+    class Fails(timing.HostClock):
+        def turn(self, name, calls):
+            if name in ("ours", "copy_"):
+                raise RuntimeError("no kernel image\nmore")
+            return super().turn(name, calls)
+
+    _, emitted = dry(clock=Fails())
+    errors = [it["error"] for it in emitted if it["kind"] == "error"]
+    assert errors == ["RuntimeError: ours: no kernel image"] * 3 + ["RuntimeError: copy_: no kernel image"]
+
+
 def test_a_lost_device_and_a_broken_capture_ask_for_a_fresh_process():
     def lost(cell, seconds):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -647,7 +679,10 @@ def data(tmp_path, dry_messages):
     record = Record(tmp_path / "r.json", dry_run=False, budget=570)
     found = environment.look(lambda command: SMI if command[0] == "nvidia-smi" else None)
     device = {"name": "NVIDIA H100", "compute_capability": "9.0", "copy_gb_s": 1000.0, "peak_gb_s": 3350.0}
-    record.set("environment", {**found, "device": device, "clocks": {"sm_clock": "1755 MHz"}})
+    record.set(
+        "environment",
+        {**found, "device": device, "clocks": [{"sm_clock": "1755 MHz"}, {"sm_clock": "1980 MHz"}]},
+    )
     record.step("benchmarks").update(state="done", seconds=100.0, summary="all")
     for it in (
         cell(1, 1.6),
@@ -674,7 +709,7 @@ def test_the_score_counts_what_can_be_judged(data):
 def test_the_page_names_the_card_the_numbers_and_what_is_missing(data):
     text = report.page(data, "r.svg")
     assert text.startswith("# GPU check: NVIDIA H100\n")
-    for part in ("driver 570.86", "sm_clock 1755 MHz", "copies at 1000 GB/s (peak 3350)", "![", "the rest: no time",
+    for part in ("driver 570.86", "while measuring 1755 MHz, 1980 MHz (SM)", "copies at 1000 GB/s (peak 3350)", "![", "the rest: no time",
                  "| a, splits 1 | b, splits 4 | 1.25 |"):  # fmt: skip
         assert part in text
     row = next(line for line in text.splitlines() if line.startswith("| 64 |"))

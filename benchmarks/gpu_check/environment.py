@@ -75,6 +75,21 @@ def clocks(run: Callable[[Sequence[str]], str | None] = call) -> dict[str, str]:
     return cards[0] if cards else {}
 
 
+def busy(card: Mapping[str, str]) -> int:
+    """Percent of a card's time that goes to others; 0 where it is not told."""
+    found = re.match(r"(\d+) %", card.get("utilization", ""))
+    return int(found[1]) if found else 0
+
+
+def architectures(environment: Mapping[str, Any]) -> str:
+    """For CMAKE_CUDA_ARCHITECTURES: `native`, or what nvidia-smi says to a CMake that does not know that yet."""
+    found = re.match(r"(\d+)\.(\d+)", environment["cmake"] or "")
+    if found and (int(found[1]), int(found[2])) >= (3, 24):
+        return "native"
+    chips = dict.fromkeys(card["compute_capability"].replace(".", "") for card in environment["cards"])
+    return ";".join(f"{chip}-real" for chip in chips)
+
+
 def versions(names: Sequence[str] = PACKAGES) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in names:

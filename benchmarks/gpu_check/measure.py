@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_check.plan import DRY_SHAPES, SHAPES, Cell, cells, dry_cells
-from gpu_check.timing import Call, CudaClock, HostClock, first_line, is_fatal, take_turns
+from gpu_check.timing import Call, CudaClock, HostClock, Timing, first_line, is_fatal, take_turns
 from sparseprune import _cuda, _native, ops
 from sparseprune.formats import SparseWeight
 from sparseprune.nn import SparseLinear
@@ -161,7 +161,7 @@ class Bench:
         }
         error = _relative_error(layers.modules["ours"][0](inputs[0]), layers.modules["dense"][0](inputs[0]))
         timings, errors = take_turns(calls, seconds, self.clock)
-        ours, dense = timings["ours"], timings["dense"]
+        ours, dense = (_needed(name, timings, errors) for name in ("ours", "dense"))
         vendors = {name: it for name, it in timings.items() if name.startswith("torch ")}
         item = DTYPES[cell.dtype].itemsize
         sparse: Any = layers.modules["ours"][0]
@@ -219,7 +219,7 @@ class Bench:
             "w.mul_(mask)": [functools.partial(it.mul_, keep) for it in weights],
         }
         timings, errors = take_turns(calls, seconds, self.clock)
-        copy_seconds = timings["copy_"].median
+        copy_seconds = _needed("copy_", timings, errors).median
         # Each reads and writes the weight once; the bool mask is read besides.
         extra = {"mask_apply_": 1 + 1 / (2 * dtype.itemsize)}
         shares = {
@@ -353,6 +353,13 @@ def dense_layer(weight: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
+
+
+def _needed(name: str, timings: Mapping[str, Timing], errors: Mapping[str, str]) -> Timing:
+    """Its timing; where it could not run there is nothing to compare the others with."""
+    if name not in timings:
+        raise RuntimeError(f"{name}: {errors[name]}")
+    return timings[name]
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:

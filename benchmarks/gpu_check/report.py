@@ -61,9 +61,11 @@ def _heading(data: Data) -> str:
             f"power limit {card.get('power_limit')}"
         )
     if environment.get("clocks"):
-        facts.append(
-            "while measuring " + ", ".join(f"{key} {value}" for key, value in environment["clocks"].items())
+        sm, memory = (
+            ", ".join(dict.fromkeys(it[key] for it in environment["clocks"] if key in it))
+            for key in ("sm_clock", "memory_clock")
         )
+        facts.append(f"while measuring {sm} (SM) and {memory} (memory)")
     if device.get("copy_gb_s"):
         peak = f" (peak {device['peak_gb_s']:.0f})" if device.get("peak_gb_s") else ""
         facts.append(f"copies at {device['copy_gb_s']:.0f} GB/s{peak}")

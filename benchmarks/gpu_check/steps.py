@@ -16,6 +16,8 @@ from gpu_check.record import Budget, Record
 
 RESERVE_SECONDS = 8.0  # for the last page, and for children that take their time to end
 MAX_RESTARTS = 6
+BUSY_PERCENT = 5
+CLOCKS_EVERY = 8  # cells
 DRY_ARCHITECTURE = "80"
 LOST_EXIT, AGAIN_EXIT = 3, 4  # as in measure.py, which this process cannot import: it needs the package
 
@@ -86,20 +88,15 @@ class Check:
         if lacks:
             return {"state": "failed", "summary": "; ".join(lacks)}
         card = found["cards"][0]["name"] if found["cards"] else "no card"
-        if (
-            found["cards"]
-            and not self.dry_run
-            and int(found["cards"][0].get("utilization", "0").split()[0] or 0) > 5
-        ):
-            self.record.add(
-                "notes", f"the card was {found['cards'][0]['utilization']} busy before the run began"
-            )
+        if found["cards"] and (busy := environment.busy(found["cards"][0])) > BUSY_PERCENT:
+            self.record.add("notes", f"the card was busy before the run began ({busy} %): others work on it")
         return {"state": "done", "summary": f"{card}, nvcc {found['nvcc']}"}
 
     def build(self) -> Outcome:
         cuda = "ON"
-        architectures = DRY_ARCHITECTURE if self.dry_run else "native"
-        if self.dry_run and self.record.data["environment"]["nvcc"] is None:
+        found = self.record.data["environment"]
+        architectures = DRY_ARCHITECTURE if self.dry_run else environment.architectures(found)
+        if self.dry_run and found["nvcc"] is None:
             cuda = "OFF"
             self.record.leave_out("compiling the kernels", "no nvcc here; the CPU part alone is built")
         elif self.dry_run:
@@ -203,8 +200,8 @@ class Check:
 class Benchmarks:
     """Reads the lines of measure.py into the record as they come."""
 
-    def __init__(self, record: Record) -> None:
-        self._record = record
+    def __init__(self, record: Record, clocks: Callable[[], dict[str, str]] = environment.clocks) -> None:
+        self._record, self._clocks = record, clocks
         self.planned = self.measured = self.next = 0
         self.cell = ""
         self.eager: set[str] = set()
@@ -225,10 +222,12 @@ class Benchmarks:
         elif kind == "cells":
             self.planned = message["count"]
         elif kind == "device":
-            self._record.data["environment"].update(device=message, clocks=environment.clocks())
+            self._record.data["environment"].update(device=message)
             self._record.save()
         elif kind == "begin":
             self.next, self.cell = message["index"] + 1, message["cell"]
+            if message["index"] % CLOCKS_EVERY == 1 and (clocks := self._clocks()):
+                self._record.data["environment"].setdefault("clocks", []).append(clocks)
         elif kind == "error":
             self.errors.append(f"{message['cell']}: {message['error']}")
             self._record.add("notes", self.errors[-1])
