@@ -3,11 +3,12 @@ import os
 
 import pytest
 import torch
+from helpers.backends import GPUS, running
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparseprune import checkpoint
+from sparseprune import _cuda, checkpoint
 from sparseprune.checkpoint import CheckpointError, is_checkpoint, load, load_tokenizer, save
 from sparseprune.nn import SparseLinear
 
@@ -49,7 +50,37 @@ def sparse_net(dtype=torch.float32):
 IDS = torch.arange(12)
 
 
-def test_round_trip_of_a_plain_model(tmp_path):
+@pytest.fixture(params=["cpu", "emulated"])
+def everywhere(request):
+    """The CPU's kernels, and the GPU's in the emulator. Files are read to the CPU: a real GPU is in the test below."""
+    with running(request.param):
+        yield
+
+
+@pytest.mark.parametrize("there", GPUS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_on_one_device_loads_on_the_other(tmp_path, there, dtype):
+    def logits(net):
+        return net(IDS.to(net.embed.weight.device)).cpu()
+
+    with running("cpu"):
+        net = sparse_net(dtype)
+        save(net, tmp_path / "cpu")
+        expected, weight = logits(net), net.up.weight
+    with running(there) as place:
+        moved = load(tmp_path / "cpu", model=Net()).to(place.device)
+        layouts = [_cuda.layout_of(layer.packed) for layer in (moved.up, moved.down)]
+        assert layouts == ["sparse24" if dtype == torch.bfloat16 else "bitmap8", "bitmap8"]
+        torch.testing.assert_close(logits(moved), expected, rtol=0.02, atol=0.02)
+        save(moved, tmp_path / "gpu")
+        assert torch.equal(moved.up.weight.cpu(), weight)
+    files = [tmp_path / name / "model.safetensors" for name in ("cpu", "gpu")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with running("cpu"):
+        assert torch.equal(logits(load(tmp_path / "gpu", model=Net())), expected)
+
+
+def test_round_trip_of_a_plain_model(everywhere, tmp_path):
     net = sparse_net()
     assert save(net, tmp_path / "new" / "out") == tmp_path / "new" / "out"
     assert sorted(os.listdir(tmp_path / "new" / "out")) == ["model.safetensors"]
@@ -63,7 +94,7 @@ def test_round_trip_of_a_plain_model(tmp_path):
     assert not again.training
 
 
-def test_tied_weights_are_stored_once_and_tied_again_in_a_model_that_does_not_tie(tmp_path):
+def test_tied_weights_are_stored_once_and_tied_again_in_a_model_that_does_not_tie(everywhere, tmp_path):
     net = sparse_net()
     save(net, tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
@@ -78,7 +109,7 @@ def test_tied_weights_are_stored_once_and_tied_again_in_a_model_that_does_not_ti
     assert torch.equal(again(IDS), net(IDS))
 
 
-def test_a_skeleton_takes_the_files_dtype_and_keeps_requires_grad(tmp_path):
+def test_a_skeleton_takes_the_files_dtype_and_keeps_requires_grad(everywhere, tmp_path):
     net = sparse_net(torch.bfloat16)
     save(net, tmp_path)
     skeleton = Net()
@@ -89,7 +120,7 @@ def test_a_skeleton_takes_the_files_dtype_and_keeps_requires_grad(tmp_path):
     assert not again.embed.weight.requires_grad
 
 
-def test_meta_skeleton(tmp_path):
+def test_meta_skeleton(everywhere, tmp_path):
     net = nn.Sequential(SparseLinear.from_dense(nn.Linear(8, 6), "bitmap"), nn.Linear(6, 2))
     save(net, tmp_path)
     with torch.device("meta"):
@@ -106,14 +137,14 @@ def test_meta_skeleton(tmp_path):
         load(tmp_path, model=skeleton)
 
 
-def test_the_model_itself_may_be_the_sparse_layer(tmp_path):
+def test_the_model_itself_may_be_the_sparse_layer(everywhere, tmp_path):
     layer = SparseLinear.from_dense(nn.Linear(8, 6), "csr")
     save(layer, tmp_path)
     x = torch.randn(3, 8)
     assert torch.equal(load(tmp_path, model=nn.Linear(8, 6))(x), layer(x))
 
 
-def test_the_file_is_plain_safetensors_of_the_canonical_form(tmp_path):
+def test_the_file_is_plain_safetensors_of_the_canonical_form(everywhere, tmp_path):
     net = sparse_net()
     seen = []
     save(net, tmp_path, progress=lambda done, total: seen.append((done, total)))
@@ -148,7 +179,7 @@ def tiny_llama(tie=True, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_transformers_model_needs_no_skeleton(tmp_path, tie):
+def test_transformers_model_needs_no_skeleton(everywhere, tmp_path, tie):
     model = tiny_llama(tie, torch.bfloat16)
     model.generation_config.max_new_tokens = 7
     save(model, tmp_path)
@@ -168,7 +199,7 @@ def test_transformers_model_needs_no_skeleton(tmp_path, tie):
     assert (tmp_path / "twice" / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
 
 
-def test_conv1d_model(tmp_path):
+def test_conv1d_model(everywhere, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=32)).eval()

@@ -101,7 +101,8 @@ py::dict read_header(Address header, i64 size) {
   PackedHeader seen;
   Geometry g;
   const bool sane = static_cast<int>(h.dtype) < kDTypes && h.rows >= 0 && h.cols >= 0 && h.nnz >= 0 && is_sane(m);
-  if (!sane || !cuda_geometry(m, size, &seen, &g) || seen.layout != h.layout) {
+  if (!sane || !cuda_geometry(m, size, &seen, &g) || h.stored < 0 || h.stored > seen.stored ||
+      geometry_of(h).total != size) {
     throw std::invalid_argument("packed: the header does not fit the size of " + std::to_string(size) +
                                 " bytes; the weight is damaged, pack it again");
   }

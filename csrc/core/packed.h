@@ -76,14 +76,14 @@ struct Geometry {
   std::int64_t total;
 };
 
-// The host cannot read the header of a blob on a GPU without waiting for it. The size, modulo 64, says what it must know: the
-// layout, and of shape and dtype as much as tells apart what has the same geometry: 40 and 41 columns, a matrix and its
-// transpose, n values and half as many that are twice as wide.
+// The host cannot read the header of a blob on a GPU without waiting for it. The size, modulo 64, says what it must know:
+// the layout (odd, as no size of a blob for a CPU is), and of shape and dtype as much as tells apart what has the same
+// geometry: 40 and 41 columns, a matrix and its transpose, n values and half as many that are twice as wide.
 static constexpr std::int64_t size_tag(const PackedHeader& h) {
-  return static_cast<std::int64_t>(h.layout) + kLayouts * ((h.rows + 3 * h.cols + 7 * static_cast<int>(h.dtype)) % 15);
+  return (h.layout == Layout::sparse24 ? 1 : 3) + 4 * ((h.rows + 2 * h.cols + 7 * static_cast<int>(h.dtype)) % 15);
 }
 static constexpr Layout layout_of_size(std::int64_t size) {
-  return static_cast<Layout>(size % kAlign % kLayouts);
+  return size % 4 == 1 ? Layout::sparse24 : size % 4 == 3 ? Layout::bitmap8 : Layout::tile;
 }
 
 static constexpr Geometry geometry_of(const PackedHeader& h) {
