@@ -129,20 +129,16 @@ def check_packed(packed: Tensor) -> None:
 
 
 def check_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> None:
+    # Plain ifs, and is_cpu before any device: this runs for every layer and token, and says yes in half a microsecond.
     if x.dtype not in DTYPES or x.layout != torch.strided:
         check_values("input", x)
-    check(x.dim() >= 1, lambda: "input: must have at least one dimension [..., in_features], got a scalar")
+    if x.dim() < 1:
+        raise ValueError("input: must have at least one dimension [..., in_features], got a scalar")
     if bias is not None:
-        check(
-            bias.dtype == x.dtype,
-            lambda: f"bias: must have the input's dtype {x.dtype}, got {bias.dtype}",
-            TypeError,
-        )
-        check(
-            bias.dim() == 1 and bias.shape[0] == out_features,
-            lambda: f"bias: must have shape [{out_features}], got {tuple(bias.shape)}",
-        )
-    # Of a CPU tensor, is_cpu says all there is to say, at a third of the price.
+        if bias.dtype != x.dtype:
+            raise TypeError(f"bias: must have the input's dtype {x.dtype}, got {bias.dtype}")
+        if bias.dim() != 1 or bias.shape[0] != out_features:
+            raise ValueError(f"bias: must have shape [{out_features}], got {tuple(bias.shape)}")
     if not (x.is_cpu and packed.is_cpu and (bias is None or bias.is_cpu)):
         check_device("input", x, packed=packed, **({} if bias is None else {"bias": bias}))
     if packed.dtype != torch.uint8 or packed.dim() != 1 or not packed.is_contiguous():

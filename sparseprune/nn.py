@@ -104,6 +104,8 @@ class SparseLinear(nn.Module):
                 pass  # an input that the checks below refuse by name
         if not input.is_cpu:
             self._check_columns(input)
+            if not input.is_cuda:
+                return _linear(input, packed, bias, self.out_features)
         return _linear_undispatched(input, packed, bias, self.out_features)
 
     def _check_columns(self, input: Tensor) -> None:
@@ -253,7 +255,6 @@ def _needs_dispatcher(
         is_compiling()
         or (is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)))
         or type(input) is not Tensor
-        or not (input.is_cpu or input.is_cuda)
         or dispatch_modes()
         or functorch() is not None
         or jit_tracing() is not None
