@@ -33,7 +33,6 @@ SP_DEVICE unsigned keep(unsigned v) {
 // What differs between the lanes of a warp.
 struct Bitmap8Lane {
   unsigned byte;        // 32s + g: where index_unit has the first of its bytes
-  unsigned last;        // the lane 28 + s
   std::uint32_t later;  // 1 in the field of every start that step s comes before
   unsigned quad;        // the lane 4g
   unsigned pair;        // 2t
@@ -59,9 +58,8 @@ SP_DEVICE Bitmap8Lane bitmap8_lane() {
   constexpr std::uint32_t kStarts = 1u | 1u << 10 | 1u << 20;
   Bitmap8Lane me{};
   me.byte = keep(32 * t + g);
-  me.last = keep(28 + t);
   me.later = keep(kStarts >> 10 * t << 10 * t);
-  me.quad = keep(4 * g);
+  me.quad = 4 * g;
   me.pair = keep(2 * t);
   me.shift = keep(t == 3 ? 5 : t == 2 ? 2 : 0);
   me.mask = keep(t == 0 ? 0 : t == 1 ? 0x03030303u : 0x07070707u);
@@ -88,7 +86,7 @@ SP_DEVICE Bitmap8Unit index_unit(const Bitmap8Lane& me, simt::Shared<const std::
     const std::uint32_t above = simt::shuffle_up(rows, d);
     if (simt::lane() >= d) rows += above;
   }
-  const std::uint32_t totals = simt::shuffle(rows, static_cast<int>(me.last));
+  const std::uint32_t totals = simt::shuffle(rows, static_cast<int>(simt::lane() | 28u));
   const std::uint32_t bitmaps_before = totals * 0x01010100u;  // byte i: the sum of totals 0 .. i - 1, up to 192
   unit.before = rows - row + bitmaps_before;
 

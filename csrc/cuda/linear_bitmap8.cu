@@ -44,13 +44,23 @@ class TensorCoreSum {
   using T = typename Tile::T;
 
  public:
-  // Lane L points ldmatrix at row L % 8 of columns 8 (L / 8) and up.
-  SP_DEVICE TensorCoreSum() : b_(keep(simt::lane() % 8 * Tile::kXPitch + 16 * (simt::lane() / 8))) {
+  // An ldmatrix brings 4 matrices of 8 batch rows x 8 columns: with N = 8 two steps' of one tile, else one step's of two
+  // tiles.
+  static SP_DEVICE unsigned x_lane() {
+    const unsigned row = simt::lane() % 8, matrix = simt::lane() / 8;
+    return Tile::kN == 8 ? row * Tile::kXPitch + 16 * matrix : (row + matrix / 2 * 8) * Tile::kXPitch + 16 * (matrix % 2);
   }
 
   SP_DEVICE void add(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned slot, unsigned x) {
-    half<0>(me, unit, slot, x + b_);
-    half<1>(me, unit, slot, x + b_);
+    if constexpr (Tile::kN == 8) {
+      steps<0>(me, unit, slot, x);
+      steps<2>(me, unit, slot, x);
+    } else {
+      step<0>(me, unit, slot, x);
+      step<1>(me, unit, slot, x);
+      step<2>(me, unit, slot, x);
+      step<3>(me, unit, slot, x);
+    }
   }
 
   // c0, c1 of a lane: row g, batch rows 2t and 2t + 1; c2, c3: row g + 8.
@@ -64,30 +74,36 @@ class TensorCoreSum {
   }
 
  private:
-  // Two steps, because one ldmatrix brings B of both.
-  template <int HALF>
-  SP_DEVICE void half(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned slot, unsigned x) {
-    std::uint32_t even[4], odd[4];
-    expand(step_of<2 * HALF>(me, unit), slot, even);
-    expand(step_of<2 * HALF + 1>(me, unit), slot, odd);
+  template <int STEP>
+  SP_DEVICE void steps(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned slot, unsigned x) {
+    std::uint32_t a[4], b[4];
+    simt::ldmatrix_x4(b, simt::shared_at<T>(x + 32 * STEP));
+    expand(step_of<STEP>(me, unit), slot, a);
+    simt::mma_m16n8k16<T>(sums_[0], a, {b[0], b[1]});
+    expand(step_of<STEP + 1>(me, unit), slot, a);
+    simt::mma_m16n8k16<T>(sums_[0], a, {b[2], b[3]});
+  }
+
+  template <int STEP>
+  SP_DEVICE void step(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned slot, unsigned x) {
+    std::uint32_t a[4];
+    expand(step_of<STEP>(me, unit), slot, a);
     SP_UNROLL
-    for (int i = 0; i < Tile::kN / 8; ++i) {
+    for (int i = 0; i < Tile::kN / 8; i += 2) {
       std::uint32_t b[4];
-      simt::ldmatrix_x4(b, simt::shared_at<T>(x + 8 * i * Tile::kXPitch + 64 * HALF));
-      const std::uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-      simt::mma_m16n8k16<T>(sums_[i], even, first);
-      simt::mma_m16n8k16<T>(sums_[i], odd, second);
+      simt::ldmatrix_x4(b, simt::shared_at<T>(x + 8 * i * Tile::kXPitch + 32 * STEP));
+      simt::mma_m16n8k16<T>(sums_[i], a, {b[0], b[1]});
+      simt::mma_m16n8k16<T>(sums_[i + 1], a, {b[2], b[3]});
     }
   }
 
-  unsigned b_;
   float sums_[Tile::kN / 8][4] = {};
 };
 
 template <typename T, int CONFIG>
 int launch(const LinearCall& call, const Geometry& geometry) {
   constexpr Bitmap8Config c = kBitmap8Configs[CONFIG];
-  using Tile = Bitmap8Tile<T, c.m / bitmap8::kRows, c.warps_k, c.n, c.stages, 2>;
+  using Tile = Bitmap8Tile<T, c.m / bitmap8::kRows, c.warps_k, c.n, c.stages, c.blocks>;
   return launch_linear_bitmap8<Tile, TensorCoreSum<Tile>>(
       std::is_same_v<T, bf16> ? "linear_bitmap8_bf16" : "linear_bitmap8_f16", call, geometry);
 }

@@ -21,7 +21,7 @@
 //                tile [N][64]. STAGES of them are a ring that cp.async fills STAGES - 1 ahead. A unit has a slot of its own
 //                because its length is only known by its offsets, which lanes fetch for 32 units at a time, a window ahead.
 //                At the end the sums of the WARPS_K warps are added through shared memory.
-//                Blocks that differ in the batch rows alone are neighbours: they read the same weights from L2.
+//                Grid: x batch rows, y rows, z splits: neighbours read the same weights, one of them from memory.
 // Constants      Memory needs some 20 KB under way per SM (H100: 25 bytes a ns, 700 ns). At 50 % a unit is 1.1 KB, so 8
 // warps
 //                with 2 stages ahead are enough on any card, and 75 KB let two such blocks share an SM of 164 KB or more.
@@ -73,8 +73,8 @@ struct Bitmap8Args {
   simt::Global<typename Tile::T> out;
   simt::Global<float> workspace;  // null without splits
   std::int64_t stored, rows, cols, batch, stride;
-  std::int64_t batch_begin;  // of this launch
-  int strips, blocks, n_tiles, splits;
+  std::int64_t row_begin;  // of this launch
+  int strips, blocks, splits;
   bool x_aligned;  // every row of x to 16 bytes
 };
 
@@ -82,19 +82,17 @@ struct Bitmap8Args {
 template <typename Tile>
 struct Bitmap8Task {
   std::int64_t row, batch;  // the block's first
-  int strip, begin, end;    // the warp's strip, the block's columns / 64
-  int warp_m, warp_k, batch_rows;
+  int batch_rows;
+  int begin, end;  // the block's columns / 64
+  int warp_m, warp_k;
 
   SP_DEVICE explicit Bitmap8Task(const Bitmap8Args<Tile>& args) {
-    const unsigned tiles = static_cast<unsigned>(args.n_tiles), m_tile = simt::block_x() / tiles;
-    row = static_cast<std::int64_t>(m_tile) * Tile::kM;
-    batch = args.batch_begin + static_cast<std::int64_t>(simt::block_x() % tiles) * Tile::kN;
-    const std::int64_t left = args.batch - batch;
-    batch_rows = left < Tile::kN ? static_cast<int>(left) : Tile::kN;
+    row = args.row_begin + static_cast<std::int64_t>(simt::block_y()) * Tile::kM;
+    batch = static_cast<std::int64_t>(simt::block_x()) * Tile::kN;
+    batch_rows = args.batch - batch < Tile::kN ? static_cast<int>(args.batch - batch) : Tile::kN;
     warp_m = static_cast<int>(simt::warp()) % Tile::kWarpsM;
     warp_k = static_cast<int>(simt::warp()) / Tile::kWarpsM;
-    strip = static_cast<int>(m_tile) * Tile::kWarpsM + warp_m;
-    const std::int64_t split = simt::block_y(), blocks = args.blocks;
+    const std::int64_t split = simt::block_z(), blocks = args.blocks;
     begin = static_cast<int>(blocks * split / args.splits);
     end = static_cast<int>(blocks * (split + 1) / args.splits);
   }
@@ -108,24 +106,24 @@ class Bitmap8Stream {
   static constexpr int kCopies = Tile::kN / Tile::kXRows;  // rows of x that a thread has a chunk of
 
  public:
-  SP_DEVICE Bitmap8Stream(const Bitmap8Args<Tile>& args, const Bitmap8Task<Tile>& task) : args_(args) {
+  // x_lane: where in an x tile this lane begins to read.
+  SP_DEVICE Bitmap8Stream(const Bitmap8Args<Tile>& args, const Bitmap8Task<Tile>& task, unsigned x_lane) : args_(args) {
     const int lane = static_cast<int>(simt::lane()), thread = static_cast<int>(simt::thread_x()) % Tile::kGroup;
     const int chunk = thread % Tile::kXChunks, row = thread / Tile::kXChunks;
     const int begin = task.begin + task.warp_k, blocks = task.end - begin;
+    // A warp past the last strip does that again: nothing of it is written.
+    const std::int64_t own = task.row / bitmap8::kRows + task.warp_m;
+    const std::int64_t strip = own < args.strips ? own : args.strips - 1;
     const unsigned slot = simt::shared_base() + simt::warp() * Tile::kSlot;
     const unsigned x = simt::shared_base() + Tile::kXFirst + task.warp_k * Tile::kN * Tile::kXPitch;
-    lane_ = static_cast<int>(keep(simt::lane()));
-    tiles_ = blocks > 0 ? (blocks + Tile::kWarpsK - 1) / Tile::kWarpsK : 0;
-    units_ = task.strip < args.strips ? tiles_ : 0;
-    unit_ = static_cast<std::int64_t>(task.strip) * args.blocks + begin;
-    slot_ = keep(slot);
+    lane_ = lane;
+    units_ = blocks > 0 ? (blocks + Tile::kWarpsK - 1) / Tile::kWarpsK : 0;
     put_slot_ = keep(slot + 16 * lane);
-    x_ = keep(x);
+    x_ = keep(x + x_lane);
     put_x_ = keep(x + row * Tile::kXPitch + 16 * chunk);
-    next_ = window(0);
-    index_ = args.index + (unit_ * Tile::kBitmapBytes + 16 * lane);
+    index_ = args.index + ((strip * args.blocks + begin) * Tile::kBitmapBytes + 16 * lane);
+    next_ = window(0, 0);
     x_from_ = args.x + ((task.batch + row) * args.stride + std::int64_t{begin} * bitmap8::kCols + chunk * Tile::kPer16);
-    x_next_ = Tile::kXRows * args.stride;
     x_left_ = static_cast<int>(args.cols - std::int64_t{begin} * bitmap8::kCols) - chunk * Tile::kPer16;
     x_rows_ = task.batch_rows > row ? (task.batch_rows - row + Tile::kXRows - 1) / Tile::kXRows : 0;
     // Batch rows that are not there: zeros, once.
@@ -142,7 +140,7 @@ class Bitmap8Stream {
   }
   // Of the stage to be worked on, once the next has been set under way.
   SP_DEVICE unsigned slot() const {
-    return slot_;
+    return put_slot_ - 16 * simt::lane();
   }
   SP_DEVICE unsigned x() const {
     return x_;
@@ -152,12 +150,12 @@ class Bitmap8Stream {
   SP_DEVICE void fetch(int i) {
     if (static_cast<unsigned>(i) % kWindow == 0) {
       now_ = next_;
-      next_ = window(i + kWindow);
+      next_ = window(i, kWindow);
     }
     const std::uint32_t mine = simt::shuffle(now_.mine, static_cast<int>(static_cast<unsigned>(i) % kWindow));
     const int chunks = static_cast<int>(mine & 255u) * (8 / Tile::kPer16), left = chunks - lane_;
     const auto values = now_.values + static_cast<std::uint64_t>(mine >> 8) * 8;
-    const bool x_whole = i < tiles_ && args_.x_aligned && x_left_ >= Tile::kPer16;
+    const bool x_whole = i < units_ && args_.x_aligned && x_left_ >= Tile::kPer16;
     SP_UNROLL
     for (int j = 0; j < Tile::kValueBytes / 512; ++j) {
       if (left > 32 * j) simt::cp_async16(at(put_slot_ + 512 * j), values + 32 * Tile::kPer16 * j, 16);
@@ -165,12 +163,12 @@ class Bitmap8Stream {
     if (i < units_ && lane_ < Tile::kBitmapBytes / 16) simt::cp_async16(at(put_slot_ + Tile::kValueBytes), index_, 16);
     SP_UNROLL
     for (int j = 0; j < kCopies; ++j) {
-      if (x_whole && j < x_rows_) simt::cp_async16(at(x_place(j)), x_from_ + j * x_next_, 16);
+      if (x_whole && j < x_rows_) simt::cp_async16(at(x_place(j)), x_from_ + j * (Tile::kXRows * args_.stride), 16);
     }
     // A lane with nothing to take looks up to 2 past the last value.
     if (i < units_ && lane_ == 0 && chunks < Tile::kValueBytes / 16)
       simt::store(at(put_slot_ + 16 * chunks), simt::u32x4{0, 0, 0, 0});
-    if (i < tiles_ && !x_whole) gather_x();
+    if (i < units_ && !x_whole) gather_x();
 
     index_ += Tile::kWarpsK * Tile::kBitmapBytes;
     x_from_ += Tile::kWarpsK * bitmap8::kCols;
@@ -178,7 +176,7 @@ class Bitmap8Stream {
     const bool last = ++stage_ == Tile::kStages;
     const unsigned step = static_cast<unsigned>(last ? Tile::kStage - Tile::kRing : Tile::kStage);
     stage_ = last ? 0 : stage_;
-    slot_ += step, put_slot_ += step, x_ += step, put_x_ += step;
+    put_slot_ += step, x_ += step, put_x_ += step;
   }
 
  private:
@@ -188,19 +186,23 @@ class Bitmap8Stream {
     std::uint32_t mine;               // of iteration i + lane: distance from it << 8 | length, in eights
   };
 
-  // The offset of the unit of iteration i, or of the one behind it: a multiple of 8 within the blob, whatever it holds.
-  SP_DEVICE std::int64_t offset(int i, int behind) const {
-    const std::int64_t v = args_.offsets[unit_ + static_cast<std::int64_t>(i) * Tile::kWarpsK + behind];
+  // The offset of the unit that comes `ahead` iterations after that of index_, or of the one behind it: a multiple of 8
+  // within the blob, whatever it holds.
+  SP_DEVICE std::int64_t offset(int ahead, int behind) const {
+    const std::int64_t unit = (static_cast<std::int64_t>(index_ - args_.index) - 16 * lane_) / Tile::kBitmapBytes;
+    const std::int64_t v = args_.offsets[unit + ahead * Tile::kWarpsK + behind];
     return (v < 0 ? 0 : v > args_.stored ? args_.stored : v) & ~std::int64_t{7};
   }
 
-  SP_DEVICE Window window(int i) const {
+  // Of iterations i + ahead and up, index_ being at i.
+  SP_DEVICE Window window(int i, int ahead) const {
     Window w{args_.values, 0};
-    if (!has_unit(i)) return w;
-    const std::int64_t first = offset(i, 0);
+    if (!has_unit(i + ahead)) return w;
+    const std::int64_t first = offset(ahead, 0);
     w.values = args_.values + (first + lane_ * Tile::kPer16);
-    if (!has_unit(i + lane_)) return w;
-    const std::int64_t begin = offset(i + lane_, 0), far = begin - first, length = offset(i + lane_, 1) - begin;
+    ahead += lane_;
+    if (!has_unit(i + ahead)) return w;
+    const std::int64_t begin = offset(ahead, 0), far = begin - first, length = offset(ahead, 1) - begin;
     static_assert(kWindow * Tile::kWarpsK * 128 < 1 << 24, "distances, in eights of values, fit their 24 bits");
     if (far < 0 || far >= std::int64_t{8} << 24 || length < 0) return w;
     w.mine = static_cast<std::uint32_t>(far / 8) << 8 | static_cast<std::uint32_t>(length < 1024 ? length / 8 : 128);
@@ -217,7 +219,7 @@ class Bitmap8Stream {
   // x at any alignment, and zeros past its last column.
   SP_DEVICE void gather_x() const {
     for (int j = 0; j < x_rows_; ++j) {
-      const auto from = x_from_ + j * x_next_;
+      const auto from = x_from_ + j * (Tile::kXRows * args_.stride);
       std::uint32_t w[4] = {};
       SP_UNROLL
       for (int e = 0; e < Tile::kPer16; ++e) {
@@ -230,22 +232,21 @@ class Bitmap8Stream {
 
   const Bitmap8Args<Tile>& args_;
   // In the stage to be filled: the places of the warp and of its group, and of what this thread copies.
-  unsigned slot_, put_slot_, x_, put_x_;
+  unsigned put_slot_, x_, put_x_;
   int lane_, stage_ = 0;
-  int tiles_, units_;  // iterations that have an x tile, a unit
-  std::int64_t unit_;  // the first
+  int units_;  // of this warp
   Window now_{}, next_{};
   simt::Global<const std::uint8_t> index_;  // the next chunk of bitmaps
   simt::Global<const Word> x_from_;         // and of x, in the first of x_rows_ rows
-  std::int64_t x_next_;
-  int x_left_, x_rows_;  // x_left_: columns from that chunk on
+  int x_left_, x_rows_;                     // x_left_: columns from that chunk on
 };
 
 // The sums of all warps from shared memory, added up and written. Threads go along rows: out has them side by side.
 template <typename Tile>
 SP_DEVICE void write_sums(const Bitmap8Args<Tile>& args, const Bitmap8Task<Tile>& task) {
   const auto sums = simt::shared_memory<float>(0);
-  for (int e = static_cast<int>(simt::thread_x()); e < Tile::kM * task.batch_rows; e += Tile::kThreads) {
+  const int count = Tile::kM * task.batch_rows;
+  for (int e = static_cast<int>(simt::thread_x()); e < count; e += Tile::kThreads) {
     const int n = e / Tile::kM, m = e % Tile::kM;
     const std::int64_t row = task.row + m, batch = task.batch + n;
     if (row >= args.rows) continue;
@@ -253,7 +254,7 @@ SP_DEVICE void write_sums(const Bitmap8Args<Tile>& args, const Bitmap8Task<Tile>
     SP_UNROLL
     for (int k = 0; k < Tile::kWarpsK; ++k) sum += simt::load<float>(sums + ((k * Tile::kN + n) * Tile::kPitch + m));
     if (args.workspace) {
-      args.workspace[(simt::block_y() * args.batch + batch) * args.rows + row] = sum;
+      args.workspace[(simt::block_z() * args.batch + batch) * args.rows + row] = sum;
     } else {
       if (args.bias) sum += simt::to_float(simt::load<typename Tile::T>(args.bias + row));
       args.out[batch * args.rows + row] = simt::from_float<typename Tile::T>(sum);
@@ -262,12 +263,13 @@ SP_DEVICE void write_sums(const Bitmap8Args<Tile>& args, const Bitmap8Task<Tile>
 }
 
 // Sum: of one warp, [N][16 rows].
-//   add(me, unit, slot, x)   plus the product of a unit, whose values are at slot, and an x tile
+//   x_lane()                 what of an x tile a lane reads, its first byte
+//   add(me, unit, slot, x)   plus the product of a unit, whose values are at slot, and an x tile; x: that of this lane
 //   put(first)               into shared memory as float [N][kPitch], from byte offset `first`
 template <typename Tile, typename Sum>
 SP_KERNEL SP_THREADS(Tile::kThreads, Tile::kBlocks) linear_bitmap8_kernel(const Bitmap8Args<Tile> args) {
   const Bitmap8Task<Tile> task(args);
-  Bitmap8Stream<Tile> stream(args, task);
+  Bitmap8Stream<Tile> stream(args, task, Sum::x_lane());
   const Bitmap8Lane me = bitmap8_lane();
   Sum sum;
 
@@ -299,7 +301,7 @@ template <typename Tile, typename Sum>
 int launch_linear_bitmap8(const char* name, const LinearCall& call, const Geometry& geometry) {
   using Word = typename Tile::Word;
   using T = typename Tile::T;
-  constexpr std::int64_t kMaxGrid = 2147483647;
+  constexpr std::int64_t kMaxGrid = 65535;  // of its y
   const std::int64_t m_tiles = ceil_div(call.rows, Tile::kM), n_tiles = ceil_div(call.batch, Tile::kN);
   const std::int64_t stride = call.batch == 1 ? 0 : call.stride;  // of one row it says nothing
 
@@ -311,20 +313,19 @@ int launch_linear_bitmap8(const char* name, const LinearCall& call, const Geomet
   args.bias = static_cast<const T*>(call.bias);
   args.out = static_cast<T*>(call.out);
   if (call.plan.splits > 1) args.workspace = static_cast<float*>(call.workspace);
-  args.stored = (geometry.total - geometry.values) / Tile::kItem;
+  args.stored = (geometry.total - geometry.total % kAlign - geometry.values) / Tile::kItem;
   args.rows = call.rows, args.cols = call.cols, args.batch = call.batch, args.stride = stride;
   args.strips = static_cast<int>(ceil_div(call.rows, bitmap8::kRows));
   args.blocks = static_cast<int>(geometry.kpad / bitmap8::kCols);
   args.splits = call.plan.splits;
   args.x_aligned = reinterpret_cast<std::uintptr_t>(call.x) % 16 == 0 && stride * Tile::kItem % 16 == 0;
 
-  // One launch, but where blocks are more than a grid may have.
-  const std::int64_t at_once = n_tiles < kMaxGrid / m_tiles ? n_tiles : kMaxGrid / m_tiles;
-  for (std::int64_t first = 0; first < n_tiles; first += at_once) {
-    args.n_tiles = static_cast<int>(n_tiles - first < at_once ? n_tiles - first : at_once);
-    args.batch_begin = first * Tile::kN;
-    const int error = simt::launch({name, static_cast<unsigned>(args.n_tiles * m_tiles), static_cast<unsigned>(args.splits),
-                                    1, Tile::kThreads, Tile::kShared, call.stream},
+  // One launch, but for more than 2^20 rows.
+  for (std::int64_t first = 0; first < m_tiles; first += kMaxGrid) {
+    const std::int64_t count = m_tiles - first < kMaxGrid ? m_tiles - first : kMaxGrid;
+    args.row_begin = first * Tile::kM;
+    const int error = simt::launch({name, static_cast<unsigned>(n_tiles), static_cast<unsigned>(count),
+                                    static_cast<unsigned>(args.splits), Tile::kThreads, Tile::kShared, call.stream},
                                    linear_bitmap8_kernel<Tile, Sum>, args);
     if (error != 0) return error;
   }

@@ -10,21 +10,21 @@ struct Bitmap8Config {
   int n;        // batch rows of a block
   int warps_k;  // warps that share a block's columns, 64 at a time
   int stages;   // of the ring in shared memory
+  int blocks;   // that an SM's registers are to hold
 };
 
+// Few batch rows: as many warps as can be, each on columns of its own. From 32 rows of a block on two warps and more share
+// x, which is then fetched half as often. More than 64 batch rows take several blocks; there a third stage would leave an SM
+// of 164 KB with one block.
 constexpr Bitmap8Config kBitmap8Configs[] = {
-    {"n8_m16_k8", 16, 8, 8, 3},    // few batch rows: each warp on columns of its own, waiting for no other
-    {"n8_m32_k4", 32, 8, 4, 3},    // many rows: x is fetched half as often, which counts from about 4 batch rows on
-    {"n16_m32_k4", 32, 16, 4, 3},  //
-    {"n32_m64_k2", 64, 32, 2, 3},  //
-    {"n64_m64_k2", 64, 64, 2,
-     2},  // more batch rows take several blocks. A third stage would leave one block an SM of 164 KB
+    {"n8_m16_k8", 16, 8, 8, 3, 2},   {"n8_m32_k4", 32, 8, 4, 3, 2},   {"n16_m32_k4", 32, 16, 4, 3, 2},
+    {"n32_m64_k2", 64, 32, 2, 3, 2}, {"n64_m64_k2", 64, 64, 2, 2, 2},
 };
 // Units are twice as large: of shared memory, which three stages would overfill.
 constexpr Bitmap8Config kBitmap8ConfigsF32[] = {
-    {"n2_m16_k8", 16, 2, 8, 2},
-    {"n8_m32_k4", 32, 8, 4, 2},
-    {"n16_m32_k4", 32, 16, 4, 2},
+    {"n2_m16_k8", 16, 2, 8, 2, 2},
+    {"n8_m32_k4", 32, 8, 4, 2, 2},
+    {"n16_m32_k4", 32, 16, 4, 2, 1},
 };
 
 }  // namespace sparseprune::cuda

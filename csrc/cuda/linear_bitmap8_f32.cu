@@ -29,11 +29,15 @@ SP_DEVICE float float_of(std::uint32_t bits) {
 template <typename Tile>
 class MultiplyAddSum {
  public:
+  static SP_DEVICE unsigned x_lane() {
+    return 8 * (simt::lane() % 4);
+  }
+
   SP_DEVICE void add(const Bitmap8Lane& me, const Bitmap8Unit& unit, unsigned slot, unsigned x) {
-    step<0>(me, unit, slot, x + 4 * me.pair);
-    step<1>(me, unit, slot, x + 4 * me.pair);
-    step<2>(me, unit, slot, x + 4 * me.pair);
-    step<3>(me, unit, slot, x + 4 * me.pair);
+    step<0>(me, unit, slot, x);
+    step<1>(me, unit, slot, x);
+    step<2>(me, unit, slot, x);
+    step<3>(me, unit, slot, x);
   }
 
   SP_DEVICE void put(unsigned first) const {
@@ -86,7 +90,7 @@ class MultiplyAddSum {
 template <int CONFIG>
 int launch(const LinearCall& call, const Geometry& geometry) {
   constexpr Bitmap8Config c = kBitmap8ConfigsF32[CONFIG];
-  using Tile = Bitmap8Tile<float, c.m / bitmap8::kRows, c.warps_k, c.n, c.stages, 2>;
+  using Tile = Bitmap8Tile<float, c.m / bitmap8::kRows, c.warps_k, c.n, c.stages, c.blocks>;
   return launch_linear_bitmap8<Tile, MultiplyAddSum<Tile>>("linear_bitmap8_f32", call, geometry);
 }
 
