@@ -18,7 +18,7 @@ from pathlib import Path
 import chips
 import cubins
 from cuda_build import ROOT, Launch, find_build, labels, record_launches, worst
-from cuda_page import Kernels, page
+from cuda_page import Kernels, kernel_table, page
 
 PAGE = ROOT / "docs" / "cuda-static.md"
 # What a kernel of this name is built on.
@@ -91,6 +91,8 @@ def main() -> int:
     )
     for line in wrong:
         print(line)
+    if args.check and kernel_table(kernels, launches, names) not in PAGE.read_text():
+        print(f"{PAGE.relative_to(ROOT)} is of other machine code; make cuda-evidence writes it anew")
     return 1 if wrong else 0
 
 

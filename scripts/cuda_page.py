@@ -131,7 +131,7 @@ def page(
 ) -> str:
     instances = len({mangled for _, mangled in kernels})
     cards = "\n\n".join(f"### {card.name}\n\n{linear_table(card, launches)}" for card in chips.CARDS)
-    verdict = "\n".join(f"- {line}" for line in wrong) or "None."
+    verdict = "".join(f"\n  - {line}" for line in wrong) or " none."
     return f"""# CUDA kernels: what is known without a GPU
 
 Made by `python scripts/cuda_evidence.py` from the machine code that nvcc {build.version} built. **Nothing on this page
@@ -139,7 +139,7 @@ was measured on a GPU**: registers and instructions are read from the code, occu
 
 - {instances} kernels, each for {", ".join("sm_" + arch for arch in chips.ARCHITECTURES)}.
 - Local memory (spills, arrays indexed at run time), kernels without the instructions that they are built on, launches that
-  an architecture refuses: {verdict}
+  an architecture refuses:{verdict}
 
 ## Builds
 
