@@ -68,7 +68,9 @@ PYBIND11_MODULE(_simt, m) {
   m.def("seed", &simt::seed);
   m.def("set_sm_count", &simt::set_sm_count, py::arg("count"));
 
-  // What each kernel has done since the last clear_report: a dict each, of the fields of host/report.h.
+  // What each kernel has done since the last clear_report: a dict each, of the fields of host/report.h. Traffic is
+  // that of the first blocks of each launch: so many, at first 1.
   m.def("report", &report);
+  m.def("set_counted_blocks", [](unsigned count) { simt::machine.counted_blocks = count; }, py::arg("count"));
   m.def("clear_report", &simt::clear_reports);
 }

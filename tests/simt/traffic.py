@@ -78,7 +78,11 @@ def uses(report: list[dict[str, Any]]) -> Iterator[Use]:
 def measure() -> list[Use]:
     with backends.emulated() as emulator:
         emulator.clear_report()
-        run_all()
+        emulator.set_counted_blocks(8)
+        try:
+            run_all()
+        finally:
+            emulator.set_counted_blocks(1)
         return list(uses(emulator.report()))
 
 

@@ -20,8 +20,6 @@ Machine machine;
 
 namespace {
 
-// Blocks of a launch whose traffic is counted: the others' is much the same.
-constexpr std::uint64_t kCountedBlocks = 4;
 // Every so often, on average, another warp goes on although this one could.
 constexpr std::uint32_t kWarpSteps = 8;
 
@@ -300,7 +298,7 @@ void run(const Grid& grid, Body body) {
   while (std::gcd(stride, blocks) != 1) stride = (stride + 1) % blocks;
   std::uint64_t index = random_order.next() % blocks;
   for (std::uint64_t i = 0; i < blocks; ++i) {
-    m.count_traffic = i < kCountedBlocks;
+    m.count_traffic = i < m.counted_blocks;
     run_block(index);
     ++report.blocks;
     index = (index + stride) % blocks;

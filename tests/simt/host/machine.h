@@ -66,6 +66,7 @@ struct Machine {
   std::uint32_t clock = 1, clock_age = 0;  // of age 1 the second clock, after the first has nearly run out
   std::uint32_t launch_start = 1, block_start = 1, block_since = 1;  // block_since: the last barrier of the block
   bool count_traffic = false;
+  unsigned counted_blocks = 1;  // of a launch: the traffic of others is much the same, and counting takes time
 
   // Arrivals at barriers and collectives, of all threads of a block, after which it is said not to end. Some seconds; a real
   // kernel's block has thousands to millions.

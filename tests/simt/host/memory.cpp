@@ -40,7 +40,7 @@ std::uintptr_t address_of(const void* p) {
 std::size_t check_global(const Extent* extent, const void* p, unsigned bytes, unsigned align, const char* what,
                          const Location& at) {
   const std::uintptr_t a = address_of(p);
-  if (extent && a >= extent->begin && a + bytes <= extent->end && a % align == 0) return a - extent->begin;
+  if (extent && a >= extent->begin && a + bytes <= extent->end && (a & (align - 1)) == 0) return a - extent->begin;
   const std::string access = std::string("global memory, ") + what + " of " + std::to_string(bytes) + " bytes: ";
   if (!extent) fault(at, access + "null pointer");
   if (extent == &nowhere) fault(at, access + "the address is in no buffer of this launch");
@@ -68,14 +68,11 @@ void access_global(const Extent* extent, const void* p, unsigned bytes, unsigned
   }
 }
 
-Shadow& shared_shadow() {
-  static Shadow shadow(Space::shared, kMaxSharedBytes);
-  return shadow;
-}
+Shadow shared_shadow(Space::shared, kMaxSharedBytes);
 
 std::size_t check_shared(const void* p, unsigned bytes, unsigned align, const char* what, const Location& at) {
   const std::uintptr_t offset = address_of(p) - address_of(machine.shared);
-  if (offset < machine.shared_bytes && offset + bytes <= machine.shared_bytes && offset % align == 0) return offset;
+  if (offset < machine.shared_bytes && offset + bytes <= machine.shared_bytes && (offset & (align - 1)) == 0) return offset;
   const std::string access = std::string("shared memory, ") + what + " of " + std::to_string(bytes) + " bytes: ";
   const std::string place =
       "byte " + std::to_string(static_cast<std::intptr_t>(offset)) + " of " + std::to_string(machine.shared_bytes);
@@ -140,12 +137,12 @@ void atomic_global(const Extent* extent, void* p, unsigned bytes, unsigned align
 
 void read_shared(const void* p, unsigned bytes, unsigned align, const Location& at) {
   const std::size_t offset = check_shared(p, bytes, align, "read", at);
-  shared_shadow().access(Shadow::Access::read, offset, bytes, site_of(at));
+  shared_shadow.access(Shadow::Access::read, offset, bytes, site_of(at));
   if (machine.count_traffic) log_access(Space::shared, offset, bytes, site_of(at));
 }
 void write_shared(void* p, unsigned bytes, unsigned align, const Location& at) {
   const std::size_t offset = check_shared(p, bytes, align, "write", at);
-  shared_shadow().access(Shadow::Access::write, offset, bytes, site_of(at));
+  shared_shadow.access(Shadow::Access::write, offset, bytes, site_of(at));
   if (machine.count_traffic) log_access(Space::shared, offset, bytes, site_of(at));
 }
 
@@ -153,7 +150,7 @@ void read_rows(const void* const* rows, unsigned count, const Location& at) {
   std::uintptr_t offsets[kLanes];
   for (unsigned i = 0; i < count; ++i) {
     const std::size_t offset = check_shared(rows[i], 16, 16, "ldmatrix row", at);
-    shared_shadow().access(Shadow::Access::read_by_warp, offset, 16, site_of(at));
+    shared_shadow.access(Shadow::Access::read_by_warp, offset, 16, site_of(at));
     offsets[i] = offset;
   }
   if (machine.count_traffic) count_rows(offsets, count, site_of(at));
@@ -170,7 +167,7 @@ void issue_copy(void* dst, const Extent* extent, const void* src, int bytes, con
                                site_of(at));
     }
   }
-  shared_shadow().access(Shadow::Access::issue_copy, offset, 16, site_of(at));
+  shared_shadow.access(Shadow::Access::issue_copy, offset, 16, site_of(at));
   if (machine.count_traffic) log_access(Space::shared, offset, 16, site_of(at));
   Thread& t = *machine.self;
   t.copies.push_back(
@@ -185,7 +182,7 @@ void land_copies(unsigned youngest) {
     const Copy& c = t.copies[landed];
     std::memset(c.dst, 0, 16);
     if (c.bytes) std::memcpy(c.dst, c.src, c.bytes);
-    shared_shadow().land(static_cast<std::size_t>(c.dst - machine.shared));
+    shared_shadow.land(static_cast<std::size_t>(c.dst - machine.shared));
   }
   t.copies.erase(t.copies.begin(), t.copies.begin() + static_cast<std::ptrdiff_t>(landed));
 }
