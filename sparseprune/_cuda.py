@@ -49,9 +49,11 @@ def missing() -> str:
     """What keeps the kernels from running here, and the remedy; empty where they run."""
     if isinstance(_kernels, _NotBuilt):
         return _NOT_BUILT
+    if lacking := _kernels.missing():
+        return lacking
     if _stream is None:
         return f"torch {torch.__version__} has no CUDA; install a build of torch that has"
-    return _kernels.missing()
+    return ""
 
 
 def cuda_info() -> dict[str, Any]:

@@ -27,3 +27,8 @@ def place(request: pytest.FixtureRequest) -> Iterator[backends.Place]:
     """The CPU as it is set up, the emulated GPU, a real one where there is one."""
     with backends.running(request.param) as place:
         yield place
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if line := backends.summary():
+        terminalreporter.write_line(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -83,21 +84,38 @@ def emulated(module: ModuleType | None = None) -> Iterator[ModuleType]:
 
 
 class _Launches:
+    """The emulator's functions; what it did with kernels is added up in `count` and `seconds`."""
+
+    count, seconds = 0, 0.0
+    _LAUNCH_NOTHING = ("missing", "sm_count", "sections", "header_bytes", "header", "plan", "configs")
+
     def __init__(self, module: ModuleType) -> None:
         self._module = module
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._module, name)
+        if name in self._LAUNCH_NOTHING:
+            return function
 
         def call(*args: Any) -> Any:
+            begin = time.perf_counter()
             try:
                 return function(*args)
             except RuntimeError as fault:
                 raise Fault(str(fault)) from None
             finally:
+                _Launches.seconds += time.perf_counter() - begin
+                _Launches.count += 1
                 self._module.clear()  # of the buffers: their memory may be another's by the next launch
 
         return call
+
+
+def summary() -> str | None:
+    """What the emulator did in this process; None if nothing."""
+    if not _Launches.count:
+        return None
+    return f"emulated GPU: {_Launches.count} calls of kernels in {_Launches.seconds:.1f} s"
 
 
 def _registering(module: ModuleType, writable: bool) -> Callable[[Tensor], int]:
