@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml constr
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 # Builds take this environment's tools, not fresh ones each time, or nothing that was compiled before could be used again.
 BUILD := --no-build-isolation
-DEV := $(BUILD) -C cmake.define.SPARSEPRUNE_CUDA=AUTO -C cmake.define.SPARSEPRUNE_WERROR=ON
+DEV := $(BUILD) -C cmake.define.SPARSEPRUNE_CUDA=AUTO -C cmake.define.SPARSEPRUNE_WERROR=ON -C build-dir=build/dev
 CPU := $(BUILD) -C cmake.define.SPARSEPRUNE_CUDA=OFF -C build-dir=build/cpu
 
 .DEFAULT_GOAL := test

@@ -26,6 +26,7 @@ SETTINGS = {
     "cuda": {
         "cmake.define.SPARSEPRUNE_CUDA": "ON",
         "cmake.define.SPARSEPRUNE_WERROR": "ON",
+        "build-dir": "build/dev",
         "wheel.build-tag": "1cuda",
     },
 }
