@@ -139,6 +139,14 @@ def test_plan_that_is_chosen_is_the_one_that_runs(kernel):
         assert_same_bits(out, _cuda.linear(put(x), packed, put(bias), 40, plan[:2]).cpu(), f"batch {batch}")
 
 
+@pytest.mark.slow
+@gpu_kernels
+@pytest.mark.parametrize(("rows", "batch"), [(70001, 1), (3, 8 * 65536 + 5)])
+def test_more_tiles_than_a_dimension_of_the_grid_has(kernel, rows, batch):
+    x, w, bias = case(kernel, rows, 4, batch)
+    assert_exact(kernel, x, w, bias, (0, 1), f"{rows} rows, batch {batch}")
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

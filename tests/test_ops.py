@@ -201,6 +201,22 @@ def test_pack_wide_csr():
     assert_tuples(ops.unpack(ops.pack(values, bits, 65537, "csr")), (values, bits), "")
 
 
+@pytest.mark.slow
+def test_more_rows_than_a_dimension_of_the_grid_has(place):
+    x = torch.randn(70001, 3, generator=generator(20))
+    x[x.abs() < 0.5] = 0
+    there = place.put(x)
+    values, bits = ops.dense_to_bitmap(there)
+    assert_tuples((values, bits), reference.dense_to_bitmap(x), "bitmap")
+    csr = ops.dense_to_csr(there)
+    assert_tuples(csr, reference.dense_to_csr(x), "CSR")
+    assert_same_bits(ops.csr_to_dense(*csr, 3), x)
+    assert_same_bits(ops.mask_apply_packed(there, bits), x)
+    assert_tuples(
+        ops.unpack(ops.pack(values, bits, 3, place.layouts[-1])), (values.cpu(), bits.cpu()), "packed"
+    )
+
+
 def strided(x: Tensor):
     """x in other memory layouts."""
     wide = torch.full((2 * x.shape[0], x.shape[1] + 3), 7, dtype=x.dtype)

@@ -12,7 +12,7 @@ import torch
 from helpers import reference
 from helpers.compare import assert_same_bits
 from helpers.isa import DTYPES, threads
-from helpers.shapes import generator, raw, packed_layer
+from helpers.shapes import generator, packed_layer, raw
 
 from sparseprune import ops
 
