@@ -13,8 +13,8 @@ from typing import Any
 from gpu_check.build import ROOT, child, site
 from gpu_check.process import Finished, stream
 
-SELECT = "cuda and not emulated"
-"""The tests of the card: tests/helpers/backends.py gives it the name cuda."""
+SELECT = "cuda and not emulat"
+"""The tests of the card: tests/helpers/backends.py gives it the name cuda. None that needs the emulator."""
 
 TWINS = "emulated"
 """The same tests on the emulated card."""
