@@ -221,6 +221,18 @@ def test_build_stops_at_the_part_that_does_not_end_well(tmp_path, code):
     assert (done.code, done.seconds, done.tail, len(commands)) == (code, 10, "words 2", 2)
 
 
+def test_a_build_folder_of_another_checkout_is_made_anew(tmp_path):
+    tree = tmp_path / "build"
+    for source, kept in ((build.ROOT, True), ("/elsewhere", False)):
+        tree.mkdir(exist_ok=True)
+        (tree / "CMakeCache.txt").write_text(
+            f"A:STRING=1\nCMAKE_HOME_DIRECTORY:INTERNAL={source}\nB:STRING=2\n"
+        )
+        build.forget_other_source(tree)
+        assert tree.exists() == kept
+    build.forget_other_source(tree)
+
+
 def test_no_architecture_is_asked_for_without_cuda(tmp_path):
     assert not any("ARCHITECTURES" in it for it in build.configure_command(tmp_path, "native", "OFF"))
 
@@ -801,6 +813,7 @@ def test_a_build_that_fails_ends_the_run_and_keeps_the_words(tmp_path):
     data = json.loads((tmp_path / "r.json").read_text())
     assert [it["state"] for it in data["steps"]] == ["done", "failed"]
     assert data["steps"][1]["output"] == "error: no such thing"
+    assert "error: no such thing; more" in data["steps"][1]["summary"]
     assert [it["what"] for it in data["left_out"]] == [
         "first call",
         "op tests",

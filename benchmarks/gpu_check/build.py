@@ -53,6 +53,7 @@ def build(
     jobs: int | None = None,
 ) -> Finished:
     """Configures, compiles and lays out within `seconds`; the first part that does not end well is the result."""
+    forget_other_source(folder / "build")
     spent = 0.0
     commands = [
         configure_command(folder, architectures, cuda),
@@ -68,6 +69,13 @@ def build(
             return Finished(done.code, spent, done.tail)
     lay_out(folder)
     return Finished(0, spent, "\n".join(tail))
+
+
+def forget_other_source(tree: Path) -> None:
+    """CMake refuses a build folder that was another checkout's."""
+    cache = tree / "CMakeCache.txt"
+    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+        shutil.rmtree(tree)
 
 
 def lay_out(folder: Path) -> None:

@@ -108,7 +108,8 @@ class Check:
         )
         outcome: Outcome = {"state": done.state, "summary": f"{build.site(self.folder)}"}
         if done.state != "done":
-            outcome |= {"summary": "the compiler's last words are in the record", "output": done.tail}
+            last = next((it for it in reversed(done.tail.splitlines()) if it.strip()), "no word")
+            outcome |= {"summary": f"{last}; more of it is in the record", "output": done.tail}
         return outcome
 
     def first_call(self) -> Outcome:
