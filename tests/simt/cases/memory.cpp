@@ -1,4 +1,5 @@
 // Pointers, and the rules of memory.
+#include <concepts>
 #include <thread>
 
 #include "test_simt.h"
@@ -143,7 +144,12 @@ void test_pointers() {
   launch(grid(32, 64), pointers_kernel, Args{in.data(), out.data(), nullptr}, bytes.data(), floats.data());
   const int want[16] = {3, 0, 1, (5 + 1) | 64, 1, 1, 0x40200000, 0, 1, 2, 3, 4, 7, 8, 1, 9};
   for (int i = 0; i < 16; ++i) expect_equal(out[static_cast<std::size_t>(i)], want[i], "pointers " + std::to_string(i));
-  expect(std::is_trivially_copyable_v<Args>, "arguments can be copied to a card");
+  static_assert(std::is_trivially_copyable_v<Args>, "arguments can be copied to a card");
+  static_assert(std::convertible_to<Reference<Global<int>>, int> && !std::convertible_to<Reference<Global<int>>&, int>,
+                "p[i] is used up where it stands: auto v = p[i] gives no value later");
+  static_assert(std::convertible_to<Reference<Global<float>>, float> && !std::convertible_to<Reference<Global<float>>, int>,
+                "c ? p[i] : 0 is no int");
+  static_assert(std::convertible_to<Global<int>, Global<const int>> && !std::convertible_to<Global<const int>, Global<int>>);
 }
 
 void test_places() {
