@@ -1,5 +1,6 @@
 // The CUDA layouts: where an element of a weight lies, in the order in which tensor cores take it. Shared by the kernels,
-// the emulator's tests and docs/formats.md. Every function works within one unit; units lie [strip of rows][block of columns].
+// the emulator's tests and docs/formats.md. Every function works within one unit; units lie [strip of rows][block of
+// columns].
 #pragma once
 
 #include <cstdint>
@@ -44,8 +45,12 @@ constexpr int kRows = 16, kCols = 64;
 constexpr int kTiles = 16;  // bitmaps of a unit
 constexpr int kRound = 8;   // values of a unit are rounded up to this
 
-SP_SHARED_CODE constexpr int tile_row(int tile) { return tile % 2 * 8; }
-SP_SHARED_CODE constexpr int tile_col(int tile) { return tile / 4 * 16 + tile % 4 / 2 * 8; }
+SP_SHARED_CODE constexpr int tile_row(int tile) {
+  return tile % 2 * 8;
+}
+SP_SHARED_CODE constexpr int tile_col(int tile) {
+  return tile / 4 * 16 + tile % 4 / 2 * 8;
+}
 }  // namespace bitmap8
 
 }  // namespace sparseprune

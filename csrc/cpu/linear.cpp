@@ -79,7 +79,8 @@ PackedView view_packed(const std::uint8_t* blob, std::int64_t size) {
     throw std::invalid_argument("packed: the header is damaged; pack the weight again");
   }
   if (is_cuda(h.layout)) {
-    throw std::invalid_argument("packed: holds a weight packed for CUDA; move the layer with .to(device), not its buffer alone");
+    throw std::invalid_argument(
+        "packed: holds a weight packed for CUDA; move the layer with .to(device), not its buffer alone");
   }
   constexpr std::int64_t kMax = std::int64_t{1} << 40;
   const bool sane = static_cast<int>(h.dtype) < kDTypes && static_cast<int>(h.layout) < 2 && h.rows >= 0 && h.cols >= 0 &&

@@ -17,7 +17,7 @@ class DeviceGuard {
   int before_;
 };
 
-int sm_count(int device);     // cached
+int sm_count(int device);               // cached
 void check(int error, const char* op);  // throws std::runtime_error for anything but 0: the op, CUDA's words, the remedy
 // "" where kernels can run here, else what is missing and what to do about it.
 std::string missing();

@@ -42,9 +42,9 @@ int dense_to_csr(const Matrix& m, const void* dense, const std::int64_t* crow, s
 int csr_to_dense(const Matrix& m, const std::int64_t* crow, const std::int32_t* col, std::int64_t nnz, const void* values,
                  void* dense, std::int64_t* error, void* stream);
 
-// pack_sparse24.cu: dense [rows, cols] (cols % 4 == 0) to values and metadata (core/fragments.h) in one pass. bits says which
-// two of every four are kept; without it (null) the non-zeros are, filled up at the lowest free columns; error:
-// row * (cols / 4) + group of the first group that keeps more (or, by bits, not exactly) two.
+// pack_sparse24.cu: dense [rows, cols] (cols % 4 == 0) to values and metadata (core/fragments.h) in one pass. bits says
+// which two of every four are kept; without it (null) the non-zeros are, filled up at the lowest free columns; error: row *
+// (cols / 4) + group of the first group that keeps more (or, by bits, not exactly) two.
 int sparse24_pack(const Matrix& m, const void* dense, const std::uint8_t* bits, void* values, std::uint32_t* metadata,
                   std::int64_t* error, void* stream);
 // dense and bits, or null for what is not wanted.
@@ -75,17 +75,18 @@ struct LinearCall {
   Layout layout;
   DType dtype;
   std::int64_t rows, cols, batch;
-  const std::uint8_t* packed;    // of size and shape that cuda_geometry accepts
+  const std::uint8_t* packed;  // of size and shape that cuda_geometry accepts
   std::int64_t packed_bytes;
-  const void* x;                 // [batch, cols], rows `stride` elements apart, any alignment of its dtype
+  const void* x;  // [batch, cols], rows `stride` elements apart, any alignment of its dtype
   std::int64_t stride;
-  const void* bias;              // [rows] or null
-  void* out;                     // [batch, rows], contiguous
-  void* workspace;               // plan.workspace_bytes
+  const void* bias;  // [rows] or null
+  void* out;         // [batch, rows], contiguous
+  void* workspace;   // plan.workspace_bytes
   LinearPlan plan;
   void* stream;
 };
-// out = x weight^T + bias, float32 sums. linear.cpp; the kernels: linear_sparse24.cu, linear_bitmap8.cu, linear_bitmap8_f32.cu.
+// out = x weight^T + bias, float32 sums. linear.cpp; the kernels: linear_sparse24.cu, linear_bitmap8.cu,
+// linear_bitmap8_f32.cu.
 int linear(const LinearCall& call);
 int linear_sparse24(const LinearCall& call, const Geometry& geometry);
 int linear_bitmap8(const LinearCall& call, const Geometry& geometry);      // bf16, f16: tensor cores

@@ -9,7 +9,8 @@
 //   thread_x() block_x() block_y() block_z() grid_x() grid_y() block_threads() lane() warp()
 //   Global<T>, Shared<T>            pointers: p[i], p + i, p - q, if (p), reinterpret<U>(p)
 //   shared_memory<T>(byte_offset)   into the block's dynamic shared memory, 128-byte aligned
-//   shared_at<T>(a)                 the same, a being shared_base() + byte_offset: nothing is left to add where a kernel counts
+//   shared_at<T>(a)                 the same, a being shared_base() + byte_offset: nothing is left to add where a kernel
+//   counts
 //                                   with such an a, while the base alone is several instructions, wherever it is needed
 //   load<V>(p), store(p, v)         V of 1 to 16 bytes (u32x2, u32x4, ...), p aligned to sizeof(V); one instruction
 //   load_stream<V>(p)               load from global memory what is read once: past L1
@@ -26,7 +27,8 @@
 //   atomic_min(p, v), atomic_add(p, v)  global memory, relaxed
 //   popc(u32), popc(u64), to_float(T), from_float<T>(f)    f to nearest even, NaN stays NaN
 //   dot4(a, b, c)                   c plus the sum of the products of the four bytes of a and b, unsigned (dp4a)
-//   byte_perm(a, b, s)              PTX prmt: byte i of the result is byte (s >> 4i) & 7 of a (0 to 3) and b (4 to 7), or, with
+//   byte_perm(a, b, s)              PTX prmt: byte i of the result is byte (s >> 4i) & 7 of a (0 to 3) and b (4 to 7), or,
+//   with
 //                                   bit 3 of that nibble, its sign eight times; bits 16 and up of s do not matter
 //   launch(grid, kernel, args...)   0 or the error's code
 #pragma once
@@ -79,15 +81,33 @@ SP_DEVICE U* reinterpret(T* p) {
   return reinterpret_cast<U*>(p);
 }
 
-SP_DEVICE unsigned thread_x() { return threadIdx.x; }
-SP_DEVICE unsigned block_x() { return blockIdx.x; }
-SP_DEVICE unsigned block_y() { return blockIdx.y; }
-SP_DEVICE unsigned block_z() { return blockIdx.z; }
-SP_DEVICE unsigned grid_x() { return gridDim.x; }
-SP_DEVICE unsigned grid_y() { return gridDim.y; }
-SP_DEVICE unsigned block_threads() { return blockDim.x; }
-SP_DEVICE unsigned lane() { return threadIdx.x % 32; }
-SP_DEVICE unsigned warp() { return threadIdx.x / 32; }
+SP_DEVICE unsigned thread_x() {
+  return threadIdx.x;
+}
+SP_DEVICE unsigned block_x() {
+  return blockIdx.x;
+}
+SP_DEVICE unsigned block_y() {
+  return blockIdx.y;
+}
+SP_DEVICE unsigned block_z() {
+  return blockIdx.z;
+}
+SP_DEVICE unsigned grid_x() {
+  return gridDim.x;
+}
+SP_DEVICE unsigned grid_y() {
+  return gridDim.y;
+}
+SP_DEVICE unsigned block_threads() {
+  return blockDim.x;
+}
+SP_DEVICE unsigned lane() {
+  return threadIdx.x % 32;
+}
+SP_DEVICE unsigned warp() {
+  return threadIdx.x / 32;
+}
 
 extern __shared__ __align__(128) unsigned char simt_shared[];
 
@@ -96,7 +116,9 @@ SP_DEVICE T* shared_memory(unsigned byte_offset) {
   return reinterpret_cast<T*>(simt_shared + byte_offset);
 }
 
-SP_DEVICE unsigned shared_base() { return static_cast<unsigned>(__cvta_generic_to_shared(simt_shared)); }
+SP_DEVICE unsigned shared_base() {
+  return static_cast<unsigned>(__cvta_generic_to_shared(simt_shared));
+}
 template <typename T>
 SP_DEVICE T* shared_at(unsigned a) {
   return reinterpret_cast<T*>(simt_shared + (a - shared_base()));  // not by cvta: on that nvcc 13.0 does not end
@@ -136,12 +158,12 @@ template <typename V, typename T>
 SP_DEVICE void store(T* p, const V& v) {
   if constexpr (std::is_same_v<V, u32x4>) {
     if (__isShared(p)) {
-      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_shared(p)), "r"(v.x), "r"(v.y), "r"(v.z),
-                   "r"(v.w)
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_shared(p)), "r"(v.x), "r"(v.y),
+                   "r"(v.z), "r"(v.w)
                    : "memory");
     } else {
-      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z),
-                   "r"(v.w)
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
+                   "r"(v.z), "r"(v.w)
                    : "memory");
     }
   } else if constexpr (std::is_same_v<V, u32x2>) {
@@ -240,8 +262,12 @@ SP_DEVICE void mma_m16n8k16(float (&c)[4], const std::uint32_t (&a)[4], const st
   }
 }
 
-SP_DEVICE void sync_block() { __syncthreads(); }
-SP_DEVICE void sync_warp() { __syncwarp(); }
+SP_DEVICE void sync_block() {
+  __syncthreads();
+}
+SP_DEVICE void sync_warp() {
+  __syncwarp();
+}
 
 // T of 4 bytes
 template <typename T>
@@ -257,15 +283,23 @@ template <typename T>
 SP_DEVICE T shuffle_up(T v, unsigned delta) {
   return __shfl_up_sync(~0u, v, delta);
 }
-SP_DEVICE std::uint32_t ballot(bool p) { return __ballot_sync(~0u, p); }
+SP_DEVICE std::uint32_t ballot(bool p) {
+  return __ballot_sync(~0u, p);
+}
 
-SP_DEVICE void atomic_min(std::int64_t* p, std::int64_t v) { atomicMin(reinterpret_cast<long long*>(p), static_cast<long long>(v)); }
+SP_DEVICE void atomic_min(std::int64_t* p, std::int64_t v) {
+  atomicMin(reinterpret_cast<long long*>(p), static_cast<long long>(v));
+}
 SP_DEVICE void atomic_add(std::int64_t* p, std::int64_t v) {
   atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(v));
 }
 
-SP_DEVICE int popc(std::uint32_t v) { return __popc(v); }
-SP_DEVICE int popc(std::uint64_t v) { return __popcll(v); }
+SP_DEVICE int popc(std::uint32_t v) {
+  return __popc(v);
+}
+SP_DEVICE int popc(std::uint64_t v) {
+  return __popcll(v);
+}
 
 SP_DEVICE std::uint32_t byte_perm(std::uint32_t a, std::uint32_t b, std::uint32_t s) {
   std::uint32_t d;
@@ -273,10 +307,16 @@ SP_DEVICE std::uint32_t byte_perm(std::uint32_t a, std::uint32_t b, std::uint32_
   return d;
 }
 
-SP_DEVICE std::uint32_t dot4(std::uint32_t a, std::uint32_t b, std::uint32_t c) { return __dp4a(a, b, c); }
+SP_DEVICE std::uint32_t dot4(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  return __dp4a(a, b, c);
+}
 
-SP_DEVICE float to_float(float v) { return v; }
-SP_DEVICE float to_float(bf16 v) { return __uint_as_float(static_cast<unsigned>(v.bits) << 16); }
+SP_DEVICE float to_float(float v) {
+  return v;
+}
+SP_DEVICE float to_float(bf16 v) {
+  return __uint_as_float(static_cast<unsigned>(v.bits) << 16);
+}
 SP_DEVICE float to_float(f16 v) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
