@@ -1,5 +1,5 @@
 """The operations against their plain-torch twins (helpers/reference.py), bit for bit, on every instruction set and on the
-GPU's kernels, emulated and real; and what torch asks of an operation: opcheck, torch.compile, gradients.
+GPU's kernels, emulated and real. What torch asks of an operation is in test_library.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from helpers import reference
 from helpers.backends import GPUS, LAYOUTS, Place, running
 from helpers.compare import assert_linear, assert_same_bits
 from helpers.isa import DTYPES, LEVELS
-from helpers.shapes import fits, generator, mask, packable, raw, sparse_layer
+from helpers.shapes import fits, generator, mask, packable, packed_layer, raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,7 +20,19 @@ from torch import Tensor
 from sparseprune import _native, ops
 
 SIZES = [(0, 0), (0, 9), (5, 0), (1, 1), (3, 7), (2, 8), (7, 15), (3, 16), (5, 17), (4, 31), (3, 32), (9, 33)]
-SIZES += [(2, 63), (5, 64), (3, 65), (8, 97), (33, 129), (3, 1025), (130, 300)]
+SIZES += [
+    (2, 63),
+    (5, 64),
+    (3, 65),
+    (8, 97),
+    (33, 129),
+    (3, 1025),
+    (130, 300),
+    (64, 255),
+    (17, 256),
+    (16, 257),
+    (1, 5000),
+]
 PATTERNS = [(1, 1), (1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (3, 7), (5, 12), (16, 32), (1, 32), (32, 32)]
 # Every set of kernels with each layout that it reads, and that holds the dtype.
 PACKINGS = [(name, layout) for name in [*LEVELS, *GPUS] for layout in LAYOUTS.get(name, LAYOUTS["cpu"])]
@@ -254,6 +266,47 @@ def test_inputs_of_any_strides(place, dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_at_any_address(place, dtype):
+    """Contiguous tensors that begin between two multiples of 16 bytes, as rows of a larger one do."""
+    seed, cols = generator(21), 77
+    x, keep = raw(9, cols, dtype, 0.5, seed), torch.rand(9, cols, generator=seed) < 0.5
+    bits, nm = (
+        reference.pack_mask(keep),
+        reference.mask_apply(x, mask(9, cols, "2:4", seed))[:, :76].contiguous(),
+    )
+    values, value_bits = reference.dense_to_bitmap(x)
+    crow, col, _ = reference.dense_to_csr(x)
+    masked, restored = reference.mask_apply(x, keep), reference.mask_apply(x, x != 0)
+
+    def at(t: Tensor, elements: int) -> Tensor:
+        base = torch.cat([t.new_ones(elements), t.flatten(), t.new_ones(3)])
+        return place.put(base)[elements : elements + t.numel()].view(t.shape)
+
+    for i in range(1, 16):
+        j = 5 * i % 16
+        there, here_bits = at(x, i), at(bits, j)
+        assert_same_bits(ops.mask_apply(there, at(keep, j)), masked, f"{i}, {j}")
+        assert_same_bits(ops.mask_apply_packed(there, here_bits), masked, f"{i}, {j}")
+        for change, by in ((ops.mask_apply_, at(keep, j)), (ops.mask_apply_packed_, here_bits)):
+            changed = at(x, i)
+            change(changed, by)
+            assert_same_bits(changed, masked, f"{i}, {j}, in place")
+        changed = at(x, i)
+        expected = reference.threshold_mask(x, 0.5)
+        assert_tuples((ops.threshold_mask_(changed, 0.5), changed), expected[::-1], f"{i}")
+        assert_same_bits(ops.pack_mask(at(keep, i)), bits, f"{i}")
+        assert_same_bits(ops.unpack_mask(at(bits, i), cols), keep, f"{i}")
+        assert_tuples(ops.dense_to_bitmap(there), (values, value_bits), f"{i}")
+        assert_tuples(ops.dense_to_nm(at(nm, i), 2, 4), reference.dense_to_nm(nm, 2, 4), f"{i}")
+        assert_tuples(ops.dense_to_csr(there), reference.dense_to_csr(x), f"{i}")
+        back = ops.csr_to_dense(at(crow, i), at(col, j), at(values, i), cols)
+        assert_same_bits(back, restored, f"{i}, {j}")
+        assert_same_bits(ops.bitmap_to_dense(at(values, i), at(value_bits, j), cols), restored, f"{i}, {j}")
+        blob = ops.pack(at(values, i), at(value_bits, j), cols, place.layouts[-1])
+        assert_tuples(ops.unpack(blob), (values, value_bits), f"{i}, {j}")
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     rows=st.integers(0, 40),
@@ -280,10 +333,8 @@ def test_every_format_holds_any_matrix(rows, cols, density, packing, seed):
 
 
 def layer_at(at: Place, packing) -> tuple[Tensor, Tensor, Tensor]:
-    """A 2:4 weight, and on the device a bias and the weight packed."""
     _, layout, dtype = packing
-    w, bias, values, bits = sparse_layer(dtype)
-    return w, at.put(bias), ops.pack(at.put(values), at.put(bits), 36, layout)
+    return packed_layer(dtype, layout=layout, put=at.put)
 
 
 def dense_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -345,121 +396,3 @@ def test_gradient_through_a_transposed_input(place):
     dense = x.detach().cpu().double().requires_grad_()
     (dense.t() @ w.double().t()).square().sum().backward()
     torch.testing.assert_close(x.grad.cpu(), dense.grad.float())
-
-
-# --- torch.library ----------------------------------------------------------------------------------------------------
-
-
-OPERATIONS = (
-    "mask_apply", "mask_apply_", "mask_apply_packed", "mask_apply_packed_", "threshold_mask_", "pack_mask",
-    "unpack_mask", "dense_to_bitmap", "dense_to_nm", "bitmap_to_dense", "dense_to_csr", "csr_to_dense", "pack",
-    "unpack", "linear", "linear_grad_input",
-)  # fmt: skip
-
-
-def op_arguments(place: Place) -> dict[str, list[tuple]]:
-    """Arguments for each operation of the namespace."""
-    x, keep = torch.randn(5, 12), torch.rand(5, 12) < 0.5
-    bits, dense = reference.pack_mask(keep), torch.randn(5, 12) * mask(5, 12, "2:4", generator(17))
-    values, value_bits = map(place.put, reference.dense_to_bitmap(dense))
-    crow, col, csr_values = map(place.put, reference.dense_to_csr(dense))
-    x, keep, bits, dense = map(place.put, (x, keep, bits, dense))
-    w, bias, blob = layer_at(place, (place.name, place.layouts[-1], torch.float32))
-    a = place.put(torch.randn(3, 36))
-    return {
-        "mask_apply": [(x, keep), (x.t(), keep.t()), (x.half(), keep)],
-        "mask_apply_": [(x.clone(), keep)],
-        "mask_apply_packed": [(x, bits), (x.bfloat16(), bits)],
-        "mask_apply_packed_": [(x.clone(), bits)],
-        "threshold_mask_": [(x.clone(), 0.5)],
-        "pack_mask": [(keep,)],
-        "unpack_mask": [(bits, 12)],
-        "dense_to_bitmap": [(dense,)],
-        "dense_to_nm": [(dense, 2, 4)],
-        "bitmap_to_dense": [(values, value_bits, 12)],
-        "dense_to_csr": [(dense,)],
-        "csr_to_dense": [(crow, col, csr_values, 12)],
-        "pack": [
-            (values if layout != "sparse24" else values.half(), value_bits, 12, layout)
-            for layout in place.layouts
-        ],
-        "unpack": [(blob, torch.float32)],
-        "linear": [
-            (a, blob, None, 20),
-            (a.requires_grad_(), blob, bias.requires_grad_(), 20),
-            (place.put(torch.randn(2, 3, 36)), blob, bias.detach(), 20),
-            (place.put(torch.randn(36)), blob, None, 20),
-        ],
-        "linear_grad_input": [(place.put(torch.randn(3, 20)), blob, 36)],
-    }
-
-
-def test_every_operation_of_the_namespace_is_checked():
-    names = torch._C._dispatch_get_all_op_names()
-    ours = {name.split("::")[1] for name in names if name.startswith("sparseprune::")}
-    assert ours == set(OPERATIONS)
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_opcheck(place, name):
-    for args in op_arguments(place)[name]:
-        torch.library.opcheck(getattr(torch.ops.sparseprune, name).default, args)
-
-
-@pytest.fixture
-def compiled():
-    """torch.compile without the C++ compiler: capture, fake tensors, functionalization and autograd are what matters."""
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        yield lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")
-    torch._dynamo.reset()
-
-
-def test_compile_linear(place, compiled):
-    _, bias, blob = layer_at(place, (place.name, place.layouts[-1], torch.float32))
-
-    def layer(x, b):
-        return torch.relu(ops.linear(x, blob, b, 20)) * 2
-
-    fast = compiled(layer)
-    for shape in [(4, 36), (9, 36), (2, 5, 36)]:
-        x, b = place.put(torch.randn(shape)).requires_grad_(), bias.clone().requires_grad_()
-        fast(x, b).sum().backward()
-        x2, b2 = x.detach().clone().requires_grad_(), bias.clone().requires_grad_()
-        out = layer(x2, b2)
-        out.sum().backward()
-        assert_same_bits(fast(x, b), out.cpu())
-        assert_same_bits(x.grad, x2.grad.cpu())
-        assert_same_bits(b.grad, b2.grad.cpu())
-
-
-def test_compile_masks(place, compiled):
-    x, keep = place.put(torch.randn(6, 20)), place.put(torch.rand(6, 20) < 0.5)
-
-    def f(x, keep):
-        bits = ops.pack_mask(keep)
-        y = x.clone()
-        ops.mask_apply_packed_(y, bits)
-        z = x.clone()
-        ops.mask_apply_(z, ops.unpack_mask(bits, 20))
-        t = x.clone()
-        kept = ops.threshold_mask_(t, 0.5)
-        return y, z, ops.mask_apply(x, keep), ops.mask_apply_packed(x, bits), t, kept
-
-    assert_tuples(compiled(f)(x, keep), [y.cpu() for y in f(x, keep)], "")
-
-
-def test_compile_formats(place, compiled):
-    dense = place.put(torch.randn(6, 20) * mask(6, 20, "2:4", generator(18)))
-
-    def f(dense):
-        values, bits = ops.dense_to_bitmap(dense)
-        nm_values, nm_bits = ops.dense_to_nm(dense, 2, 4)
-        crow, col, csr_values = ops.dense_to_csr(dense)
-        return (
-            ops.bitmap_to_dense(values, bits, 20),
-            ops.bitmap_to_dense(nm_values, nm_bits, 20),
-            ops.csr_to_dense(crow, col, csr_values, 20),
-        )
-
-    assert_tuples(compiled(f)(dense), [y.cpu() for y in f(dense)], "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from helpers import reference
@@ -102,8 +103,12 @@ def sparse_layer(
 
 
 def packed_layer(
-    dtype: torch.dtype = torch.float32, rows: int = 20, cols: int = 36, layout: str = "tile"
+    dtype: torch.dtype = torch.float32,
+    rows: int = 20,
+    cols: int = 36,
+    layout: str = "tile",
+    put: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A 2:4 weight, a bias, and the weight packed."""
+    """A 2:4 weight, and where `put` puts them a bias and the weight packed."""
     w, bias, values, bits = sparse_layer(dtype, rows, cols)
-    return w, bias, ops.pack(values, bits, cols, layout)
+    return w, put(bias), ops.pack(put(values), put(bits), cols, layout)
