@@ -100,7 +100,7 @@ def emulated_card(multiprocessors: int):
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 8, 108, 132, 170])
-def test_plan_on_any_card_and_shape(multiprocessors):
+def test_plan_on_any_emulated_card_and_shape(multiprocessors):
     with emulated_card(multiprocessors) as kernels:
         for dtype in DTYPES:
             for layout, code in _cuda.LAYOUTS.items():

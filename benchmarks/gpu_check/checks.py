@@ -22,7 +22,7 @@ TWINS = "emulated"
 STANDINS = Path(__file__).with_name("standins")
 
 TESTS = ("test_linear_cuda.py", "test_cuda.py", "test_linear.py", "test_ops.py", "test_nn.py", "test_checkpoint.py",
-         "test_bad_input.py")  # fmt: skip
+         "test_bad_input.py", "test_library.py")  # fmt: skip
 """Those that run on a card where there is one, in the order of their value."""
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
