@@ -39,17 +39,21 @@ _DRY_SIDE = 96
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument(
+        "--until", type=float, required=True, help="seconds since the epoch: no cell begins later"
+    )
     parser.add_argument("--first", type=int, default=0, help="the cell to begin with")
-    parser.add_argument("--eager", default="", help="comma-separated candidates that cannot be captured")
+    parser.add_argument(
+        "--eager", default="", help="candidates that cannot be captured, with semicolons between them"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="on the CPU: the same way, no numbers worth a look"
     )
     arguments = parser.parse_args()
-    eager = [name for name in arguments.eager.split(",") if name]
+    eager = [name for name in arguments.eager.split(";") if name]
     bench = Bench("cpu" if arguments.dry_run else "cuda", emit, eager)
     plan = dry_cells() if arguments.dry_run else cells(list(SHAPES))
-    return run(bench, plan, arguments.first, arguments.seconds)
+    return run(bench, plan, arguments.first, arguments.until - time.time())
 
 
 def emit(record: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,8 @@ class Check:
             if left < 5:
                 break
             command = build.child(
-                self.folder, "gpu_check.measure", "--seconds", f"{left - 4:.1f}", "--first", str(bench.next),
-                "--eager", ",".join(sorted(bench.eager)), *(["--dry-run"] if self.dry_run else []),
+                self.folder, "gpu_check.measure", "--until", f"{time.time() + left - 4:.1f}", "--first", str(bench.next),
+                "--eager", ";".join(sorted(bench.eager)), *(["--dry-run"] if self.dry_run else []),
             )  # fmt: skip
             done = self._run(command, left, bench.line, cwd=build.ROOT)
             state, output = done.state, done.tail
