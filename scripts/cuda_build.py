@@ -95,9 +95,9 @@ def worst(launches: list[Launch], mangled: str) -> tuple[int, int]:
 
 
 def labels(launches: list[Launch], names: dict[str, str]) -> dict[str, str]:
-    """{mangled: what a kernel is called in tables}: a linear's by dtype and configuration, others as they stand in the code."""
+    """{mangled: what a kernel is called in tables}: a linear's by configuration and dtype, others as they stand in the code."""
     found = dict(names)
     for launch in launches:
         if launch.config and launch.op in names[launch.kernel]:
-            found[launch.kernel] = f"{launch.op} {launch.dtype} {launch.config}"
+            found[launch.kernel] = f"{launch.op} {launch.config} {launch.dtype}"
     return found

@@ -21,12 +21,15 @@ from cuda_build import ROOT, Launch, find_build, labels, record_launches, worst
 from cuda_page import Kernels, kernel_table, page
 
 PAGE = ROOT / "docs" / "cuda-static.md"
-# What a kernel of this name is built on.
-NEEDS = {
-    "linear_sparse24 ": ("HMMA.SP", "LDGSTS.128", "LDSM"),
-    "linear_bitmap8 bfloat16": ("HMMA", "LDGSTS.128"),
-    "linear_bitmap8 float16": ("HMMA", "LDGSTS.128"),
-}
+
+
+def needs(name: str) -> tuple[str, ...]:
+    """The instructions that a kernel is built on."""
+    if name.startswith("linear_sparse24 "):
+        return ("HMMA.SP", "LDGSTS.128", "LDSM")
+    if name.startswith("linear_bitmap8 "):
+        return ("LDGSTS.128",) if name.endswith("float32") else ("HMMA", "LDGSTS.128", "LDSM")
+    return ()
 
 
 def faults(kernels: Kernels, launches: list[Launch], names: dict[str, str]) -> list[str]:
@@ -41,10 +44,9 @@ def faults(kernels: Kernels, launches: list[Launch], names: dict[str, str]) -> l
             )
         if mangled not in launched:
             found[f"{name}: launched by no call of scripts/launches.cpp"].append(f"sm_{arch}")
-        for beginning, needs in NEEDS.items():
-            for need in needs if name.startswith(beginning) else ():
-                if not kernel.instructions[need]:
-                    found[f"{name}: no {need}"].append(f"sm_{arch}")
+        for need in needs(name):
+            if not kernel.instructions[need]:
+                found[f"{name}: no {need}"].append(f"sm_{arch}")
     for mangled in launched:
         threads, shared = worst(launches, mangled)
         for arch in chips.ARCHITECTURES:

@@ -18,20 +18,26 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def kernel_table(kernels: Kernels, launches: list[Launch], names: dict[str, str]) -> str:
-    rows = []
+    rows: dict[tuple[str, ...], list[str]] = {}  # what is equal for several dtypes stands in one line
     launched = sorted({launch.kernel for launch in launches}, key=lambda mangled: names[mangled])
     for mangled in launched:
         threads, shared = worst(launches, mangled)
-        row = [f"`{names[mangled]}`", str(threads), f"{shared / 1024:.1f}".removesuffix(".0")]
+        name, _, dtype = names[mangled].rpartition(" ")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            name, dtype = names[mangled], ""
+        row = [f"`{name}`", str(threads), f"{shared / 1024:.1f}".removesuffix(".0")]
         for arch in chips.ARCHITECTURES:
             held = chips.occupancy(arch, threads, kernels[arch, mangled].registers, shared)
             row.append(f"{kernels[arch, mangled].registers}, {held.share:.0%}")
-        for name in ("HMMA.SP", "HMMA", "LDGSTS.128", "LDSM", "LDG.128", "STG.128"):
-            counts = sorted({kernels[arch, mangled].instructions[name] for arch in chips.ARCHITECTURES})
+        for instruction in ("HMMA.SP", "HMMA", "LDGSTS.128", "LDSM", "LDG.128", "STG.128"):
+            counts = sorted(
+                {kernels[arch, mangled].instructions[instruction] for arch in chips.ARCHITECTURES}
+            )
             row.append(str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}")
-        rows.append(row)
+        rows.setdefault(tuple(row), []).append(dtype)
+    lines = [[f"{row[0]} {', '.join(dtypes)}".strip(), *row[1:]] for row, dtypes in rows.items()]
     head = ["kernel", "threads", "shared KB", *(f"sm_{arch}" for arch in chips.ARCHITECTURES)]
-    return table(head + ["HMMA.SP", "HMMA", "LDGSTS .128", "LDSM", "LDG .128", "STG .128"], rows)
+    return table(head + ["HMMA.SP", "HMMA", "LDGSTS .128", "LDSM", "LDG .128", "STG .128"], lines)
 
 
 def time_text(seconds: float) -> str:

@@ -14,6 +14,7 @@ import chips
 import cubins
 import cuda_build
 import cuda_evidence
+import cuda_page
 import fatbin
 from cubins import Kernel
 
@@ -187,7 +188,7 @@ def test_linears_are_called_by_their_configuration():
     launches = [launch("k", 1, 0, "linear_bitmap8", "n8"), launch("s", 1, 0, "linear_bitmap8", "n8")]
     names = {"k": "linear_bitmap8_kernel<Tile<bf16, 4> >", "s": "sum_splits_kernel<bf16>"}
     assert cuda_build.labels(launches, names) == {
-        "k": "linear_bitmap8 bfloat16 n8",
+        "k": "linear_bitmap8 n8 bfloat16",
         "s": "sum_splits_kernel<bf16>",
     }
 
@@ -196,12 +197,12 @@ def test_faults_are_named():
     sound = {(arch, "linear"): Kernel(64, 0, 0, 0) for arch in chips.ARCHITECTURES}
     for kernel in sound.values():
         kernel.instructions.update({"HMMA.SP": 1, "LDGSTS.128": 1, "LDSM": 1})
-    names = {"linear": "linear_sparse24 bfloat16 n8", "spills": "spills"}
+    names = {"linear": "linear_sparse24 n8 bfloat16", "spills": "spills"}
     launches = [launch("linear", 256, 64 * 1024)]
     assert cuda_evidence.faults(sound, launches, names) == []
 
     assert cuda_evidence.faults(sound, [launch("linear", 256, 120 * 1024)], names) == [
-        "linear_sparse24 bfloat16 n8: cannot be launched with 256 threads and 122880 B shared: sm_86, sm_89, sm_120"
+        "linear_sparse24 n8 bfloat16: cannot be launched with 256 threads and 122880 B shared: sm_86, sm_89, sm_120"
     ]
     spilled = sound | {("80", "spills"): Kernel(255, 8, 0, 0)}
     assert cuda_evidence.faults(spilled, launches, names) == [
@@ -211,8 +212,19 @@ def test_faults_are_named():
     del sound["90a", "linear"]
     sound["80", "linear"].instructions["HMMA.SP"] = 0
     assert cuda_evidence.faults(sound, launches, names) == [
-        "linear_sparse24 bfloat16 n8: no HMMA.SP: sm_80",
-        "linear_sparse24 bfloat16 n8: no machine code: sm_90a",
+        "linear_sparse24 n8 bfloat16: no HMMA.SP: sm_80",
+        "linear_sparse24 n8 bfloat16: no machine code: sm_90a",
+    ]
+
+
+def test_equal_kernels_of_several_dtypes_stand_in_one_line():
+    kernels = {(arch, name): Kernel(64, 0, 0, 0) for arch in chips.ARCHITECTURES for name in "abc"}
+    names = {"a": "linear n8 bfloat16", "b": "linear n8 float16", "c": "copy<unsigned int>"}
+    lines = cuda_page.kernel_table(kernels, [launch(name, 256, 1536) for name in "abc"], names).splitlines()
+    held = "64, 50% | 64, 67% | 64, 67% | 64, 50% | 64, 50% | 64, 67%"
+    assert lines[2:] == [
+        f"| `copy<unsigned int>` | 256 | 1.5 | {held} | 0 | 0 | 0 | 0 | 0 | 0 |",
+        f"| `linear n8` bfloat16, float16 | 256 | 1.5 | {held} | 0 | 0 | 0 | 0 | 0 | 0 |",
     ]
 
 
