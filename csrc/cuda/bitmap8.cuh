@@ -1,22 +1,20 @@
 // From the bitmaps of a unit (16 rows x 64 columns, core/fragments.h) to the places of its values, by one warp.
 //
-// Equation   place(bitmap b, bit j) = values of bitmaps 0 .. b - 1, plus the set bits of b below j.
-// Operands   lane L = 4g + t needs, of each of the 16 bitmaps, bits 2L and 2L + 1: the pair t of row g. A unit has 4 steps
-// of
-//            4 bitmaps, so a row g of all bitmaps of a step is 4 bytes, one register; and since a step has fewer than 256
-//            values before any of its rows, the places within a step are 4 bytes as well. All arithmetic is on 4 bitmaps at
-//            once, a byte each; no byte can overflow into the next.
-// Work       index_unit(): lane 4g + s counts row g of step s, 32 rows of bytes for 32 lanes, and scans over g:
+// Equation       place(bitmap b, bit j) = values of bitmaps 0 .. b - 1, plus the set bits of b below j.
+// Operands       Lane L = 4g + t needs, of each of the 16 bitmaps, bits 2L and 2L + 1: pair t of row g. A unit has 4 steps
+//                of 4 bitmaps: row g of all bitmaps of a step is 4 bytes, one register; and since fewer than 256 values of a
+//                step come before any of its pairs, their counts are 4 bytes as well. All arithmetic is on 4 bitmaps at
+//                once, a byte each; no byte overflows into the next.
+// Preconditions  All 32 lanes take part.
+// Partition      index_unit(): lane 4g + s counts row g of step s, 32 rows of 4 bytes for 32 lanes, and scans over g.
 //
-//                lane     0     1     2     3     4     5   ...  31        step 0       step 1      step 2   step 3
-//                row g    0     0     0     0     1     1   ...   7        bitmaps 0-3  4-7         8-11     12-15
-//                step s   0     1     2     3     0     1   ...   3
+//                    lane     0     1     2     3     4     5   ...  31        step 0       step 1      step 2   step 3
+//                    row g    0     0     0     0     1     1   ...   7        bitmaps 0-3  4-7         8-11     12-15
+//                    step s   0     1     2     3     0     1   ...   3
 //
-//            step_of(): the quad g of lanes passes around what its lane s has, then each lane takes its pair.
-// Why        a popcount per bitmap and lane would run at a quarter of the rate (16 a cycle and SM), and shuffles or loads
-// per
-//            bitmap share one pipe with the loads of values. Counted per unit: index_unit about 45 instructions, step_of 8
-//            a step.
+//                step_of(): the quad g passes around what its lane s has, then each lane takes its pair.
+// Constants      A popcount per bitmap and lane would run at a quarter of the rate (16 a clock and SM), and a shuffle or a
+//                load per bitmap shares one pipe with the loads of values.
 #pragma once
 
 #include "core/fragments.h"

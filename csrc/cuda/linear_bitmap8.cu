@@ -1,17 +1,15 @@
 // out = x weight^T + bias for unstructured bf16 and f16 weights, by tensor cores. The walk is linear_bitmap8.cuh's.
 //
-// Equation       For a unit: sum[16 rows][N] += W[16][64] x[N][64]^T, W with zeros where nothing is kept. So a pruned weight
-// times
-//                NaN or infinity is NaN.
+// Equation       For a unit: sum[16 rows][N] += W[16][64] x[N][64]^T, W with zeros where nothing is kept: there a NaN or an
+//                infinity in x gives NaN.
 // Operands       A, of mma.m16n8k16: the warp expands it, 4 bitmaps to the 4 registers of a step. B: x from shared memory by
-//                ldmatrix, whose 8 rows of 16 bytes lie 128 bytes apart: chunk c of batch row n is at c ^ n % 8, so that
-//                they meet in no bank.
+//                ldmatrix.
 // Preconditions  linear_bitmap8.cuh's.
 // Partition      One warp has all N columns of its strip: a weight is expanded once for N batch rows.
 // Constants      At 50 % and the bandwidth of an H100 an SM gets 13 weights a clock and issues 128 instructions: 10 a
-// weight. The
-//                walk and the expansion take about 8, of which the pipe that shuffles and reads shared memory has 58 of 79
-//                clocks a unit. N = 64 expands a weight 8 mma at a time, which then cost about as much.
+//                weight, of which N = 8 takes 9 (counted in its machine code: 57 a unit and lane to index it, 43 a step, 55 to
+//                fetch the next); the pipe of shuffles and shared memory has some 70 of the 79 clocks a unit. N = 64 makes
+//                8 mma of each expanded step, which then take about as long as expanding it.
 #include <iterator>
 #include <utility>
 

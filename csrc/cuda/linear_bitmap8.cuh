@@ -8,9 +8,8 @@
 //                With splits > 1 instead of out: workspace float32 [splits, batch, rows], no bias.
 // Preconditions  the blob and its sections aligned to 16 bytes, x to its elements. Offsets and bitmaps are not trusted:
 //                whatever they hold, no access leaves the blob or the block's shared memory.
-// Partition      a block has M = 16 WARPS_M rows, N batch rows, and the columns of its split. Warp (wm, wk) walks strip wm
-// and,
-//                in step with all others, every WARPS_K-th block of columns:
+// Partition      A block has M = 16 WARPS_M rows, N batch rows, and the columns of its split. Warp (wm, wk) walks strip wm
+//                and takes, all in step, every WARPS_K-th block of columns:
 //
 //                    columns   0      64     128    192    256    320  ...
 //                    strip 0   (0,0)  (0,1)  (0,2)  (0,3)  (0,0)  (0,1)        WARPS_M = 2, WARPS_K = 4
@@ -22,9 +21,8 @@
 //                because its length is only known by its offsets, which lanes fetch for 32 units at a time, a window ahead.
 //                At the end the sums of the WARPS_K warps are added through shared memory.
 //                Grid: x batch rows, y rows, z splits: neighbours read the same weights, one of them from memory.
-// Constants      Memory needs some 20 KB under way per SM (H100: 25 bytes a ns, 700 ns). At 50 % a unit is 1.1 KB, so 8
-// warps
-//                with 2 stages ahead are enough on any card, and 75 KB let two such blocks share an SM of 164 KB or more.
+// Constants      Memory needs some 20 KB under way per SM (H100: 25 bytes a ns, 700 ns). At 50 % a unit is 1.1 KB: 8 warps
+//                with 2 stages ahead are enough on any card, and at 78 KB an SM of 164 KB or more has two such blocks.
 //                99 KB is what a block may have on sm_86, 89 and 120.
 #pragma once
 
@@ -49,12 +47,11 @@ struct Bitmap8Tile {
   // Bitmaps lie behind the values: a lane with nothing to take may look up to 2 past the last value of a full unit.
   static constexpr int kValueBytes = bitmap8::kRows * bitmap8::kCols * kItem, kBitmapBytes = bitmap8::kTiles * 8;
   static constexpr int kSlot = kValueBytes + kBitmapBytes;
-  // Rows of x: 16 bytes more than they need, so that ldmatrix finds 8 rows in all 32 banks. float32 reads two rows never.
+  // Rows of x: 16 bytes more than they need, so that ldmatrix finds 8 rows in all 32 banks. float32 reads a row at a time.
   static constexpr int kXChunks = bitmap8::kCols * kItem / 16, kXPitch = bitmap8::kCols * kItem + (kItem == 2 ? 16 : 0);
   static constexpr int kXFirst = WARPS_M * WARPS_K * kSlot, kStage = kXFirst + WARPS_K * kN * kXPitch,
                        kRing = STAGES * kStage;
-  // Sums [WARPS_K][N][kPitch]: 2 kPitch is 8 modulo 32 banks, so that 4 lanes 2 batch rows apart, of 8 rows each, meet in
-  // none.
+  // Sums [WARPS_K][N][kPitch]: 2 kPitch is 8 modulo 32 banks, so that 4 quads 2 batch rows apart, 8 rows each, meet in none.
   static constexpr int kPitch = kM + 4, kSumBytes = WARPS_K * kN * kPitch * 4;
   static constexpr int kShared = kRing > kSumBytes ? kRing : kSumBytes;
 
@@ -73,9 +70,10 @@ struct Bitmap8Args {
   simt::Global<typename Tile::T> out;
   simt::Global<float> workspace;  // null without splits
   std::int64_t stored, rows, cols, batch, stride;
-  std::int64_t row_begin;  // of this launch
-  int strips, blocks, splits;
-  bool x_aligned;  // every row of x to 16 bytes
+  std::int64_t row_begin;        // of this launch
+  int strips, blocks;            // of 16 rows, of 64 columns
+  int split_blocks, split_more;  // blocks of a split, and how many splits have one more: a kernel divides slowly
+  bool x_aligned;                // every row of x to 16 bytes
 };
 
 // What a block and a warp of it are to do.
@@ -92,9 +90,9 @@ struct Bitmap8Task {
     batch_rows = args.batch - batch < Tile::kN ? static_cast<int>(args.batch - batch) : Tile::kN;
     warp_m = static_cast<int>(simt::warp()) % Tile::kWarpsM;
     warp_k = static_cast<int>(simt::warp()) / Tile::kWarpsM;
-    const std::int64_t split = simt::block_z(), blocks = args.blocks;
-    begin = static_cast<int>(blocks * split / args.splits);
-    end = static_cast<int>(blocks * (split + 1) / args.splits);
+    const int split = static_cast<int>(simt::block_z());
+    begin = split * args.split_blocks + (split < args.split_more ? split : args.split_more);
+    end = begin + args.split_blocks + (split < args.split_more ? 1 : 0);
   }
 };
 
@@ -166,8 +164,9 @@ class Bitmap8Stream {
       if (x_whole && j < x_rows_) simt::cp_async16(at(x_place(j)), x_from_ + j * (Tile::kXRows * args_.stride), 16);
     }
     // A lane with nothing to take looks up to 2 past the last value.
-    if (i < units_ && lane_ == 0 && chunks < Tile::kValueBytes / 16)
+    if (i < units_ && lane_ == 0 && chunks < Tile::kValueBytes / 16) {
       simt::store(at(put_slot_ + 16 * chunks), simt::u32x4{0, 0, 0, 0});
+    }
     if (i < units_ && !x_whole) gather_x();
 
     index_ += Tile::kWarpsK * Tile::kBitmapBytes;
@@ -317,7 +316,7 @@ int launch_linear_bitmap8(const char* name, const LinearCall& call, const Geomet
   args.rows = call.rows, args.cols = call.cols, args.batch = call.batch, args.stride = stride;
   args.strips = static_cast<int>(ceil_div(call.rows, bitmap8::kRows));
   args.blocks = static_cast<int>(geometry.kpad / bitmap8::kCols);
-  args.splits = call.plan.splits;
+  args.split_blocks = args.blocks / call.plan.splits, args.split_more = args.blocks % call.plan.splits;
   args.x_aligned = reinterpret_cast<std::uintptr_t>(call.x) % 16 == 0 && stride * Tile::kItem % 16 == 0;
 
   // One launch, but for more than 2^20 rows.
@@ -325,7 +324,7 @@ int launch_linear_bitmap8(const char* name, const LinearCall& call, const Geomet
     const std::int64_t count = m_tiles - first < kMaxGrid ? m_tiles - first : kMaxGrid;
     args.row_begin = first * Tile::kM;
     const int error = simt::launch({name, static_cast<unsigned>(n_tiles), static_cast<unsigned>(count),
-                                    static_cast<unsigned>(args.splits), Tile::kThreads, Tile::kShared, call.stream},
+                                    static_cast<unsigned>(call.plan.splits), Tile::kThreads, Tile::kShared, call.stream},
                                    linear_bitmap8_kernel<Tile, Sum>, args);
     if (error != 0) return error;
   }

@@ -1,16 +1,13 @@
 // out = x weight^T + bias for unstructured float32 weights, by multiply-adds. The walk is linear_bitmap8.cuh's.
 //
-// Equation       For a unit: sum[16 rows][N] += W[16][64] x[N][64]^T, W with zeros where nothing is kept. So a pruned weight
-// times
-//                NaN or infinity is NaN.
+// Equation       For a unit: sum[16 rows][N] += W[16][64] x[N][64]^T, W with zeros where nothing is kept: there a NaN or an
+//                infinity in x gives NaN.
 // Operands       Lane 4g + t expands columns 2t and 2t + 1 of rows g and g + 8 of each 16 x 8 half of a step, as for tensor
-// cores,
-//                and reads these two columns of x [N][64] in shared memory, 8 bytes, once for both rows.
+//                cores, and reads these two columns of x [N][64] in shared memory, 8 bytes, once for both rows.
 // Preconditions  linear_bitmap8.cuh's.
 // Partition      One warp has all N columns of its strip; a quad of lanes has the sum of a row in four parts.
-// Constants      At 50 % and the bandwidth of an H100 an SM gets 7 weights a clock and issues 128 instructions: 18 a weight.
-// The
-//                walk takes about 9, N = 2 another 3. From N = 8 on the multiply-adds count: N a weight, kept or not.
+// Constants      At 50 % and the bandwidth of an H100 an SM gets 7 weights a clock and issues 128 instructions: 18 a weight,
+//                of which N = 2 takes 13, N = 8 takes 21: multiply-adds are N a weight, kept or not.
 #include <iterator>
 #include <utility>
 
