@@ -7,9 +7,9 @@
 // Preconditions  linear_bitmap8.cuh's.
 // Partition      One warp has all N columns of its strip: a weight is expanded once for N batch rows.
 // Constants      At 50 % and the bandwidth of an H100 an SM gets 13 weights a clock and issues 128 instructions: 10 a
-//                weight, of which N = 8 takes 9 (counted in its machine code: 57 a unit and lane to index it, 43 a step, 55 to
-//                fetch the next); the pipe of shuffles and shared memory has some 70 of the 79 clocks a unit. N = 64 makes
-//                8 mma of each expanded step, which then take about as long as expanding it.
+//                weight, of which N = 8 takes 9 (counted in its machine code: 57 a unit and lane to index it, 43 a step, 55
+//                to fetch the next); the pipe of shuffles and shared memory has some 70 of the 79 clocks a unit. N = 64
+//                makes 8 mma of each expanded step, which then take about as long as expanding it.
 #include <iterator>
 #include <utility>
 
