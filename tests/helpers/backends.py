@@ -55,14 +55,19 @@ def place_of(name: str) -> Place:
 
 
 @contextmanager
-def running(name: str) -> Iterator[Place]:
-    """Operations on CPU tensors (of `cuda`: on CUDA tensors) run there: "cpu", an instruction set, or one of GPUS."""
+def running(name: str, seed: int | None = None) -> Iterator[Place]:
+    """Operations on CPU tensors (of `cuda`: on CUDA tensors) run there: "cpu", an instruction set, or one of GPUS.
+
+    seed: of the emulator's order of threads, so that an example of hypothesis fails again.
+    """
     with ExitStack() as stack:
         if name in LEVELS:
             stack.enter_context(forced(name))
             stack.enter_context(threads(1))  # see test_linear.py
         elif name == "emulated":
-            stack.enter_context(emulated())
+            kernels = stack.enter_context(emulated())
+            if seed is not None:
+                kernels.set_seed(seed)
         yield place_of(name)
 
 
