@@ -66,6 +66,7 @@ UNWRITTEN = "nobody has written it"
 UNORDERED = f"with no barrier since|{UNWRITTEN}|{WAITING}"  # which of them depends on who runs first
 OUTSIDE = "out of bounds"
 MISALIGNED = "misaligned"
+DEADLOCK = "deadlock"
 SHOWN = f"{WRONG}|{UNORDERED}|{OUTSIDE}"  # whichever comes first
 
 
@@ -145,6 +146,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("csr: sums read before they are there", "convert.cu", "  sync_block();\n  Sums s{0, 0};", "  Sums s{0, 0};",
            "conversions", UNORDERED),
     Mutant("csr: ranks count their own lane", "convert.cu", "before = upto - own;", "before = upto;", "conversions", SHOWN),
+    Mutant("bitmap8 f32: half of each sum", "linear_bitmap8_f32.cu", "sum += simt::shuffle_xor(sum, 2);", "", "f32", WRONG),
+    Mutant("csr: warps without values pass a barrier by", "convert.cu", "sync_block(); Sums s{0, 0};",
+           "if (own != 0) sync_block(); Sums s{0, 0};", "conversions", f"{DEADLOCK}|{SHOWN}"),
+    Mutant("pack bitmap8: lanes leave ahead of a shuffle", "pack_bitmap8.cu", "int count = popc(bitmap);",
+           "if (unit >= units.all) continue; int count = popc(bitmap);", "bitmap8", DEADLOCK),
+    Mutant("pack bitmap8: a unit too many", "pack_bitmap8.cu", "if (unit >= units.all) continue;", "", "bitmap8", OUTSIDE),
+    Mutant("pack bitmap8: no zeros behind the values", "pack_bitmap8.cu",
+           "if (lane_id() < stored - items.all) store(stage + (items.all + lane_id()), W{0});", "", "bitmap8", UNWRITTEN),
     Mutant("pack: the nibble of the next chunk", "pack_sparse24.cu", "|= nibble << word_shift(8 * i, t);",
            "|= nibble << word_shift(8 * i, (t + 1) % 4);", "n8", SHOWN),
     Mutant("pack: reads past the columns", "pack_sparse24.cu",
@@ -155,6 +164,7 @@ CONTROLS = (
     _linear("control: sparse24, few batch rows", "", "", "n8", ""),
     _linear("control: sparse24, many batch rows", "", "", "n64", "", 3),
     _linear("control: bitmap8", "", "", "bitmap8", "", file="linear_bitmap8.cuh"),
+    Mutant("control: bitmap8 f32", "linear_bitmap8_f32.cu", "", "", "f32", ""),
     Mutant("control: masks", "masks.cu", "", "", "masks", ""),
     Mutant("control: conversions", "convert.cu", "", "", "conversions", ""),
 )
@@ -172,9 +182,13 @@ def cases(name: str) -> Callable[[], None]:
 
     from sparseprune import _cuda, ops
 
-    def linear(layout: str, config: str, shapes: Sequence[tuple[int, int, int, int, str]]) -> None:
+    def linear(
+        layout: str,
+        config: str,
+        shapes: Sequence[tuple[int, int, int, int, str]],
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         """Whole numbers, exact in float32: one weight dropped, doubled or misplaced shows."""
-        dtype = torch.bfloat16
         index = _cuda.configs(layout, dtype).index(config)
         for rows, cols, batch, splits, kind in shapes:
             random = generator(rows, cols, batch)
@@ -206,6 +220,10 @@ def cases(name: str) -> Callable[[], None]:
             (16, 1280, 8, 1, "contiguous"), (40, 1100, 3, 1, "contiguous"), (17, 77, 1, 1, "offset"),
             (33, 700, 9, 2, "wide rows"),
         ])  # fmt: skip
+
+    def f32() -> None:
+        shapes = [(16, 1280, 2, 1, "contiguous"), (40, 333, 3, 2, "offset")]
+        linear("bitmap8", "n2_m16_k8", shapes, torch.float32)
 
     def matrices() -> list[torch.Tensor]:
         shapes = [(3, 7), (1, 300), (9, 33), (5, 1025), (8, 512), (2, 2700)]
@@ -254,7 +272,9 @@ def cases(name: str) -> Callable[[], None]:
                 ops.bitmap_to_dense(values, bits, x.shape[1]), restored, f"bitmap_to_dense {what}"
             )
 
-    return {"n8": n8, "n64": n64, "bitmap8": bitmap8, "masks": masks, "conversions": conversions}[name]
+    return {"n8": n8, "n64": n64, "bitmap8": bitmap8, "f32": f32, "masks": masks, "conversions": conversions}[
+        name
+    ]
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
