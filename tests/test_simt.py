@@ -161,3 +161,24 @@ def test_kernels_waste_no_traffic() -> None:
             seen.add(use.kernel)
             assert use.worst == 1 if use.space == "shared" else use.mean > 0.9, use
     assert len(seen) >= 10, seen
+
+
+@pytest.mark.slow
+def test_kernels_have_no_undefined_behaviour(tmp_path: Path) -> None:
+    """Shifts by 32 and overflows, which a GPU and a CPU answer differently: the operations' tests once more, with checks."""
+    env = {
+        "CXXFLAGS": "-fsanitize=undefined -fno-sanitize=vptr -fno-sanitize-recover=all",
+        "SPARSEPRUNE_SIMT_BUILD": str(tmp_path),
+        "SPARSEPRUNE_SIMT_LIBRARY": "",
+    }
+    tests = [Path(__file__).parent / name for name in ("test_ops.py", "test_linear.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "emulated", *tests],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    counts = re.search(r"(\d+) passed, \d+ deselected", done.stdout)
+    assert counts and int(counts[1]) > 200, done.stdout[-4000:]
