@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import math
 import os
 import platform
@@ -161,26 +160,6 @@ def describe(machine: Mapping[str, Any]) -> str:
         f"torch {machine['torch']}, reads {machine['read_gb_s']:.1f} GB/s, copies {machine['copy_gb_s']:.1f} GB/s"
         + ("" if others is None else f"; others took {others:.1%} of the cores' time")
     )
-
-
-def to_json(run: Mapping[str, Any]) -> str:
-    """JSON with four digits of every float and a line a record, so that two runs can be compared by a diff."""
-    parts = []
-    for key, value in run.items():
-        if isinstance(value, list):
-            text = "[\n" + ",\n".join(json.dumps(_rounded(it)) for it in value) + "\n]"
-        else:
-            text = json.dumps(_rounded(value))
-        parts.append(f"{json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(it) for key, it in value.items()}
-    return [_rounded(it) for it in value] if isinstance(value, (list, tuple)) else value
 
 
 def _cpu_name() -> str:

@@ -23,7 +23,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from layers import Watch, describe, machine_record, pruned_weight, to_json
+from layers import Watch, describe, machine_record, pruned_weight
+from results import to_json
 from torch import nn
 
 from sparseprune.nn import SparseLinear

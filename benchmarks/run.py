@@ -17,8 +17,9 @@ import operations
 import tables
 import torch
 import typer
-from layers import SHAPES, Watch, describe, machine_record, to_json
+from layers import SHAPES, Watch, describe, machine_record
 from plot import draw
+from results import to_json
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from targets import BATCHES, CASES

@@ -16,6 +16,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import fatbin
 
@@ -53,7 +54,7 @@ def repair(wheel: Path, folder: Path) -> Path:
     RuntimeError: where a library other than the extension ended up in the wheel.
     """
     before = set(folder.glob("*.whl"))
-    command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1", "-w", folder, wheel]
+    command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1", "-w", str(folder), str(wheel)]
     subprocess.run(command, check=True, capture_output=True)
     repaired = next(iter(set(folder.glob("*.whl")) - before))
     names = zipfile.ZipFile(repaired).namelist()
@@ -63,7 +64,7 @@ def repair(wheel: Path, folder: Path) -> Path:
     return repaired
 
 
-def describe(wheel: Path, seconds: float) -> dict[str, object]:
+def describe(wheel: Path, seconds: float) -> dict[str, Any]:
     archive = zipfile.ZipFile(wheel)
     name = next(name for name in archive.namelist() if name.endswith(".so"))
     with tempfile.TemporaryDirectory() as folder:
@@ -95,8 +96,8 @@ def main() -> None:
         facts = describe(repair(wheel, folder), seconds)
     (folder / "wheel.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(
-        f"{facts['wheel']}: {facts['bytes'] / 1e6:.1f} MB, the library {facts['library_bytes'] / 1e6:.1f} MB, "  # type: ignore[operator]
-        f"built in {seconds:.0f} s, GPU code: {', '.join(facts['architectures']) or 'none'}"  # type: ignore[arg-type]
+        f"{facts['wheel']}: {facts['bytes'] / 1e6:.1f} MB, the library {facts['library_bytes'] / 1e6:.1f} MB, "
+        f"built in {seconds:.0f} s, GPU code: {', '.join(facts['architectures']) or 'none'}"
     )
 
 

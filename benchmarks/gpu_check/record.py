@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from results import to_json
 
 VERSION = 1
 LISTS = ("linears", "masks", "conversions", "choices")
@@ -19,26 +20,6 @@ def write_by_rename(path: Path, text: str) -> None:
     fresh = path.with_name(path.name + ".part")
     fresh.write_text(text)
     os.replace(fresh, path)
-
-
-def to_json(record: Mapping[str, Any]) -> str:
-    """Four digits of every float and a line for each measurement, so that two runs can be compared by a diff."""
-    parts = []
-    for key, value in record.items():
-        if isinstance(value, list) and value:
-            text = "[\n" + ",\n".join(json.dumps(_rounded(it)) for it in value) + "\n]"
-        else:
-            text = json.dumps(_rounded(value))
-        parts.append(f"{json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(it) for key, it in value.items()}
-    return [_rounded(it) for it in value] if isinstance(value, (list, tuple)) else value
 
 
 class Record:
