@@ -54,8 +54,18 @@ def repair(wheel: Path, folder: Path) -> Path:
     RuntimeError: where a library other than the extension ended up in the wheel.
     """
     before = set(folder.glob("*.whl"))
-    command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1", "-w", str(folder), str(wheel)]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "auditwheel",
+        "repair",
+        "--exclude",
+        "libgomp.so.1",
+        "-w",
+        str(folder),
+        str(wheel),
+    ]
+    subprocess.run(command, check=True)  # its words are the only ones that say what it refuses
     repaired = next(iter(set(folder.glob("*.whl")) - before))
     names = zipfile.ZipFile(repaired).namelist()
     libraries = [name for name in names if ".so" in Path(name).name]
