@@ -1,4 +1,4 @@
-"""Is the plan right? Times every strategy that serves a weight and compares the best with csrc/cpu/plan.cpp's choice.
+"""Is the plan right? Times every strategy that serves a weight and compares the best with csrc/cpu/ops/plan.cpp's choice.
 
 python benchmarks/crossovers.py                                # the instruction set in force
 python benchmarks/crossovers.py --isa all --formats "2:4" --dtypes bf16
@@ -18,9 +18,10 @@ import typer
 from layers import DTYPES, Watch, copies_of, pruned_weight, take_turns
 from torch import Tensor
 
-from sparseprune import _native, isa, isas_available
-from sparseprune.formats import Format, SparseWeight
+from sparseprune import isa, isas_available
+from sparseprune.kernels import native
 from sparseprune.report import Column, Table, track
+from sparseprune.weights.sparse_weight import Format, SparseWeight
 
 STRATEGIES = ("tile_rows", "tile_dense", "tile_batch", "tile_amx", "csr_gather", "csr_batch")
 """In the order of `enum class Strategy`."""
@@ -94,7 +95,7 @@ def _compare(
         samples = take_turns(
             {
                 name: [
-                    functools.partial(_native.linear, x, blob, None, rows, STRATEGIES.index(name))
+                    functools.partial(native.linear, x, blob, None, rows, STRATEGIES.index(name))
                     for blob in blobs
                 ]
                 for name in serving
@@ -102,7 +103,7 @@ def _compare(
             seconds,
         )
         times = {name: it.median for name, it in samples.items()}
-        best, plan = min(times, key=times.__getitem__), _native.strategy(blobs[0], batch)
+        best, plan = min(times, key=times.__getitem__), native.strategy(blobs[0], batch)
         ratio = times[plan] / times[best]
         lines.append((batch, *(it * 1e3 for it in times.values()), best, plan, ratio))
         if ratio > 1 + tolerance:
@@ -116,7 +117,7 @@ def _serving(packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> list
     names = []
     for index, name in enumerate(STRATEGIES):
         try:
-            _native.linear(x, packed, None, shape[0], index)
+            native.linear(x, packed, None, shape[0], index)
         except ValueError:
             continue
         names.append(name)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sparseprune import isa, isas_available
-from sparseprune.formats import Format
 from sparseprune.pruning.patterns import mask_from_scores
+from sparseprune.weights.sparse_weight import Format
 
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {
     "LLaMA-7B": {"qkvo": (4096, 4096), "gate/up": (11008, 4096), "down": (4096, 11008)},
@@ -71,7 +71,7 @@ def take_turns(candidates: Mapping[str, Sequence[Callable[[], Any]]], seconds: f
 
     A candidate is calls that do the same work on different memory, taken round robin. A turn is 4 calls, less once
     it takes 4 ms: in a model a layer follows its like, and the first call after another library's is slower.
-    At least 7 rounds, else for about `seconds`. (`sparseprune.benchmark.alternating_medians` is the clock for a
+    At least 7 rounds, else for about `seconds`. (`sparseprune.measure.benchmark.alternating_medians` is the clock for a
     decision; a record needs the extremes and the turns.)
     """
     clock = time.perf_counter

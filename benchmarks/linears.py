@@ -15,8 +15,8 @@ from layers import DTYPES, SHAPES, Samples, copies_of, pruned_weight, take_turns
 from targets import TARGETED_MODEL, Case
 from torch import Tensor, nn
 
-from sparseprune import _native
-from sparseprune.nn import SparseLinear
+from sparseprune.kernels import native
+from sparseprune.weights.linear import SparseLinear
 
 Calls = list[Callable[[], Any]]
 
@@ -73,7 +73,7 @@ def _record(
     record: dict[str, Any] = {
         "case": case.name, "format": case.format, "sparsity": case.sparsity, "dtype": case.dtype,
         "model": model, "layer": layer, "shape": [rows, cols], "batch": batch,
-        "strategy": _native.strategy(sparse.packed, batch),
+        "strategy": native.strategy(sparse.packed, batch),
         "nbytes": sparse.nbytes, "of_dense": sparse.nbytes / (rows * cols * sparse.dtype.itemsize),
         "dense_seconds": asdict(dense), "sparse_seconds": asdict(ours),
         "speedup": dense.median / ours.median,

@@ -14,8 +14,8 @@ from safetensors.torch import save
 from targets import BYTES_OF_DENSE, CALL_OF_DENSE, CSR_OVER_PEERS, MASK_COPY_SHARE, MASK_OVER_MUL
 from torch import nn
 
-from sparseprune import ops
-from sparseprune.nn import SparseLinear
+from sparseprune.kernels import ops
+from sparseprune.weights.linear import SparseLinear
 
 _CALLS = 200  # of a layer that takes microseconds, in one sample
 

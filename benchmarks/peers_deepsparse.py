@@ -27,8 +27,8 @@ from layers import Watch, describe, machine_record, pruned_weight
 from results import to_json
 from torch import nn
 
-from sparseprune.nn import SparseLinear
 from sparseprune.report import Column, Table, track
+from sparseprune.weights.linear import SparseLinear
 
 CASES = (("2:4", 0.5, ("2:4",)), ("70%", 0.7, ("bitmap",)), ("90%", 0.9, ("bitmap", "csr")))
 """Zeros, their share, and our formats for them."""

@@ -13,7 +13,7 @@ from layers import DTYPES, pruned_weight
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from sparseprune import ops
+from sparseprune.kernels import ops
 
 _SIDE = 4096
 

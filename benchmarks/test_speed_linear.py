@@ -13,8 +13,8 @@ from layers import DTYPES, SHAPES, copies_of, pruned_weight
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-from sparseprune import _native
-from sparseprune.nn import SparseLinear
+from sparseprune.kernels import native
+from sparseprune.weights.linear import SparseLinear
 
 FORMATS = {"dense": ("bitmap", 0.0), "2:4": ("2:4", 0.5), "4:8": ("4:8", 0.5), "bitmap 50%": ("bitmap", 0.5),
            "bitmap 70%": ("bitmap", 0.7), "bitmap 90%": ("bitmap", 0.9), "csr 90%": ("csr", 0.9)}  # fmt: skip
@@ -57,5 +57,5 @@ def _rates(layer: nn.Module, shape: tuple[int, int], batch: int, seconds: float)
     }
     if isinstance(layer, SparseLinear):
         rates["gflop_s"] = 2 * batch * layer.nnz / seconds / 1e9
-        rates["strategy"] = _native.strategy(layer.packed, batch)
+        rates["strategy"] = native.strategy(layer.packed, batch)
     return rates

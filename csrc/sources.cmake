@@ -7,12 +7,12 @@ function(sparseprune_add_cpu target)
   target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
   target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
   target_sources(${target} PRIVATE
-    ${cpu}/convert.cpp
-    ${cpu}/isa.cpp
-    ${cpu}/linear.cpp
-    ${cpu}/pack.cpp
-    ${cpu}/parallel.cpp
-    ${cpu}/plan.cpp
+    ${cpu}/ops/convert.cpp
+    ${cpu}/dispatch/isa.cpp
+    ${cpu}/ops/linear.cpp
+    ${cpu}/ops/pack.cpp
+    ${cpu}/ops/parallel.cpp
+    ${cpu}/ops/plan.cpp
     ${cpu}/scalar/table.cpp)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
     set(AVX2 -mavx2 -mfma -mf16c -mbmi -mbmi2 -mpopcnt)
@@ -26,8 +26,8 @@ function(sparseprune_add_cpu target)
     endif()
     foreach(isa IN ITEMS avx2 avx512 avx512_bf16 amx)
       string(TOUPPER ${isa} flags)
-      target_sources(${target} PRIVATE ${cpu}/${isa}/table.cpp)
-      set_source_files_properties(${cpu}/${isa}/table.cpp PROPERTIES COMPILE_OPTIONS "${${flags}};${QUIET}")
+      target_sources(${target} PRIVATE ${cpu}/x86/${isa}/table.cpp)
+      set_source_files_properties(${cpu}/x86/${isa}/table.cpp PROPERTIES COMPILE_OPTIONS "${${flags}};${QUIET}")
     endforeach()
     target_compile_definitions(${target} PRIVATE SPARSEPRUNE_X86)
   endif()
@@ -35,20 +35,20 @@ endfunction()
 
 # What nvcc compiles, and what any host compiler does; tests/simt compiles the same files for the emulator.
 set(SPARSEPRUNE_CUDA_KERNELS
-  convert.cu
-  linear_bitmap8.cu
-  linear_bitmap8_f32.cu
-  linear_sparse24.cu
-  linear_sparse24_large.cu
-  linear_sparse24_medium.cu
-  linear_sparse24_small.cu
-  masks.cu
-  pack_bitmap8.cu
-  pack_sparse24.cu
-  splits.cu)
+  convert/convert.cu
+  linear/bitmap8.cu
+  linear/bitmap8_f32.cu
+  linear/sparse24.cu
+  linear/sparse24_large.cu
+  linear/sparse24_medium.cu
+  linear/sparse24_small.cu
+  masks/masks.cu
+  pack/bitmap8.cu
+  pack/sparse24.cu
+  linear/splits.cu)
 set(SPARSEPRUNE_CUDA_HOST
-  linear.cpp
-  plan.cpp)
+  linear/linear.cpp
+  linear/plan.cpp)
 list(TRANSFORM SPARSEPRUNE_CUDA_KERNELS PREPEND ${CMAKE_CURRENT_LIST_DIR}/cuda/)
 list(TRANSFORM SPARSEPRUNE_CUDA_HOST PREPEND ${CMAKE_CURRENT_LIST_DIR}/cuda/)
 

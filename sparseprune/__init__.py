@@ -8,16 +8,16 @@
 >>> model = sp.load("out/")
 """
 
-from sparseprune import ops
-from sparseprune._cuda import cuda_info
-from sparseprune._native import isa, isas_available
-from sparseprune.checkpoint import load, save
 from sparseprune.convert import sparsify
-from sparseprune.evaluate import perplexity
-from sparseprune.formats import Format, SparseWeight
-from sparseprune.nn import SparseLinear
+from sparseprune.io.checkpoint import load, save
+from sparseprune.kernels import ops
+from sparseprune.kernels.cuda import cuda_info
+from sparseprune.kernels.native import isa, isas_available
+from sparseprune.measure.evaluate import perplexity
 from sparseprune.pruning import prune
 from sparseprune.recovery import recover
+from sparseprune.weights.linear import SparseLinear
+from sparseprune.weights.sparse_weight import Format, SparseWeight
 
 __version__ = "0.1.0"
 __all__ = [

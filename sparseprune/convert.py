@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune._native import isa
-from sparseprune.benchmark import (
+from sparseprune.kernels.native import isa
+from sparseprune.measure.benchmark import (
     LayerTiming,
     bytes_past_caches,
     candidate_formats,
     describe_device,
     time_layer,
 )  # fmt: skip
-from sparseprune.formats import Format, SparseWeight
-from sparseprune.models import LinearLayer, find_linears
-from sparseprune.nn import SparseLinear
+from sparseprune.models.sites import LinearLayer, find_linears
 from sparseprune.report import Column, Table, human_bytes, track
+from sparseprune.weights.linear import SparseLinear
+from sparseprune.weights.sparse_weight import Format, SparseWeight
 
 __all__ = ["LayerSparsified", "SparsifyReport", "sparsify"]
 
@@ -148,7 +148,7 @@ def sparsify(
             layer dense where dense is faster at any of the batch sizes. "always" swaps every layer whose weight
             the format can hold, and measures nothing.
         batch: the batch sizes (rows of activations: 1 for decoding) that count, one or several.
-        include, exclude, lm_head: which layers, see `sparseprune.models.find_linears`. Weights shared by several
+        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_linears`. Weights shared by several
             layers are left alone.
         seconds: to spend on measuring, about, over the whole model.
         progress: show bars on stderr.
@@ -169,7 +169,7 @@ def sparsify(
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no linear layer to convert under include={include!r}, "
-            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.find_linears(model)"
+            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.sites.find_linears(model)"
         )
     choose = _Measured(layers, form, batches, seconds, progress) if policy == "auto" else _Smallest(form)
     devices = dict.fromkeys(layer.weight.device for layer in layers)

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from sparseprune._native import isa
 from sparseprune.calibration import windows
-from sparseprune.checkpoint import WEIGHTS_FILE, load, save
 from sparseprune.convert import SparsifyReport, sparsify
-from sparseprune.evaluate import decode_speed, generate, perplexity, prompt_speed
-from sparseprune.inspection import memory_bytes
-from sparseprune.models import demo_model_path, load_dense
-from sparseprune.nn import SparseLinear
+from sparseprune.io.checkpoint import WEIGHTS_FILE, load, save
+from sparseprune.io.inspection import memory_bytes
+from sparseprune.kernels.native import isa
+from sparseprune.measure.evaluate import decode_speed, generate, perplexity, prompt_speed
+from sparseprune.models.loading import demo_model_path, load_dense
 from sparseprune.pruning.prune import prune
 from sparseprune.pruning.report import PruneReport
 from sparseprune.report import Column, Table, human_bytes, track
+from sparseprune.weights.linear import SparseLinear
 
 __all__ = ["DemoReport", "Measured", "Recipe", "demo_texts", "run"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import sparseprune as sp
-from sparseprune import _core
+from sparseprune.kernels import _core
 
 
 def check_libraries() -> None:
@@ -42,7 +42,7 @@ def check_cuda(kind: str) -> None:
     if kind == "cuda" and not _core.cuda.missing():
         return  # a GPU is here, a torch that can use it is not
     try:
-        sp._cuda._kernels.bytes_to_bits(0, 0, 0, 0, 0, 0)
+        sp.kernels.cuda._kernels.bytes_to_bits(0, 0, 0, 0, 0, 0)
     except RuntimeError as error:
         print(f"A CUDA call: {error}")
         assert re.search(

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from gpu_check.plan import DRY_SHAPES, SHAPES, Cell, cells, dry_cells
 from gpu_check.timing import Call, CudaClock, HostClock, Timing, first_line, is_fatal, take_turns
-from sparseprune import _cuda, _native, ops
-from sparseprune.formats import SparseWeight
-from sparseprune.nn import SparseLinear
+from sparseprune.kernels import cuda, native, ops
+from sparseprune.weights.linear import SparseLinear
+from sparseprune.weights.sparse_weight import SparseWeight
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MIN_COPIES, MAX_COPIES = 4, 64
@@ -190,10 +190,10 @@ class Bench:
         rows, cols = self.shapes[cell.layer]
         x = torch.randn(cell.batch, cols, device=self.device).to(DTYPES[cell.dtype])
         name, (config, splits) = planned(modules[0], cell.batch)
-        names = _cuda.configs(_cuda.layout_of(modules[0].packed), x.dtype)
+        names = cuda.configs(cuda.layout_of(modules[0].packed), x.dtype)
         calls = {
             f"{other}, splits {parts}": [
-                functools.partial(_cuda.linear, x, it.packed, None, rows, (index, parts)) for it in modules
+                functools.partial(cuda.linear, x, it.packed, None, rows, (index, parts)) for it in modules
             ]
             for index, other in enumerate(names)
             for parts in split_counts(splits if index == config else 1, cols)
@@ -323,12 +323,12 @@ def split_counts(splits: int, cols: int) -> list[int]:
 def planned(layer: Any, batch: int) -> tuple[str, tuple[int, int]]:
     """The configuration and the splits that the plan has for a layer on a GPU, by name and by number."""
     packed, dtype = layer.packed, layer.dtype
-    layout = _cuda.layout_of(packed)
-    code = _native.DTYPES[dtype]
-    config, splits, _ = _cuda.plan(
-        packed.get_device(), _cuda.LAYOUTS[layout], code, layer.out_features, layer.in_features, batch
+    layout = cuda.layout_of(packed)
+    code = native.DTYPES[dtype]
+    config, splits, _ = cuda.plan(
+        packed.get_device(), cuda.LAYOUTS[layout], code, layer.out_features, layer.in_features, batch
     )
-    name = _cuda.configs(layout, dtype)[config]
+    name = cuda.configs(layout, dtype)[config]
     return f"{name}, splits {splits}", (config, splits)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparseprune import ops
-from sparseprune.formats import SparseWeight
+from sparseprune.kernels import ops
+from sparseprune.weights.sparse_weight import SparseWeight
 
 SHAPES = ((40, 100), (130, 264))
 BATCHES = (1, 9, 70)

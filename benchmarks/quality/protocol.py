@@ -14,7 +14,7 @@ import torch
 
 import sparseprune as sp
 from sparseprune.calibration import CalibrationData, token_ids, windows
-from sparseprune.models import demo_model_path, load_dense
+from sparseprune.models.loading import demo_model_path, load_dense
 
 LENGTH = 1024
 

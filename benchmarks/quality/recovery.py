@@ -14,7 +14,7 @@ from methods import PATTERNS
 from protocol import LENGTH, Protocol, arguments, read_results, setup, write_results
 
 import sparseprune as sp
-from sparseprune.fidelity import fidelity
+from sparseprune.measure.fidelity import fidelity
 from sparseprune.pruning import PruneReport
 from sparseprune.recovery import Distillation, TokenStream, recover
 

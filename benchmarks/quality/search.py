@@ -12,7 +12,7 @@ from typing import Any
 from protocol import arguments, read_results, setup, write_results
 
 import sparseprune as sp
-from sparseprune.models import find_linears
+from sparseprune.models.sites import find_linears
 from sparseprune.pruning.allocation import AllocationContext, Search
 from sparseprune.pruning.allocation.search import layer_seconds, packed_bytes
 from sparseprune.pruning.methods import find_method

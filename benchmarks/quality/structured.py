@@ -11,7 +11,7 @@ from typing import Any
 from protocol import arguments, read_results, setup, write_results
 
 import sparseprune as sp
-from sparseprune.evaluate import decode_speed, prompt_speed
+from sparseprune.measure.evaluate import decode_speed, prompt_speed
 from sparseprune.recovery import TokenStream, recover
 
 CASES = {

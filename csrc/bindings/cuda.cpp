@@ -1,6 +1,6 @@
 // One registration a launcher: a device, a stream, addresses and shapes in; what CUDA has to say becomes a RuntimeError.
-// Every call releases the GIL, because a launch waits where the card's queue is full. sparseprune/_cuda.py is the only
-// caller and keeps the tensors alive. Nothing here waits for the card.
+// Every call releases the GIL, because a launch waits where the card's queue is full. sparseprune/kernels/cuda.py is the
+// only caller and keeps the tensors alive. Nothing here waits for the card.
 #include "bindings/cuda.h"
 
 #include <pybind11/stl.h>

@@ -1,12 +1,12 @@
 // The extension module: addresses, shapes and strides in, nothing of torch. One registration an operation; every call
-// releases the GIL. sparseprune/_native.py is the only caller and keeps the tensors alive.
+// releases the GIL. sparseprune/kernels/native.py is the only caller and keeps the tensors alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "bindings/arguments.h"
-#include "cpu/convert.h"
-#include "cpu/isa.h"
-#include "cpu/linear.h"
+#include "cpu/dispatch/isa.h"
+#include "cpu/ops/convert.h"
+#include "cpu/ops/linear.h"
 #if defined(SPARSEPRUNE_CUDA)
 #include "bindings/cuda.h"
 #endif

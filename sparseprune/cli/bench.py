@@ -24,7 +24,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time each kind of layer of MODEL, dense against sparse, and the model's tokens per second."""
-    from sparseprune.benchmark import time_model
+    from sparseprune.measure.benchmark import time_model
 
     loaded, _ = files.load_any(model, dtype)
     report = time_model(loaded, tuple(batch), format, seconds, tokens, progress=True)

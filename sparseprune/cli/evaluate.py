@@ -74,7 +74,7 @@ def evaluate(
         data |= found
         shown += tables
     if tasks:
-        from sparseprune.tasks import zero_shot
+        from sparseprune.measure.tasks import zero_shot
 
         scores = zero_shot(loaded, tokenizer, tasks, limit=limit, folder=task_folder)
         data["tasks"] = scores.to_dict()
@@ -84,7 +84,7 @@ def evaluate(
 
 def _note(model: Any, tokenizer: Any, text: str) -> None:
     from sparseprune.calibration import token_ids
-    from sparseprune.overlap import remember
+    from sparseprune.statistics.overlap import remember
 
     remember(model, [token_ids(text, tokenizer).unsqueeze(0)])
 
@@ -93,7 +93,7 @@ def _on_text(
     model: Any, dense: Any, arguments: dict[str, Any], name: str, dense_name: str, layers: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """(JSON, tables) of what a text tells; `arguments` as `perplexity` takes them."""
-    from sparseprune.evaluate import perplexity
+    from sparseprune.measure.evaluate import perplexity
     from sparseprune.report import Column, Table
 
     if dense is None:
@@ -102,7 +102,7 @@ def _on_text(
         columns: list[Any] = ["model", Column("perplexity", ".3f"), "tokens"]
         footer = [result.protocol, *([result.warning] if result.warning else [])]
         return result.to_dict(), [Table("Perplexity", columns, rows, footer).render()]
-    from sparseprune.fidelity import fidelity, layer_errors
+    from sparseprune.measure.fidelity import fidelity, layer_errors
 
     compared = fidelity(model, dense, **arguments, progress=True)
     ours, theirs = compared.model, compared.reference
@@ -118,7 +118,7 @@ def _on_text(
     data = {**ours.to_dict(), "fidelity": compared.to_dict()}
     tables = [Table("Against the dense model", columns, rows, footer).render()]
     if layers:
-        from sparseprune.evaluate import Windows
+        from sparseprune.measure.evaluate import Windows
 
         pieces = Windows.of(model, **arguments)
         errors = layer_errors(model, dense, [piece for _, piece, _ in pieces], progress=True)

@@ -13,7 +13,7 @@ __all__ = ["check_out", "load_any", "load_dense", "read_text"]
 
 def load_any(path: Path, dtype: DType) -> tuple[Any, Any | None]:
     """(model, tokenizer) from any of the three kinds of MODEL."""
-    from sparseprune.checkpoint import is_checkpoint, load, load_tokenizer
+    from sparseprune.io.checkpoint import is_checkpoint, load, load_tokenizer
 
     if not is_checkpoint(path):
         return load_dense(path, dtype)
@@ -31,23 +31,23 @@ def load_dense(path: Path, dtype: DType, argument: str = "MODEL") -> tuple[Any, 
     """(model, tokenizer) of a model that must be dense; `argument` names it in the error."""
     import torch
 
-    from sparseprune import models
-    from sparseprune.checkpoint import is_checkpoint
+    from sparseprune.io.checkpoint import is_checkpoint
+    from sparseprune.models import loading
 
     if is_checkpoint(path):
         raise ValueError(
             f"{argument}: must be dense, {path} is sparse already; pass the model it was made from"
         )
     if dtype is not DType.auto:
-        return models.load_dense(path, getattr(torch, dtype.value))
+        return loading.load_dense(path, getattr(torch, dtype.value))
     gguf = path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").is_file())
-    return models.load_dense(path, torch.bfloat16 if gguf else None)
+    return loading.load_dense(path, torch.bfloat16 if gguf else None)
 
 
 def check_out(model: Path, out: Path) -> None:
     """Nothing of the user's may be lost, and better now than after minutes of work."""
-    from sparseprune._shards import INDEX_FILE, WEIGHTS_FILE
-    from sparseprune.checkpoint import is_checkpoint
+    from sparseprune.io.checkpoint import is_checkpoint
+    from sparseprune.io.shards import INDEX_FILE, WEIGHTS_FILE
 
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"OUT: must be a folder, got the file {out}; name another")

@@ -10,7 +10,7 @@ __all__ = ["inspect"]
 
 def inspect(model: Model, as_json: Json = False) -> None:
     """What MODEL is made of: its linear layers, their sparsity, pattern, format and size."""
-    from sparseprune.inspection import inspect_model
+    from sparseprune.io.inspection import inspect_model
 
     loaded, _ = files.load_any(model, DType.auto)
     report = inspect_model(loaded)

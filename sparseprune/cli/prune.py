@@ -113,11 +113,11 @@ def prune(
     """Prune MODEL, swap its layers for sparse ones, and write the result to the folder OUT."""
     import torch
 
-    from sparseprune.checkpoint import save
     from sparseprune.convert import sparsify
+    from sparseprune.io.checkpoint import save
     from sparseprune.pruning.prune import prune as prune_model
-    from sparseprune.pruning.structured import StructuredReport
     from sparseprune.recovery.distributed import processes
+    from sparseprune.surgery import StructuredReport
 
     first = processes(
         torch.device("cpu")
@@ -149,7 +149,7 @@ def prune(
     loaded, tokenizer = files.load_dense(model, dtype)
     data = None
     if calibration is not None:
-        from sparseprune.models import max_length
+        from sparseprune.models.modules import max_length
 
         data = streaming.calibration_data(calibration, tokenizer, length, samples, seed, max_length(loaded))
     if schedule is not None:
@@ -180,7 +180,7 @@ def _check(pattern: str, method: str, sparsity: float | None) -> None:
     """What can be wrong before a model is loaded."""
     from sparseprune.pruning.methods import find_method
     from sparseprune.pruning.patterns import Pattern
-    from sparseprune.pruning.structured import STRUCTURES
+    from sparseprune.surgery import STRUCTURES
 
     if pattern in STRUCTURES:
         return  # their criteria are methods of their own

@@ -66,9 +66,9 @@ def recover(
 
     Runs on several processes under torchrun or accelerate; --windows is theirs together.
     """
-    from sparseprune.checkpoint import save
     from sparseprune.convert import sparsify
-    from sparseprune.models import max_length
+    from sparseprune.io.checkpoint import save
+    from sparseprune.models.modules import max_length
     from sparseprune.recovery import Distillation, TokenStream, to_dense
     from sparseprune.recovery import recover as recover_model
 
@@ -119,7 +119,7 @@ def recover(
 
 
 def _perplexity(path: Path, tokenizer: Any, limit: int | None) -> Callable[[Any], float]:
-    from sparseprune.evaluate import perplexity
+    from sparseprune.measure.evaluate import perplexity
 
     content = files.read_text("--dev", path)
     window = 1024 if limit is None else min(1024, limit)

@@ -35,7 +35,7 @@ def callbacks(
     held = max(length, min(len(ids) // 10, _WINDOWS * length))
 
     def evaluate(it: Any) -> float:
-        from sparseprune.evaluate import perplexity
+        from sparseprune.measure.evaluate import perplexity
 
         return math.log(perplexity(it, None, ids[:held], length).value)
 

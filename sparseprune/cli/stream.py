@@ -13,7 +13,7 @@ __all__ = ["calibration_data", "prune_streamed", "wanted"]
 
 def wanted(model: Path, stream: bool | None, memory: str | None, spill: Path | None) -> bool:
     """Whether to stream MODEL: if asked for, or if its weights take more than half of the memory there is."""
-    from sparseprune._shards import INDEX_FILE, WEIGHTS_FILE
+    from sparseprune.io.shards import INDEX_FILE, WEIGHTS_FILE
     from sparseprune.memory import available_memory
     from sparseprune.report import human_bytes
 
@@ -74,11 +74,11 @@ def prune_streamed(
     """
     import torch
 
-    from sparseprune._shards import STREAM_FILE
-    from sparseprune.checkpoint import load_tokenizer
-    from sparseprune.distributed import rank
+    from sparseprune.io.checkpoint import load_tokenizer
+    from sparseprune.io.shards import STREAM_FILE
+    from sparseprune.io.skeleton import read_config
     from sparseprune.memory import parse_size, spare_address_space
-    from sparseprune.skeleton import read_config
+    from sparseprune.statistics.processes import rank
     from sparseprune.streaming import prune_folder
 
     given = [name for name, used in unfit.items() if used]

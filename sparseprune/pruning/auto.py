@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparseprune._native import isa
-from sparseprune.models import device_of
+from sparseprune.kernels.native import isa
+from sparseprune.models.modules import device_of
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.pruning.reconstruction import Reconstruction
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseprune.calibration import Statistic
-from sparseprune.gradients import Loss
 from sparseprune.pruning.patterns import Pattern, Scope, mask_from_scores
+from sparseprune.statistics.gradients import Loss
+from sparseprune.statistics.inputs import Statistic
 
 __all__ = ["Method", "Pruned", "Target"]
 
@@ -52,9 +52,9 @@ class Method:
             method looks at weights only.
         scope: what it ranks together by default under the unstructured pattern.
         prepare: changes the whole model before its layers are pruned, so that its outputs stay what they are; as
-            `sparseprune.pruning.permutation.permute_neurons`.
+            `sparseprune.pruning.methods.permutation.permute_neurons`.
         loss: what a statistic of gradients differentiates; None: what the batches imply, see
-            `sparseprune.gradients.model_loss`.
+            `sparseprune.statistics.gradients.model_loss`.
     """
 
     name: str

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparseprune.blockwise import Walk, WalkError, capture
-from sparseprune.calibration import Batch, CalibrationData, Gram, collect
-from sparseprune.gradients import WeightGradients, collect_gradients
-from sparseprune.models import LinearLayer, find_blocks, find_linears
-from sparseprune.overlap import remember
+from sparseprune.calibration import CalibrationData
+from sparseprune.models.batches import Batch
+from sparseprune.models.blocks import find_blocks
+from sparseprune.models.sites import LinearLayer, find_linears
 from sparseprune.pruning.allocation import Allocation, AllocationContext, allocation_name, resolve_allocation
 from sparseprune.pruning.auto import choose, fast_dtype
 from sparseprune.pruning.base import Method, Target
@@ -28,8 +27,12 @@ from sparseprune.pruning.rewrite import Rewriter, apply_mask, pack_layer_mask, w
 from sparseprune.pruning.scheduled import find_schedule, prune_scheduled
 from sparseprune.pruning.schedules import Gradual, Greedy
 from sparseprune.pruning.sequential import BlockRun, prune_blocks, prune_layer
-from sparseprune.pruning.structured import STRUCTURES, StructuredReport, prune_structured
 from sparseprune.report import track
+from sparseprune.statistics.gradients import WeightGradients, collect_gradients
+from sparseprune.statistics.inputs import Gram, collect
+from sparseprune.statistics.overlap import remember
+from sparseprune.statistics.walk import Walk, WalkError, capture
+from sparseprune.surgery import STRUCTURES, StructuredReport, prune_structured
 
 __all__ = ["prune"]
 
@@ -60,14 +63,14 @@ def prune(
 
     Args:
         pattern: "2:4", "4:8", any "N:M", "unstructured", blocks "RxC" such as "16x1"; or "neurons", "heads" or
-            "layers", which cuts them out and leaves a smaller dense model: see `sparseprune.pruning.structured`, whose
+            "layers", which cuts them out and leaves a smaller dense model: see `sparseprune.surgery`, whose
             criteria `method` then names ("magnitude" is left to them: "l1" without calibration).
         method: a name of `sparseprune.pruning.METHODS`, with "+permute", "+swaps" or "+least-squares" behind it, a
             `Method` of your own, or "auto" for the best recipe in `minutes` (see `sparseprune.pruning.auto`).
         sparsity: fraction of weights to remove, in [0, 1); implied by N:M, needed otherwise.
         calibration: what the method runs the model on (`sparseprune.calibration.windows`, or any batches); needed by
             all methods but those that look at weights only.
-        include, exclude, lm_head: which layers, see `sparseprune.models.find_linears`.
+        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_linears`.
         scope: what "unstructured" ranks together, "row" or "layer"; by default what suits the method.
         allocation: how much each layer loses: "uniform", a name of `sparseprune.pruning.allocation.ALLOCATIONS`, or a
             mapping from layer names (or shell patterns) to sparsities; see `resolve_allocation`.
@@ -211,7 +214,7 @@ def find_layers(
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no linear layer to prune under include={include!r}, "
-            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.find_linears(model)"
+            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.sites.find_linears(model)"
         )
     for layer in layers:
         pattern.check_shape(layer.out_features, layer.in_features, layer.name)

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune import distributed
-from sparseprune.blockwise import Walk, run_block
-from sparseprune.models import evaluation_mode
+from sparseprune.models.modules import evaluation_mode
 from sparseprune.pruning.report import BlockReconstructed
 from sparseprune.pruning.rewrite import Rewriter
+from sparseprune.statistics import processes
+from sparseprune.statistics.walk import Walk, run_block
 
 __all__ = ["Reconstruction", "reconstruct"]
 
@@ -80,7 +80,7 @@ def reconstruct(
         rewriter.remember(parameter)
     pairs = zip(targets, walk.masks, strict=True)
     weights = [_token_weights(target, mask) for target, mask in pairs]
-    tokens = distributed.total(sum(int(it.count_nonzero()) for it in weights)) or 1
+    tokens = processes.total(sum(int(it.count_nonzero()) for it in weights)) or 1
     precision = walk
     if walk.autocast is None and trained[0].dtype in (torch.float16, torch.bfloat16):
         # float32 weights meet hidden states, masks and positions of the model's own dtype
@@ -94,7 +94,7 @@ def reconstruct(
 
     def total() -> float:
         with torch.no_grad():
-            return distributed.total(float(sum(loss(batch) for batch in range(len(targets)))))
+            return processes.total(float(sum(loss(batch) for batch in range(len(targets)))))
 
     start = [it.detach().clone() for it in trained]
     begin = time.perf_counter()
@@ -102,7 +102,7 @@ def reconstruct(
     epochs = options.epochs
     if seconds is not None:
         # an epoch takes about 3.5 such passes; the loss and the hidden states afterwards another two
-        took = distributed.total(time.perf_counter() - begin) / distributed.world_size()
+        took = processes.total(time.perf_counter() - begin) / processes.world_size()
         epochs = min(epochs, int((seconds / max(took, 1e-6) - 3) / 3.5))
         if epochs < 1:
             return BlockReconstructed(name, before, before, 0)
@@ -151,8 +151,8 @@ def _train(
     optimizer = torch.optim.Adam(_groups(parameters), betas=(0.9, 0.95), fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(options.seed + index)
-    processes = distributed.world_size()
-    most = math.ceil(distributed.total(batches) / processes)  # a process may have one batch less than others
+    count = processes.world_size()
+    most = math.ceil(processes.total(batches) / count)  # a process may have one batch less than others
     steps = options.epochs * math.ceil(most / options.batch)
     step = 0
     for _ in range(options.epochs):
@@ -160,7 +160,7 @@ def _train(
         for first in range(0, most, options.batch):
             for batch in order[first : first + options.batch].tolist():  # one by one: lengths may differ
                 loss(batch).backward()
-            distributed.add_gradients(parameters)
+            processes.add_gradients(parameters)
             for parameter, mask in masks.items():
                 if parameter.grad is not None:
                     parameter.grad.mul_(mask)  # Adam never moves what never had a gradient

@@ -7,8 +7,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from sparseprune import ops
-from sparseprune.models import LinearLayer, is_conv1d
+from sparseprune.kernels import ops
+from sparseprune.models.sites import LinearLayer, is_conv1d
 from sparseprune.pruning.base import Pruned
 from sparseprune.pruning.report import LayerPruned
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sparseprune.models import LinearLayer
+from sparseprune.models.sites import LinearLayer
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.pruning.report import LayerPruned, PruneReport
 from sparseprune.pruning.rewrite import count_zeros

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune.blockwise import Walk, advance, block_statistics
-from sparseprune.calibration import Gram
 from sparseprune.memory import all_finite
-from sparseprune.models import LinearLayer, is_conv1d
+from sparseprune.models.sites import LinearLayer, is_conv1d
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.reconstruction import Reconstruction, reconstruct
 from sparseprune.pruning.report import BlockReconstructed, LayerPruned
 from sparseprune.pruning.rewrite import Rewriter, weight_of
 from sparseprune.report import track
+from sparseprune.statistics.inputs import Gram
+from sparseprune.statistics.walk import Walk, advance, block_statistics
 
 __all__ = ["BlockRun", "prune_blocks", "prune_layer"]
 
@@ -53,7 +53,7 @@ def prune_blocks(
     """Prunes `layers`, all of which lie in `blocks`, in place, and leaves `walk` behind the last block.
 
     Args:
-        walk: as `sparseprune.blockwise.capture` returns it for these blocks.
+        walk: as `sparseprune.statistics.walk.capture` returns it for these blocks.
         targets: layer name -> what it is to become.
 
     Raises:

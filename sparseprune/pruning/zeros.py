@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparseprune.models import find_linears
+from sparseprune.models.sites import find_linears
 
 __all__ = ["Snapshot", "Zeros", "hold_zeros"]
 

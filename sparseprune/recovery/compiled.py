@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sparseprune.models import find_blocks
+from sparseprune.models.blocks import find_blocks
 
 __all__ = ["compiled_blocks"]
 

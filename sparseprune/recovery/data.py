@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparseprune.calibration import Batch, CalibrationData, token_ids
+from sparseprune.calibration import CalibrationData, token_ids
+from sparseprune.models.batches import Batch
 
 __all__ = ["Sampler", "TokenStream", "as_sampler", "batches_of"]
 

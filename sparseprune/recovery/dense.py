@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from sparseprune.models import parent_of
-from sparseprune.nn import SparseLinear
+from sparseprune.models.modules import parent_of
+from sparseprune.weights.linear import SparseLinear
 
 __all__ = ["to_dense"]
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparseprune.calibration import Batch, attention_mask, no_cache
-from sparseprune.models import evaluation_mode, find_blocks
+from sparseprune.models.batches import Batch, attention_mask, no_cache
+from sparseprune.models.blocks import find_blocks
+from sparseprune.models.modules import evaluation_mode
 from sparseprune.recovery.attention import FastAttention
 from sparseprune.recovery.losses import IGNORED, Head, head_loss, hidden_loss
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sparseprune.calibration import Batch, check_lengths, to_device
-from sparseprune.models import device_of, evaluation_mode
+from sparseprune.models.batches import Batch, check_lengths, to_device
+from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.recovery.data import Sampler, join
 from sparseprune.recovery.distill import Objective
 from sparseprune.recovery.distributed import Processes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparseprune.models import LinearLayer
+from sparseprune.models.sites import LinearLayer
 
 __all__ = ["adapters"]
 

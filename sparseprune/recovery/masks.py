@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparseprune import ops
-from sparseprune.models import LinearLayer, find_linears
+from sparseprune.kernels import ops
+from sparseprune.models.sites import LinearLayer, find_linears
 
 __all__ = ["SparsityMasks", "freeze_zeros"]
 
@@ -72,7 +72,7 @@ class SparsityMasks:
         exclude: str | Sequence[str] | None = None,
         lm_head: bool = False,
     ) -> SparsityMasks:
-        """The zeros of a model's linear layers (see `sparseprune.models.find_linears`)."""
+        """The zeros of a model's linear layers (see `sparseprune.models.sites.find_linears`)."""
         return cls(find_linears(model, include, exclude, lm_head))
 
     @property
@@ -195,7 +195,7 @@ def freeze_zeros(
     """From now on `optimizer` trains the model's linear layers around their zeros, in a training loop of your own.
 
     Args:
-        include, exclude, lm_head: which layers, see `sparseprune.models.find_linears`.
+        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_linears`.
 
     Returns:
         The masks; their `detach()` ends it.

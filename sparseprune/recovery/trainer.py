@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from sparseprune.calibration import Batch, CalibrationData
-from sparseprune.models import device_of, find_linears
-from sparseprune.nn import SparseLinear
-from sparseprune.overlap import remember
+from sparseprune.calibration import CalibrationData
+from sparseprune.models.batches import Batch
+from sparseprune.models.modules import device_of
+from sparseprune.models.sites import find_linears
 from sparseprune.recovery.compiled import compiled_blocks
 from sparseprune.recovery.data import Sampler, as_sampler, batches_of
 from sparseprune.recovery.distill import Distillation, LossFunction, Objective
@@ -27,6 +27,8 @@ from sparseprune.recovery.masks import SparsityMasks
 from sparseprune.recovery.optimizers import Train, make_optimizer, trained_parameters
 from sparseprune.recovery.report import RecoveryReport
 from sparseprune.recovery.schedule import Budget
+from sparseprune.statistics.overlap import remember
+from sparseprune.weights.linear import SparseLinear
 
 __all__ = ["recover"]
 
@@ -87,7 +89,7 @@ def recover(
         compile: `torch.compile` the blocks: needs a C++ compiler and half a minute, and saves a fifth of each step on a
             CPU.
         dropout: leave it on, where the model has any.
-        include, exclude, lm_head: which layers' zeros are kept, see `sparseprune.models.find_linears`.
+        include, exclude, lm_head: which layers' zeros are kept, see `sparseprune.models.sites.find_linears`.
         evaluate: called with the model, for the report, at the beginning, every `evaluate_every` steps, at the end.
         checkpoint: folder for the state of the run, written every `checkpoint_every` steps (default: every five
             minutes) and at the end. A run that finds one there goes on from it, to the same result bit for bit

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprune._safetensors import as_bytes
-from sparseprune.calibration import Batch, CalibrationData
+from sparseprune.calibration import CalibrationData
+from sparseprune.io.safetensors import as_bytes
+from sparseprune.models.batches import Batch
 
 __all__ = ["clamp", "fingerprint", "token_counts"]
 

@@ -16,25 +16,27 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from sparseprune import distributed, overlap
-from sparseprune._shards import STREAM_FILE
-from sparseprune.activations import Activations
-from sparseprune.blockwise import Walk, capture, run_block
-from sparseprune.calibration import CalibrationData, collect_in, trunk
-from sparseprune.checkpoint import header, save_config
-from sparseprune.formats import Format
+from sparseprune.calibration import CalibrationData
+from sparseprune.io.checkpoint import header, save_config
+from sparseprune.io.shards import STREAM_FILE
 from sparseprune.memory import all_finite, peak_memory
-from sparseprune.models import LinearLayer
+from sparseprune.models.batches import trunk
+from sparseprune.models.sites import LinearLayer
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.report import LayerPruned
 from sparseprune.pruning.rewrite import Rewriter
 from sparseprune.pruning.sequential import prune_layer
 from sparseprune.report import track
+from sparseprune.statistics import overlap, processes
+from sparseprune.statistics.inputs import collect_in
+from sparseprune.statistics.walk import Walk, capture, run_block
+from sparseprune.streaming.activations import Activations
 from sparseprune.streaming.batches import fingerprint
 from sparseprune.streaming.plan import check_disk, check_memory, needs_of
 from sparseprune.streaming.source import StreamedModel
 from sparseprune.streaming.state import State
 from sparseprune.streaming.writer import write_block, write_index, write_rest
+from sparseprune.weights.sparse_weight import Format
 
 __all__ = ["Job"]
 
@@ -77,7 +79,7 @@ class Job:
         self.activations = 0
         self._room = 0
         self._open = ExitStack()
-        self._main = distributed.rank() == 0
+        self._main = processes.rank() == 0
 
     @property
     def shards(self) -> int:
@@ -117,9 +119,9 @@ class Job:
             self.state.done = index + 1
             if hidden is not None:
                 self.state.spilled = max(self.state.spilled, hidden.spilled)
-            distributed.barrier()  # all processes have their next hidden states on the disk
+            processes.barrier()  # all processes have their next hidden states on the disk
             self._record(before, begin)
-            distributed.barrier()
+            processes.barrier()
             if walk is not None and hidden is not None:
                 hidden.delete()
                 if following is not None:
@@ -143,10 +145,10 @@ class Job:
             write_index(self.out, self.state.weight_map, self.state.nbytes)
             (self.out / STREAM_FILE).unlink()
             (self.out / LOCK_FILE).unlink()
-        distributed.barrier()
-        for path in self.spill.glob(f"hidden-*.{distributed.rank()}*"):
+        processes.barrier()
+        for path in self.spill.glob(f"hidden-*.{processes.rank()}*"):
             path.unlink()
-        distributed.barrier()
+        processes.barrier()
         if self._main:
             with contextlib.suppress(OSError):  # the user's folder may hold other files
                 self.spill.rmdir()
@@ -198,10 +200,10 @@ class Job:
 
     def _prune_layers(self, layers: Sequence[LinearLayer], statistics: dict[str, Any]) -> None:
         """Each process prunes some of the layers, all get all of them."""
-        size, rewriter = distributed.world_size(), _Final()
+        size, rewriter = processes.world_size(), _Final()
         mine: dict[int, dict[str, Any]] = {}
         for position, layer in enumerate(layers):
-            if position % size == distributed.rank():
+            if position % size == processes.rank():
                 row, _ = prune_layer(
                     layer, self.method, statistics.get(layer.name), self.targets[layer.name], rewriter
                 )
@@ -210,7 +212,7 @@ class Job:
         if size > 1:
             for position, layer in enumerate(layers):
                 weight: Any = layer.module.weight
-                distributed.broadcast(weight.detach().view(torch.uint8), position % size)
+                processes.broadcast(weight.detach().view(torch.uint8), position % size)
             rows = [{} for _ in range(size)]
             dist.all_gather_object(rows, mine)
         everyone = {position: row for part in rows for position, row in part.items()}
@@ -315,7 +317,7 @@ class Job:
             "calibration": None if self.data is None else fingerprint(self.data),
             **selection,
             # sums in another order, or another library, give other last bits
-            "processes": distributed.world_size(),
+            "processes": processes.world_size(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "sparseprune": __version__,
@@ -345,7 +347,7 @@ class Job:
 
     def _store(self, block: int, resumed: bool = False) -> Activations:
         """The hidden states before `block`, to be written or found again."""
-        path = self.spill / f"hidden-{block:05}.{distributed.rank()}"
+        path = self.spill / f"hidden-{block:05}.{processes.rank()}"
         store = (Activations.open if resumed else Activations)(path, self._room)
         self._open.callback(store.close)
         return store

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparseprune.calibration import Batch, Gram
 from sparseprune.memory import available_memory, resident_memory, room_under_ulimit
-from sparseprune.models import LinearLayer
+from sparseprune.models.batches import Batch
+from sparseprune.models.sites import LinearLayer
 from sparseprune.pruning.base import Method
 from sparseprune.report import human_bytes
+from sparseprune.statistics.inputs import Gram
 from sparseprune.streaming.batches import token_counts
 from sparseprune.streaming.source import StreamedModel
 

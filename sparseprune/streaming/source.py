@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune._safetensors import CheckpointError, Reader, TensorInfo
-from sparseprune._shards import INDEX_FILE, WEIGHTS_FILE, read_index
-from sparseprune.checkpoint import is_checkpoint
-from sparseprune.skeleton import from_config, read_config
+from sparseprune.io.checkpoint import is_checkpoint
+from sparseprune.io.safetensors import CheckpointError, Reader, TensorInfo
+from sparseprune.io.shards import INDEX_FILE, WEIGHTS_FILE, read_index
+from sparseprune.io.skeleton import from_config, read_config
 
 __all__ = ["Source", "StreamedModel"]
 

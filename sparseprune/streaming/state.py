@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparseprune._shards import INDEX_FILE, STREAM_FILE, WEIGHTS_FILE
+from sparseprune.io.shards import INDEX_FILE, STREAM_FILE, WEIGHTS_FILE
 
 __all__ = ["State", "replace_file"]
 

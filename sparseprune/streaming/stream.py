@@ -11,21 +11,24 @@ from typing import Any
 
 import torch
 
-from sparseprune.calibration import Batch, CalibrationData
-from sparseprune.formats import Format
-from sparseprune.gradients import WeightGradients
+from sparseprune.calibration import CalibrationData
 from sparseprune.memory import spare_address_space
-from sparseprune.models import LinearLayer, find_blocks, find_linears, max_length
+from sparseprune.models.batches import Batch
+from sparseprune.models.blocks import find_blocks
+from sparseprune.models.modules import max_length
+from sparseprune.models.sites import LinearLayer, find_linears
 from sparseprune.pruning.allocation import AllocationContext, allocation_name, resolve_allocation
 from sparseprune.pruning.base import Method
 from sparseprune.pruning.methods import find_method
 from sparseprune.pruning.patterns import Pattern, Scope
 from sparseprune.pruning.prune import resolve_calibration, resolve_scope
 from sparseprune.pruning.report import PruneReport
+from sparseprune.statistics.gradients import WeightGradients
 from sparseprune.streaming.batches import clamp
 from sparseprune.streaming.job import Job
 from sparseprune.streaming.report import StreamReport
 from sparseprune.streaming.source import Source, StreamedModel
+from sparseprune.weights.sparse_weight import Format
 
 __all__ = ["prune_folder"]
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprune._safetensors import TensorInfo, TensorSource, write
-from sparseprune._shards import INDEX_FILE, shard_name
-from sparseprune.formats import DTYPES, SPEC_FIELDS, Format, SparseWeight
-from sparseprune.models import LinearLayer
+from sparseprune.io.safetensors import TensorInfo, TensorSource, write
+from sparseprune.io.shards import INDEX_FILE, shard_name
+from sparseprune.models.sites import LinearLayer
 from sparseprune.pruning.base import Target
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.streaming.source import StreamedModel
 from sparseprune.streaming.state import flush_folder, replace_file
+from sparseprune.weights.sparse_weight import DTYPES, SPEC_FIELDS, Format, SparseWeight
 
 __all__ = ["choose_format", "write_block", "write_index", "write_rest"]
 

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/isa.h"
+#include "cpu/dispatch/isa.h"
 
 using namespace sparseprune;
 

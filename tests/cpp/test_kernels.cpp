@@ -16,9 +16,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu/convert.h"
-#include "cpu/isa.h"
-#include "cpu/linear.h"
+#include "cpu/dispatch/isa.h"
+#include "cpu/ops/convert.h"
+#include "cpu/ops/linear.h"
 
 using namespace sparseprune;
 

@@ -15,9 +15,9 @@ from helpers import simt
 from helpers.isa import LEVELS, forced, threads
 from torch import Tensor
 
-from sparseprune import _backend, _cuda, _native
+from sparseprune.kernels import backend, cuda, native
 
-GPUS = ["emulated", *(["cuda"] if torch.cuda.is_available() and not _cuda.missing() else [])]
+GPUS = ["emulated", *(["cuda"] if torch.cuda.is_available() and not cuda.missing() else [])]
 LAYOUTS = {"cpu": ("tile", "csr"), "emulated": ("sparse24", "bitmap8"), "cuda": ("sparse24", "bitmap8")}
 
 
@@ -51,7 +51,7 @@ class Place:
 
 def place_of(name: str) -> Place:
     gpu = name in GPUS
-    return Place(name, "cuda" if name == "cuda" else "cpu", _cuda if gpu else _native)
+    return Place(name, "cuda" if name == "cuda" else "cpu", cuda if gpu else native)
 
 
 @contextmanager
@@ -77,12 +77,12 @@ def emulated(module: ModuleType | None = None) -> Iterator[ModuleType]:
     kernels = module or simt.module()
     with ExitStack() as stack:
         for owner, name, value in [
-            (_backend, "cpu", _cuda),
-            (_cuda, "_kernels", _Launches(kernels)),
-            (_cuda, "_source", _registering(kernels, writable=False)),
-            (_cuda, "_target", _registering(kernels, writable=True)),
-            (_cuda, "_empty", _poisoned),
-            (_cuda, "_stream", lambda index: 0),
+            (backend, "cpu", cuda),
+            (cuda, "_kernels", _Launches(kernels)),
+            (cuda, "_source", _registering(kernels, writable=False)),
+            (cuda, "_target", _registering(kernels, writable=True)),
+            (cuda, "_empty", _poisoned),
+            (cuda, "_stream", lambda index: 0),
         ]:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield kernels

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparseprune._safetensors import TensorInfo, TensorSource, write
-from sparseprune._shards import INDEX_FILE, shard_name
-from sparseprune.models import find_linears
-from sparseprune.nn import SparseLinear
+from sparseprune.io.safetensors import TensorInfo, TensorSource, write
+from sparseprune.io.shards import INDEX_FILE, shard_name
+from sparseprune.models.sites import find_linears
+from sparseprune.weights.linear import SparseLinear
 
 
 def save(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "20KB") -> Path:

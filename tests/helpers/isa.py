@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from sparseprune import _core
+from sparseprune.kernels import _core
 
 LEVELS: list[str] = _core.isas_available()
 STRATEGIES = ("tile_rows", "tile_dense", "tile_batch", "tile_amx", "csr_gather", "csr_batch")

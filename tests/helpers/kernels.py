@@ -11,7 +11,7 @@ from helpers.isa import DTYPES, STRATEGIES, layout_of
 from helpers.shapes import BATCHES, EDGES, fits, generator, mask
 from torch import Tensor
 
-from sparseprune import _cuda, _native, ops
+from sparseprune.kernels import cuda, native, ops
 
 # A GPU's tiles are 8 to 256 wide; a block of columns is 64. The emulator is a thousand times slower than a CPU.
 GPU_EDGES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 127, 129, 255, 257)
@@ -72,14 +72,14 @@ class Kernel:
         return ops.pack(values, bits, w.shape[1], self.layout)
 
     def configs(self) -> list[str]:
-        return _cuda.configs(self.layout, self.dtype)
+        return cuda.configs(self.layout, self.dtype)
 
     def run(self, x: Tensor, w: Tensor, bias: Tensor | None, turn: int | None = None) -> Tensor:
         """x @ w.T + bias, of CPU tensors to a CPU tensor. turn: which configuration and how many splits a GPU is
         forced to; without it, those that the plan chooses."""
         packed, rows = self.pack(w), w.shape[0]
         if not self.is_gpu:
-            return _native.linear(x, packed, bias, rows, STRATEGIES.index(self.strategy))
+            return native.linear(x, packed, bias, rows, STRATEGIES.index(self.strategy))
         forced = None
         if turn is not None:
             blocks = max(1, -(-w.shape[1] // 64))
@@ -87,7 +87,7 @@ class Kernel:
             again, config = divmod(turn, len(self.configs()))
             forced = config, splits[again % len(splits)]
         put = self.at.put
-        return _cuda.linear(put(x), packed, None if bias is None else put(bias), rows, forced).cpu()
+        return cuda.linear(put(x), packed, None if bias is None else put(bias), rows, forced).cpu()
 
     def __str__(self) -> str:
         return f"{self.place}-{str(self.dtype)[6:]}-{self.strategy}"

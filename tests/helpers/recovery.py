@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparseprune as sp
-from sparseprune.models import find_linears
+from sparseprune.models.sites import find_linears
 from sparseprune.recovery import TokenStream
 
 

@@ -9,7 +9,7 @@ import torch
 from helpers import reference
 from torch import Tensor
 
-from sparseprune import ops
+from sparseprune.kernels import ops
 
 # Around the widths that kernels step by: 8, 16, 32 and 64 lanes, tiles, chunks of 256 and 1024 columns.
 EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 257, 513, 1025)

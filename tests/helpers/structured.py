@@ -6,7 +6,7 @@ import torch
 from helpers import tiny
 from torch import Tensor, nn
 
-from sparseprune.pruning.structured.probe import find_neurons, sample_batch
+from sparseprune.surgery.probe import find_neurons, sample_batch
 
 
 def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:

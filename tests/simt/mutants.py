@@ -73,16 +73,16 @@ SHOWN = f"{WRONG}|{UNORDERED}|{OUTSIDE}"  # whichever comes first
 def sparse24(config: int) -> str:
     """One instance of the kernel, so that a mutant is compiled in seconds."""
     return (
-        '#include "cuda/linear_sparse24.cuh"\n'
+        '#include "cuda/linear/sparse24.cuh"\n'
         f"template int sparseprune::cuda::launch_sparse24<sparseprune::bf16, {config}>"
         "(const sparseprune::cuda::LinearCall&, const sparseprune::Geometry&);\n"
     )
 
 
 def _linear(
-    name: str, old: str, new: str, cases: str, says: str, config: int = 0, file: str = "linear_sparse24.cuh"
+    name: str, old: str, new: str, cases: str, says: str, config: int = 0, file: str = "linear/sparse24.cuh"
 ) -> Mutant:
-    unit = '#include "cuda/linear_bitmap8.cu"\n' if "bitmap8" in file else sparse24(config)
+    unit = '#include "cuda/linear/bitmap8.cu"\n' if "bitmap8" in file else sparse24(config)
     return Mutant(name, file, old, new, cases, says, unit)
 
 
@@ -95,21 +95,21 @@ MUTANTS: tuple[Mutant, ...] = (
     _linear("sparse24: no barrier of the warp", "simt::sync_warp();", "", "n8", UNORDERED),
     _linear("sparse24: no barrier of the block", "else { simt::sync_block(); }", "", "n64", UNORDERED, 3),
     _linear("sparse24: the sums overwrite the last stage",
-            "simt::sync_block();  // the last stage, or the pass before, is read", "", "n64", UNORDERED, 3, file="sparse24_drain.cuh"),
+            "simt::sync_block();  // the last stage, or the pass before, is read", "", "n64", UNORDERED, 3, file="linear/sparse24_drain.cuh"),
     _linear("sparse24: sums read before they are there", "simt::sync_block();  // all sums of the pass are there", "",
-            "n8", UNORDERED, file="sparse24_drain.cuh"),
+            "n8", UNORDERED, file="linear/sparse24_drain.cuh"),
     _linear("sparse24: metadata of the next lane", "C::kMetadataBytes + lane * 8;", "C::kMetadataBytes + (lane + 1) % 32 * 8;",
-            "n8", WRONG, file="sparse24_tile.cuh"),
+            "n8", WRONG, file="linear/sparse24_tile.cuh"),
     _linear("sparse24: metadata of the other step", "f.e[0][u] = words.x, f.e[1][u] = words.y;",
             "f.e[0][u] = words.y, f.e[1][u] = words.x;", "n8", WRONG),
     _linear("sparse24: the wrong selector", "mma_sp_m16n8k32<T, 1>", "mma_sp_m16n8k32<T, 0>", "n8", WRONG),
     _linear("sparse24: reads past the rows",
             "p.units = static_cast<int>(a.strips - p.strip < C::kBlockUnits ? a.strips - p.strip : C::kBlockUnits);",
-            "p.units = C::kBlockUnits;", "n64", OUTSIDE, 3, file="sparse24_tile.cuh"),
+            "p.units = C::kBlockUnits;", "n64", OUTSIDE, 3, file="linear/sparse24_tile.cuh"),
     _linear("sparse24: writes past the rows", "if (n >= p.x_rows || row >= a.rows) continue;", "if (n >= p.x_rows) continue;",
-            "n64", SHOWN, 3, file="sparse24_drain.cuh"),
+            "n64", SHOWN, 3, file="linear/sparse24_drain.cuh"),
     _linear("sparse24: writes past the batch", "if (n >= p.x_rows || row >= a.rows) continue;", "if (row >= a.rows) continue;",
-            "n8", OUTSIDE, file="sparse24_drain.cuh"),
+            "n8", OUTSIDE, file="linear/sparse24_drain.cuh"),
     _linear("sparse24: copies past the columns", "more && c.columns > 0 &&", "more &&", "n8", OUTSIDE),
     _linear("sparse24: reads past the columns", "n < p.x_rows && col + e < a.cols ?", "n < p.x_rows ?", "n8", SHOWN),
     _linear("sparse24: copies past the batch", "c.columns > 0 && p.thread / 8 + rows < p.copied_rows;", "c.columns > 0;", "n8",
@@ -119,54 +119,54 @@ MUTANTS: tuple[Mutant, ...] = (
     _linear("sparse24: vectors at any address", "a.x_vectors = aligned(call.x) &&", "a.x_vectors =", "n8", MISALIGNED),
     _linear("sparse24: splits overlap", "(a.blocks * (split + 1) / splits);", "(a.blocks * (split + 1) / splits + 1);", "n8",
             SHOWN),
-    Mutant("splits: the first is left out", "splits.cu", "for (int s = 0; s < splits; ++s)", "for (int s = 1; s < splits; ++s)",
+    Mutant("splits: the first is left out", "linear/splits.cu", "for (int s = 0; s < splits; ++s)", "for (int s = 1; s < splits; ++s)",
            "n8", WRONG),
-    Mutant("splits: four outputs at any address", "splits.cu", "rows % 4 == 0 && aligned(partial)", "aligned(partial)", "n8", MISALIGNED),
+    Mutant("splits: four outputs at any address", "linear/splits.cu", "rows % 4 == 0 && aligned(partial)", "aligned(partial)", "n8", MISALIGNED),
     _linear("bitmap8: no wait for the copies", "    simt::cp_async_wait<Tile::kStages - 2>();\n", "", "bitmap8", WAITING,
-            file="linear_bitmap8.cuh"),
+            file="linear/bitmap8.cuh"),
     _linear("bitmap8: no barrier before the sums", "  simt::sync_block();  // the ring becomes room for the sums\n", "",
-            "bitmap8", UNORDERED, file="linear_bitmap8.cuh"),
+            "bitmap8", UNORDERED, file="linear/bitmap8.cuh"),
     _linear("bitmap8: no zeros behind the values", "simt::store(at(put_slot_ + 16 * chunks), simt::u32x4{0, 0, 0, 0});", ";",
-            "bitmap8", UNWRITTEN, file="linear_bitmap8.cuh"),
+            "bitmap8", UNWRITTEN, file="linear/bitmap8.cuh"),
     _linear("bitmap8: writes past the rows", "    if (row >= args.rows) continue;\n", "", "bitmap8", SHOWN,
-            file="linear_bitmap8.cuh"),
+            file="linear/bitmap8.cuh"),
     _linear("bitmap8: places one pair on", "step.place = before + (counts >> me.shift & me.mask);",
             "step.place = before + (counts >> 2 & 0x07070707u);", "bitmap8", WRONG, file="bitmap8.cuh"),
     Mutant("words: a stage read before it is written", "words.cuh", "  sync_warp();\n  const V v = load<V>", "  const V v = load<V>",
-           "masks", UNORDERED, '#include "cuda/masks.cu"\n'),
+           "masks", UNORDERED, '#include "cuda/masks/masks.cu"\n'),
     Mutant("words: reads past the row's end", "words.cuh", "if (i < left) word = load<T>(p + i);", "word = load<T>(p + i);",
-           "masks", OUTSIDE, '#include "cuda/masks.cu"\n'),
+           "masks", OUTSIDE, '#include "cuda/masks/masks.cu"\n'),
     Mutant("words: writes past the row's end", "words.cuh", "if (i < left) store(p + i, load<T>(stage + i));",
-           "store(p + i, load<T>(stage + i));", "masks", SHOWN, '#include "cuda/masks.cu"\n'),
+           "store(p + i, load<T>(stage + i));", "masks", SHOWN, '#include "cuda/masks/masks.cu"\n'),
     Mutant("masks: vectors at any address", "words.cuh", "return ((shift + index) & (each - 1)) == 0;", "return each > 0;",
-           "masks", MISALIGNED, '#include "cuda/masks.cu"\n'),
+           "masks", MISALIGNED, '#include "cuda/masks/masks.cu"\n'),
     Mutant("masks: bits past the row's end", "words.cuh", "if (first % 8 == 0 && first < left) store(bits",
-           "if (first % 8 == 0) store(bits", "masks", SHOWN, '#include "cuda/masks.cu"\n'),
-    Mutant("csr: one set of sums for two turns", "convert.cu", "  turn ^= 1;\n", "", "conversions", UNORDERED),
-    Mutant("csr: sums read before they are there", "convert.cu", "  sync_block();\n  Sums s{0, 0};", "  Sums s{0, 0};",
+           "if (first % 8 == 0) store(bits", "masks", SHOWN, '#include "cuda/masks/masks.cu"\n'),
+    Mutant("csr: one set of sums for two turns", "convert/convert.cu", "  turn ^= 1;\n", "", "conversions", UNORDERED),
+    Mutant("csr: sums read before they are there", "convert/convert.cu", "  sync_block();\n  Sums s{0, 0};", "  Sums s{0, 0};",
            "conversions", UNORDERED),
-    Mutant("csr: ranks count their own lane", "convert.cu", "before = upto - own;", "before = upto;", "conversions", SHOWN),
-    Mutant("bitmap8 f32: half of each sum", "linear_bitmap8_f32.cu", "sum += simt::shuffle_xor(sum, 2);", "", "f32", WRONG),
-    Mutant("csr: warps without values pass a barrier by", "convert.cu", "sync_block(); Sums s{0, 0};",
+    Mutant("csr: ranks count their own lane", "convert/convert.cu", "before = upto - own;", "before = upto;", "conversions", SHOWN),
+    Mutant("bitmap8 f32: half of each sum", "linear/bitmap8_f32.cu", "sum += simt::shuffle_xor(sum, 2);", "", "f32", WRONG),
+    Mutant("csr: warps without values pass a barrier by", "convert/convert.cu", "sync_block(); Sums s{0, 0};",
            "if (own != 0) sync_block(); Sums s{0, 0};", "conversions", f"{DEADLOCK}|{SHOWN}"),
-    Mutant("pack bitmap8: lanes leave ahead of a shuffle", "pack_bitmap8.cu", "int count = popc(bitmap);",
+    Mutant("pack bitmap8: lanes leave ahead of a shuffle", "pack/bitmap8.cu", "int count = popc(bitmap);",
            "if (unit >= units.all) continue; int count = popc(bitmap);", "bitmap8", DEADLOCK),
-    Mutant("pack bitmap8: a unit too many", "pack_bitmap8.cu", "if (unit >= units.all) continue;", "", "bitmap8", OUTSIDE),
-    Mutant("pack bitmap8: no zeros behind the values", "pack_bitmap8.cu",
+    Mutant("pack bitmap8: a unit too many", "pack/bitmap8.cu", "if (unit >= units.all) continue;", "", "bitmap8", OUTSIDE),
+    Mutant("pack bitmap8: no zeros behind the values", "pack/bitmap8.cu",
            "if (lane_id() < stored - items.all) store(stage + (items.all + lane_id()), W{0});", "", "bitmap8", UNWRITTEN),
-    Mutant("pack: the nibble of the next chunk", "pack_sparse24.cu", "|= nibble << word_shift(8 * i, t);",
+    Mutant("pack: the nibble of the next chunk", "pack/sparse24.cu", "|= nibble << word_shift(8 * i, t);",
            "|= nibble << word_shift(8 * i, (t + 1) % 4);", "n8", SHOWN),
-    Mutant("pack: reads past the columns", "pack_sparse24.cu",
+    Mutant("pack: reads past the columns", "pack/sparse24.cu",
            "const bool inside = row < units.rows && chunk < units.groups;", "const bool inside = row < units.rows;", "n8", SHOWN),
 )  # fmt: skip
 
 CONTROLS = (
     _linear("control: sparse24, few batch rows", "", "", "n8", ""),
     _linear("control: sparse24, many batch rows", "", "", "n64", "", 3),
-    _linear("control: bitmap8", "", "", "bitmap8", "", file="linear_bitmap8.cuh"),
-    Mutant("control: bitmap8 f32", "linear_bitmap8_f32.cu", "", "", "f32", ""),
-    Mutant("control: masks", "masks.cu", "", "", "masks", ""),
-    Mutant("control: conversions", "convert.cu", "", "", "conversions", ""),
+    _linear("control: bitmap8", "", "", "bitmap8", "", file="linear/bitmap8.cuh"),
+    Mutant("control: bitmap8 f32", "linear/bitmap8_f32.cu", "", "", "f32", ""),
+    Mutant("control: masks", "masks/masks.cu", "", "", "masks", ""),
+    Mutant("control: conversions", "convert/convert.cu", "", "", "conversions", ""),
 )
 
 
@@ -180,7 +180,7 @@ def cases(name: str) -> Callable[[], None]:
     from helpers.compare import assert_same_bits, product
     from helpers.shapes import arranged, generator, mask, raw, whole
 
-    from sparseprune import _cuda, ops
+    from sparseprune.kernels import cuda, ops
 
     def linear(
         layout: str,
@@ -189,7 +189,7 @@ def cases(name: str) -> Callable[[], None]:
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """Whole numbers, exact in float32: one weight dropped, doubled or misplaced shows."""
-        index = _cuda.configs(layout, dtype).index(config)
+        index = cuda.configs(layout, dtype).index(config)
         for rows, cols, batch, splits, kind in shapes:
             random = generator(rows, cols, batch)
             keep = mask(rows, cols, "2:4" if layout == "sparse24" else "50%", random)
@@ -198,7 +198,7 @@ def cases(name: str) -> Callable[[], None]:
             packed = ops.pack(*canonical, cols, layout)
             x = arranged(whole(batch, cols, limit=8, seed=random).to(dtype), kind)
             bias = whole(rows, limit=64, seed=random).to(dtype)
-            out = _cuda.linear(x, packed, bias, rows, (index, splits))
+            out = cuda.linear(x, packed, bias, rows, (index, splits))
             what = f"{rows}x{cols}, batch {batch}, splits {splits}, {kind} input"
             assert_same_bits(out, product(x, weight, bias).to(dtype), what)
 
@@ -314,7 +314,7 @@ class Build:
         if mutant.unit:
             source = folder / "unit.cu"
             source.write_text(mutant.unit)
-            included = re.fullmatch(r'#include "cuda/(\w+\.cu)"\n', mutant.unit)
+            included = re.fullmatch(r'#include "cuda/([\w/]+\.cu)"\n', mutant.unit)
             replaced = str(CUDA / included[1]) if included else ""
         fresh = folder / "mutant.o"
         _call(
@@ -345,7 +345,7 @@ class Build:
 
     def _flags(self, overlay: Path) -> list[str]:
         """Those of any kernel, the changed folder ahead of the real one, and less optimised: seconds count."""
-        command = self.commands[str(CUDA / "splits.cu")]
+        command = self.commands[str(CUDA / "linear/splits.cu")]
         kept = command[1 : command.index("-o")]
         return [command[0], f"-I{overlay}", f"-I{overlay / 'cuda'}", *kept, "-O1", "-w"]
 
@@ -443,7 +443,7 @@ def run(mutants: Sequence[Mutant], jobs: int, repeat: int, done: Callable[[dict[
 
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             libraries = list(pool.map(compile_one, range(len(mutants))))
-        from sparseprune import ops  # noqa: F401  once, for all children
+        from sparseprune.kernels import ops  # noqa: F401  once, for all children
 
         for mutant, (library, compile_seconds) in zip(mutants, libraries, strict=True):
             begin = time.monotonic()

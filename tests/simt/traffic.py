@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers import backends  # noqa: E402
 
-from sparseprune import ops  # noqa: E402
+from sparseprune.kernels import ops  # noqa: E402
 
 ROWS, COLS = 256, 2048
 BATCHES = (1, 16, 40, 300)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprune.models import LinearLayer
+from sparseprune.models.sites import LinearLayer
 from sparseprune.pruning.allocation.context import AllocationContext
 from sparseprune.pruning.base import Target
 from sparseprune.report import track

@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparseprune.calibration import Batch, CalibrationData, InputSquares, Statistic, collect
-from sparseprune.gradients import WeightGradients, collect_gradients
-from sparseprune.models import LinearLayer, find_blocks
+from sparseprune.calibration import CalibrationData
+from sparseprune.models.batches import Batch
+from sparseprune.models.blocks import find_blocks
+from sparseprune.models.sites import LinearLayer
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.patterns import Pattern, Scope, removed
+from sparseprune.statistics.gradients import WeightGradients, collect_gradients
+from sparseprune.statistics.inputs import InputSquares, Statistic, collect
 
 __all__ = ["AllocationContext", "block_of", "exact_targets", "layer_scores", "uniform_targets"]
 

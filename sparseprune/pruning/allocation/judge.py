@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune.calibration import Batch, CalibrationData, attention_mask, call, no_cache, to_device
-from sparseprune.fidelity import divergence
-from sparseprune.models import device_of, evaluation_mode, find_blocks
+from sparseprune.calibration import CalibrationData
+from sparseprune.measure.fidelity import divergence
+from sparseprune.models.batches import Batch, attention_mask, call, no_cache, to_device
+from sparseprune.models.blocks import find_blocks
+from sparseprune.models.modules import device_of, evaluation_mode
 
 __all__ = ["Judge", "hold_out"]
 

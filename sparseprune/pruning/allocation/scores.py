@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sparseprune.gradients import WeightGradients
-from sparseprune.models import LinearLayer
+from sparseprune.models.sites import LinearLayer
 from sparseprune.pruning.allocation.context import AllocationContext, block_of, layer_scores
 from sparseprune.pruning.patterns import removed
+from sparseprune.statistics.gradients import WeightGradients
 
 __all__ = ["global_threshold", "outliers", "standard_deviations"]
 

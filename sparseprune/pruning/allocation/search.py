@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from sparseprune.benchmark import candidate_formats, time_layer
-from sparseprune.models import LinearLayer
+from sparseprune.measure.benchmark import candidate_formats, time_layer
+from sparseprune.models.sites import LinearLayer
 from sparseprune.pruning.allocation.candidates import Candidates
 from sparseprune.pruning.allocation.context import AllocationContext, block_of
 from sparseprune.pruning.allocation.curves import (

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from sparseprune.models import find_blocks, find_linears
+from sparseprune.models.blocks import find_blocks
+from sparseprune.models.sites import find_linears
 from sparseprune.pruning.schedules.base import (
     Evaluate,
     Recover,

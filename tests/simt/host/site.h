@@ -25,7 +25,7 @@ inline Location location_of(Site site) {
   const auto distance = static_cast<std::uintptr_t>(static_cast<std::intptr_t>(site));
   return std::bit_cast<Location>(site == 0 ? 0 : reinterpret_cast<std::uintptr_t>(&site_anchor) + distance);
 }
-std::string describe(const Location& at);  // "csrc/cuda/convert.cu:12"
+std::string describe(const Location& at);  // "csrc/cuda/convert/convert.cu:12"
 inline std::string describe(Site site) {
   return describe(location_of(site));
 }

@@ -1,0 +1,63 @@
+// Which strategy serves a call. All cross-overs are here; benchmarks/crossovers.py measures them.
+#include <stdexcept>
+#include <string>
+
+#include "cpu/dispatch/isa.h"
+#include "cpu/ops/linear.h"
+
+namespace sparseprune {
+namespace {
+
+constexpr std::int64_t kL2Panel = 1 << 20;  // bytes of a csr panel that stay in L2 beside the weights' stream
+
+bool serves(const KernelTable& table, const PackedHeader& h, Strategy s) {
+  const bool csr = s == Strategy::csr_gather || s == Strategy::csr_batch;
+  return csr == (h.layout == Layout::csr) && table.linear[static_cast<int>(s)][static_cast<int>(h.dtype)].run != nullptr;
+}
+
+Strategy choose(const KernelTable& table, const PackedHeader& h, std::int64_t batch) {
+  if (h.layout == Layout::csr) return batch <= 2 ? Strategy::csr_gather : Strategy::csr_batch;
+  // 16 batch rows cost AMX no more than one, and the expansion hides behind memory from the first.
+  if (serves(table, h, Strategy::tile_amx)) return Strategy::tile_amx;
+  // Skipping zeros costs about twice as much a weight as multiplying them; it wins when few are left and enough batch
+  // rows share the decoding of the masks.
+  const bool few = h.nnz < h.rows * h.cols * 35 / 100;
+  if (few && batch >= 64 && serves(table, h, Strategy::tile_batch)) return Strategy::tile_batch;
+  if (batch > 24 && serves(table, h, Strategy::tile_dense)) return Strategy::tile_dense;
+  return Strategy::tile_rows;
+}
+
+std::int64_t block_of(const KernelTable& table, const PackedHeader& h, std::int64_t batch, Strategy s) {
+  const LinearKernel& kernel = table.linear[static_cast<int>(s)][static_cast<int>(h.dtype)];
+  std::int64_t block = kernel.max_block;
+  if (kernel.round == 1) return ceil_div(batch, ceil_div(batch, block));  // equal blocks: the last is not a small one
+  if (s == Strategy::csr_batch) {
+    while (block > kernel.round && block * round_up(h.cols, kTileK) * 4 > kL2Panel) block /= 2;
+  }
+  return block;
+}
+
+}  // namespace
+
+Plan choose_plan(const KernelTable& table, const PackedHeader& header, std::int64_t batch, int forced) {
+  const Strategy s = forced < 0 ? choose(table, header, batch) : static_cast<Strategy>(forced);
+  if (forced >= kStrategies || !serves(table, header, s)) {
+    throw std::invalid_argument(std::string("strategy: ") + strategy_name(s) + " does not serve this weight at level '" +
+                                table.isa + "'");
+  }
+  return {s, block_of(table, header, batch < 1 ? 1 : batch, s)};
+}
+
+const char* strategy_name(Strategy s) {
+  switch (s) {
+    case Strategy::tile_rows: return "tile_rows";
+    case Strategy::tile_dense: return "tile_dense";
+    case Strategy::tile_batch: return "tile_batch";
+    case Strategy::tile_amx: return "tile_amx";
+    case Strategy::csr_gather: return "csr_gather";
+    case Strategy::csr_batch: return "csr_batch";
+  }
+  return "unknown";
+}
+
+}  // namespace sparseprune

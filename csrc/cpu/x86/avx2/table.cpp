@@ -1,0 +1,28 @@
+#include "cpu/kernels.h"
+#include "cpu/x86/avx2/vec.h"
+
+namespace sparseprune::avx2 {
+namespace {
+
+#include "cpu/kernels/tile_rows.inl"
+
+#include "cpu/kernels/tile_dense.inl"
+
+#include "cpu/kernels/tile_batch.inl"
+
+#include "cpu/kernels/csr.inl"
+
+#include "cpu/kernels/panel.inl"
+
+#include "cpu/kernels/words.inl"
+
+#include "cpu/kernels/install.inl"
+
+}  // namespace
+
+void install(KernelTable& table) {
+  table.isa = "avx2";
+  install_all(table);
+}
+
+}  // namespace sparseprune::avx2

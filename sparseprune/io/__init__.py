@@ -1,0 +1,1 @@
+"""Checkpoints: written by rename, validated when read."""

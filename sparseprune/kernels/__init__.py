@@ -1,0 +1,1 @@
+"""The compiled kernels: addresses, checks, and `torch.ops.sparseprune.*`."""

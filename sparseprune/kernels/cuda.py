@@ -1,0 +1,438 @@
+"""The GPU's twin of `native`: the same functions over tensors on a CUDA device, on its current stream.
+
+A launch returns at once. What has to know a number (how many values there are, where something is wrong) waits for the
+device; `linear` and `dense` never do, so that they may be captured into a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sparseprune.kernels import _core, native
+from sparseprune.kernels.native import DTYPE_OF, DTYPES
+
+LAYOUTS: dict[str, int] = {"sparse24": 2, "bitmap8": 3}
+LAYOUT_OF: dict[int, str] = {code: layout for layout, code in LAYOUTS.items()}
+
+_NO_ERROR = 2**63 - 1  # launchers.h: kNoError
+_ALIGN = 64  # packed.h: kAlign
+_HEADER = 64
+_NOT_BUILT = (
+    "this build of sparseprune has no CUDA kernels; install a wheel that has them, or build it where nvcc is (the "
+    "build's log says what was missing; -C cmake.define.SPARSEPRUNE_CUDA=ON makes it an error), or keep the model on the CPU"
+)
+
+
+class _NotBuilt:
+    """In the place of the kernels in a build for CPUs."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"CUDA: {_NOT_BUILT}")
+
+
+# Looked up at every call: the tests put the emulated GPU (tests/simt) in the place of these, which then sees the
+# kernels' calls, the range of each buffer and whether it may be written to, and poisons what is to be written.
+_kernels: _core.Cuda = getattr(_core, "cuda", None) or cast("_core.Cuda", _NotBuilt())
+_source = _target = Tensor.data_ptr
+_empty = torch.empty
+_stream: Any = getattr(
+    torch._C, "_cuda_getCurrentRawStream", None
+)  # a torch for CPUs has none, and no CUDA tensors
+
+
+def missing() -> str:
+    """What keeps the kernels from running here, and the remedy; empty where they run."""
+    if isinstance(_kernels, _NotBuilt):
+        return _NOT_BUILT
+    if lacking := _kernels.missing():
+        return lacking
+    if _stream is None:
+        return f"torch {torch.__version__} has no CUDA; install a build of torch that has"
+    return ""
+
+
+def cuda_info() -> dict[str, Any]:
+    """What GPUs and kernels for them there are.
+
+    built: whether this build has the kernels; toolkit: the CUDA version they were compiled with; targets: for which
+    architectures; missing: what keeps them from running here, empty where they run; devices: name, compute capability
+    and number of multiprocessors of each GPU that torch sees.
+    """
+    built = not isinstance(_kernels, _NotBuilt)
+    devices = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            devices.append(
+                {
+                    "name": card.name,
+                    "capability": f"{card.major}.{card.minor}",
+                    "multiprocessors": card.multi_processor_count,
+                }
+            )
+    return {
+        "built": built,
+        "toolkit": getattr(_kernels, "toolkit", "") if built else "",
+        "targets": getattr(_kernels, "targets", "").split() if built else [],
+        "missing": missing(),
+        "devices": devices,
+    }
+
+
+def layout_for(kind: str, n: int, m: int, dtype: torch.dtype) -> str:
+    """The packed layout that serves a format best: tensor cores take 2:4 as it is, of 16-bit values."""
+    return "sparse24" if (kind, n, m) == ("nm", 2, 4) and dtype != torch.float32 else "bitmap8"
+
+
+def layout_of(packed: Tensor) -> str:
+    """The layout of a packed weight, by its size (packed.h: size_tag): to look at its header is to wait for the device."""
+    return LAYOUT_OF[_layout_code(packed.numel())]
+
+
+def _layout_code(size: int) -> int:
+    if size % 2 == 0:
+        raise ValueError(
+            "packed: holds no weight packed for CUDA; move the layer with .to(device), not its buffer alone"
+        )
+    return 2 if size % 4 == 1 else 3
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    index = x.get_device()
+    return index, _stream(index)
+
+
+def _new(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
+    return _empty(shape, dtype=dtype, device=like.device)
+
+
+def _running_sum(counts: Tensor) -> Tensor:
+    offsets = counts.new_zeros(counts.numel() + 1)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return offsets
+
+
+def _no_error(like: Tensor) -> Tensor:
+    return torch.full((1,), _NO_ERROR, dtype=torch.int64, device=like.device)
+
+
+# --- linear -----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def plan(device: int, layout: int, dtype: int, rows: int, cols: int, batch: int) -> tuple[int, int, int]:
+    """(configuration, blocks that share a sum, bytes of workspace) that serve a linear of this shape best."""
+    return _kernels.plan(device, layout, dtype, rows, cols, batch)
+
+
+def configs(layout: str, dtype: torch.dtype) -> list[str]:
+    """Names of the linear's configurations; each serves any shape."""
+    return _kernels.configs(LAYOUTS[layout], DTYPES[dtype])
+
+
+def linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, forced: tuple[int, int] | None = None
+) -> Tensor:
+    """x [..., cols] times the packed weight [rows, cols], transposed, plus bias; all on one device.
+
+    forced: (configuration, splits) in the place of the plan's choice.
+    """
+    # As in native.linear, every attribute counts: the launch of a small layer takes the GPU 3 us.
+    shape = x.shape
+    cols = shape[-1]
+    if x.is_contiguous() and cols:
+        batch, stride = x.numel() // cols, cols
+    else:
+        x = x.reshape(math.prod(shape[:-1]), cols)
+        if x.stride(1) != 1 and cols > 1:
+            x = x.contiguous()
+        batch, stride = x.shape[0], x.stride(0)
+    dtype, device, index, size = x.dtype, x.device, x.get_device(), packed.numel()
+    code = DTYPES[dtype]
+    if forced is None:
+        config, splits, workspace_bytes = plan(index, _layout_code(size), code, rows, cols, batch)
+    else:
+        config, splits = forced
+        workspace_bytes = 4 * splits * batch * rows if splits > 1 else 0
+    out = _empty((*shape[:-1], rows), dtype=dtype, device=device)
+    # Its memory may be handed out again while the kernels run: to what comes after them on the same stream.
+    workspace = _empty(workspace_bytes, dtype=torch.uint8, device=device) if workspace_bytes else None
+    _kernels.linear(
+        index,
+        _stream(index),
+        _source(packed),
+        size,
+        _source(x),
+        batch,
+        cols,
+        stride,
+        0 if bias is None else _source(bias),
+        _target(out),
+        rows,
+        code,
+        config,
+        splits,
+        0 if workspace is None else _target(workspace),
+        workspace_bytes,
+    )
+    return out
+
+
+# --- conversions ------------------------------------------------------------------------------------------------------
+
+
+def scan(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits [rows, ceil(cols/8)] of the non-zeros and the index of each row's first value [rows + 1]."""
+    rows, cols = dense.shape
+    bits = _new(dense, rows, (cols + 7) // 8, dtype=torch.uint8)
+    counts = _new(dense, rows, dtype=torch.int64)
+    _kernels.scan_dense(
+        *_place(dense), _source(dense), rows, cols, DTYPES[dense.dtype], _target(bits), _target(counts)
+    )
+    return bits, _running_sum(counts)
+
+
+def fill_groups(bits: Tensor, cols: int, n: int, m: int) -> tuple[int, int, int] | None:
+    """Raise every group of m bits to n, in place; or (row, group, kept) of the first group that holds more."""
+    error = _no_error(bits)
+    _kernels.fill_groups(*_place(bits), bits.shape[0], cols, n, m, _target(bits), _target(error))
+    place = int(error)
+    if place == _NO_ERROR:
+        return None
+    row, group = divmod(place, cols // m)
+    return row, group, _kept(bits, cols, row, group, m)
+
+
+def _kept(bits: Tensor, cols: int, row: int, group: int, m: int) -> int:
+    return int(bits_to_bytes(bits[row : row + 1], cols)[0, group * m : (group + 1) * m].sum())
+
+
+def count_bits(bits: Tensor, cols: int) -> Tensor:
+    """Index of each row's first value [rows + 1]. ValueError where a padding bit is set."""
+    rows = bits.shape[0]
+    counts = _new(bits, rows, dtype=torch.int64)
+    error = _no_error(bits)
+    _kernels.count_bits(*_place(bits), rows, cols, _source(bits), _target(counts), _target(error))
+    place = int(error)
+    if place != _NO_ERROR:
+        raise native.padding_error(cols, place)
+    return _running_sum(counts)
+
+
+def compress(dense: Tensor, bits: Tensor, offsets: Tensor) -> Tensor:
+    """The elements of dense whose bit is set, row-major."""
+    rows, cols = dense.shape
+    values = _new(dense, int(offsets[-1]), dtype=dense.dtype)
+    _kernels.compress_dense(
+        *_place(dense),
+        _source(dense),
+        rows,
+        cols,
+        DTYPES[dense.dtype],
+        _source(bits),
+        _source(offsets),
+        _target(values),
+    )
+    return values
+
+
+def expand(values: Tensor, bits: Tensor, offsets: Tensor, cols: int) -> Tensor:
+    """The inverse of compress."""
+    rows = bits.shape[0]
+    dense = _new(values, rows, cols, dtype=values.dtype)
+    _kernels.expand_dense(
+        *_place(values),
+        _source(values),
+        _source(bits),
+        _source(offsets),
+        _target(dense),
+        rows,
+        cols,
+        DTYPES[values.dtype],
+    )
+    return dense
+
+
+def dense_to_csr(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = dense.shape
+    code = DTYPES[dense.dtype]
+    counts = _new(dense, rows, dtype=torch.int64)
+    _kernels.scan_dense(*_place(dense), _source(dense), rows, cols, code, 0, _target(counts))
+    crow = _running_sum(counts)
+    nnz = int(crow[-1])
+    col, values = _new(dense, nnz, dtype=torch.int32), _new(dense, nnz, dtype=dense.dtype)
+    _kernels.dense_to_csr(
+        *_place(dense), _source(dense), rows, cols, code, _source(crow), _target(col), _target(values)
+    )
+    return crow, col, values
+
+
+def csr_to_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor:
+    rows = crow.numel() - 1
+    dense = _new(values, rows, cols, dtype=values.dtype)
+    error = _no_error(values)
+    _kernels.csr_to_dense(
+        *_place(values),
+        _source(crow),
+        _source(col),
+        values.numel(),
+        _source(values),
+        _target(dense),
+        rows,
+        cols,
+        DTYPES[values.dtype],
+        _target(error),
+    )
+    place = int(error)
+    if place != _NO_ERROR or not rows * cols:
+        # The CPU says what is wrong with it; and it checks what no kernel was started for.
+        native.csr_to_dense(crow.cpu(), col.cpu(), values.cpu(), cols)
+    if place != _NO_ERROR:
+        raise ValueError(f"crow, col: row {place} must hold ascending columns in [0, {cols})")
+    return dense
+
+
+# --- packed weights ---------------------------------------------------------------------------------------------------
+
+
+def header(packed: Tensor) -> dict[str, int]:
+    """The header of a packed weight: rows, cols, nnz, dtype and layout codes. ValueError if it is none."""
+    if packed.numel() < _HEADER:
+        raise ValueError(
+            f"packed: must hold a header of {_HEADER} bytes, got {packed.numel()} bytes; "
+            "make packed weights with ops.pack"
+        )
+    head = packed[:_HEADER].cpu()
+    return _kernels.header(head.data_ptr(), packed.numel())
+
+
+def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, layout: str) -> Tensor:
+    rows, dtype, code = bits.shape[0], DTYPES[values.dtype], LAYOUTS[layout]
+    dense = expand(values, bits, offsets, cols)
+    if layout == "sparse24":
+        packed = _blob(values, rows, cols, code)
+        error = _no_error(values)
+        _kernels.sparse24_pack(
+            *_place(values),
+            _source(dense),
+            _source(bits),
+            rows,
+            cols,
+            dtype,
+            _target(packed),
+            packed.numel(),
+            _target(error),
+        )
+        place = int(error)
+        if place != _NO_ERROR:
+            row, group = divmod(place, cols // 4)
+            raise ValueError(
+                f"bits: must keep exactly 2 of every 4 columns of a row for the layout 'sparse24', row {row} keeps "
+                f"{_kept(bits, cols, row, group, 4)} in columns {4 * group} to {4 * group + 3}; use 'bitmap8'"
+            )
+        return packed
+    units = _kernels.sections(rows, cols, dtype, code, 0)[0]
+    index, counts = _new(bits, units, 16, dtype=torch.int64), _new(bits, units, dtype=torch.int64)
+    _kernels.bitmap8_index(*_place(bits), rows, cols, _source(bits), _target(index), _target(counts))
+    packed = _blob(values, rows, cols, code, _running_sum(counts), index)
+    _kernels.bitmap8_pack(*_place(values), _source(dense), rows, cols, dtype, _target(packed), packed.numel())
+    return packed
+
+
+def _blob(
+    values: Tensor,
+    rows: int,
+    cols: int,
+    layout: int,
+    offsets: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """A packed weight but for what the kernels write: all of sparse24's metadata and values, bitmap8's values."""
+    dtype = DTYPES[values.dtype]
+    stored = 0 if offsets is None else int(offsets[-1])
+    units, first, second, third, total = _kernels.sections(rows, cols, dtype, layout, stored)
+    packed = _new(values, total, dtype=torch.uint8)
+    head = _kernels.header_bytes(rows, cols, dtype, layout, values.numel(), stored)
+    packed[:first].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
+    end = total - total % _ALIGN
+    if offsets is not None and index is not None:
+        packed[first : first + offsets.nbytes].copy_(offsets.view(torch.uint8))
+        packed[first + offsets.nbytes : second].zero_()
+        packed[second:third].copy_(index.view(-1).view(torch.uint8))
+        end = third + stored * values.element_size()
+    packed[end:].zero_()  # defined bytes, so that equal weights make equal blobs
+    return packed
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    h = header(packed)
+    rows, cols, dtype = h["rows"], h["cols"], DTYPE_OF[h["dtype"]]
+    full, bits = _new(packed, rows, cols, dtype=dtype), _new(packed, rows, (cols + 7) // 8, dtype=torch.uint8)
+    _unpack(packed, full, bits)
+    offsets = count_bits(bits, cols)
+    if int(offsets[-1]) != h["nnz"]:
+        raise ValueError("packed: its index is damaged; pack the weight again")
+    return compress(full, bits, offsets), bits
+
+
+def dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """The weight [rows, cols] of a packed one. ValueError where it holds none of this shape and dtype."""
+    full = _new(packed, rows, cols, dtype=dtype)
+    _unpack(packed, full, None)
+    return full
+
+
+def _unpack(packed: Tensor, full: Tensor, bits: Tensor | None) -> None:
+    (_kernels.sparse24_unpack if layout_of(packed) == "sparse24" else _kernels.bitmap8_unpack)(
+        *_place(packed),
+        _source(packed),
+        packed.numel(),
+        full.shape[0],
+        full.shape[1],
+        DTYPES[full.dtype],
+        _target(full),
+        0 if bits is None else _target(bits),
+    )
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def mask_bytes(x: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """x where the bool mask keeps it, else 0; out may be x."""
+    out = _empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    _kernels.mask_bytes(*_place(x), _source(x), _source(mask), _target(out), x.numel(), DTYPES[x.dtype])
+    return out
+
+
+def mask_bits(x: Tensor, bits: Tensor, out: Tensor | None = None) -> Tensor:
+    """The same with a bitmask."""
+    out = _empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    rows, cols = x.shape
+    _kernels.mask_bits(*_place(x), _source(x), _source(bits), _target(out), rows, cols, DTYPES[x.dtype])
+    return out
+
+
+def threshold_(x: Tensor, limit: float) -> Tensor:
+    rows, cols = x.shape
+    bits = _new(x, rows, (cols + 7) // 8, dtype=torch.uint8)
+    _kernels.threshold(*_place(x), _source(x), limit, _target(x), _target(bits), rows, cols, DTYPES[x.dtype])
+    return bits
+
+
+def bytes_to_bits(mask: Tensor) -> Tensor:
+    rows, cols = mask.shape
+    bits = _new(mask, rows, (cols + 7) // 8, dtype=torch.uint8)
+    _kernels.bytes_to_bits(*_place(mask), rows, cols, _source(mask), _target(bits))
+    return bits
+
+
+def bits_to_bytes(bits: Tensor, cols: int) -> Tensor:
+    mask = _new(bits, bits.shape[0], cols, dtype=torch.bool)
+    _kernels.bits_to_bytes(*_place(bits), bits.shape[0], cols, _source(bits), _target(mask))
+    return mask

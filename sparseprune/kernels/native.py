@@ -1,0 +1,250 @@
+"""The CPU's kernels: tensors become addresses here, and for the GPU in `cuda`, and nowhere else.
+
+torch is imported first, so that the extension finds torch's OpenMP runtime loaded and shares its threads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparseprune.kernels import _core
+
+DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_OF: dict[int, torch.dtype] = {code: dtype for dtype, code in DTYPES.items()}
+LAYOUTS: dict[str, int] = {"tile": 0, "csr": 1}
+LAYOUT_OF: dict[int, str] = {code: layout for layout, code in LAYOUTS.items()}
+
+_threads = torch.get_num_threads
+_empty = torch.empty
+_core_linear = _core.linear
+
+
+def isa() -> str:
+    """The instruction set in force: `scalar`, `avx2`, `avx512`, `avx512_bf16` or `amx`."""
+    return _core.isa()
+
+
+def isas_available() -> list[str]:
+    """The instruction sets that this build has and this CPU (and its OS) can run, slowest first."""
+    return _core.isas_available()
+
+
+def layout_for(kind: str, n: int, m: int, dtype: torch.dtype) -> str:
+    """The packed layout that serves a format best."""
+    return "csr" if kind == "csr" else "tile"
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, strategy: int = -1) -> Tensor:
+    """x [..., cols] times the packed weight [rows, cols], transposed, plus bias. x must have contiguous columns."""
+    # Every attribute of a tensor costs 50 to 150 ns here, and the whole call is to cost no more than nn.Linear's.
+    shape = x.shape
+    cols = shape[-1]
+    if x.is_contiguous() and cols:
+        batch, stride = x.numel() // cols, cols
+    else:
+        x = x.reshape(math.prod(shape[:-1]), cols)
+        if x.stride(1) != 1 and cols > 1:
+            x = x.contiguous()
+        batch, stride = x.shape[0], x.stride(0)
+    dtype = x.dtype
+    out = _empty(batch, rows, dtype=dtype) if len(shape) == 2 else _empty((*shape[:-1], rows), dtype=dtype)
+    _core_linear(
+        packed.data_ptr(),
+        packed.numel(),
+        x.data_ptr(),
+        batch,
+        cols,
+        stride,
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows,
+        DTYPES[dtype],
+        _threads(),
+        strategy,
+    )
+    return out
+
+
+def strategy(packed: Tensor, batch: int) -> str:
+    """The kernel strategy that serves `batch` rows of activations."""
+    return _core.strategy(packed.data_ptr(), packed.numel(), batch)
+
+
+def header(packed: Tensor) -> dict[str, int]:
+    """The header of a packed weight: rows, cols, nnz, dtype and layout codes. ValueError if it is none."""
+    return _core.header(packed.data_ptr(), packed.numel())
+
+
+def scan(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits [rows, ceil(cols/8)] of the non-zeros and the index of each row's first value [rows + 1]."""
+    rows, cols = dense.shape
+    bits = torch.empty((rows, (cols + 7) // 8), dtype=torch.uint8)
+    offsets = torch.empty(rows + 1, dtype=torch.int64)
+    _core.scan_dense(
+        dense.data_ptr(), rows, cols, DTYPES[dense.dtype], bits.data_ptr(), offsets.data_ptr(), _threads()
+    )
+    return bits, offsets
+
+
+def fill_groups(bits: Tensor, cols: int, n: int, m: int) -> tuple[int, int, int] | None:
+    """Raise every group of m bits to n, in place; or (row, group, kept) of the first group that holds more."""
+    return _core.fill_groups(bits.shape[0], cols, n, m, bits.data_ptr(), _threads())
+
+
+def count_bits(bits: Tensor, cols: int) -> Tensor:
+    """Index of each row's first value [rows + 1]. ValueError where a padding bit is set."""
+    rows = bits.shape[0]
+    offsets = torch.empty(rows + 1, dtype=torch.int64)
+    total = _core.count_bits(rows, cols, bits.data_ptr(), offsets.data_ptr(), _threads())
+    if total < 0:
+        raise padding_error(cols, -1 - total)
+    return offsets
+
+
+def padding_error(cols: int, row: int) -> ValueError:
+    return ValueError(
+        f"bits: the bits past column {cols} must be zero, row {row} has one set; the mask is damaged"
+    )
+
+
+def compress(dense: Tensor, bits: Tensor, offsets: Tensor) -> Tensor:
+    """The elements of dense whose bit is set, row-major."""
+    rows, cols = dense.shape
+    values = torch.empty(int(offsets[-1]), dtype=dense.dtype)
+    _core.compress_dense(
+        dense.data_ptr(),
+        rows,
+        cols,
+        DTYPES[dense.dtype],
+        bits.data_ptr(),
+        offsets.data_ptr(),
+        values.data_ptr(),
+        _threads(),
+    )
+    return values
+
+
+def expand(values: Tensor, bits: Tensor, offsets: Tensor, cols: int) -> Tensor:
+    """The inverse of compress."""
+    rows = bits.shape[0]
+    dense = torch.empty((rows, cols), dtype=values.dtype)
+    _core.expand_dense(
+        values.data_ptr(),
+        bits.data_ptr(),
+        offsets.data_ptr(),
+        dense.data_ptr(),
+        rows,
+        cols,
+        DTYPES[values.dtype],
+        _threads(),
+    )
+    return dense
+
+
+def dense_to_csr(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = dense.shape
+    crow = torch.empty(rows + 1, dtype=torch.int64)
+    code = DTYPES[dense.dtype]
+    nnz = _core.count_dense(dense.data_ptr(), rows, cols, code, crow.data_ptr(), _threads())
+    col = torch.empty(nnz, dtype=torch.int32)
+    values = torch.empty(nnz, dtype=dense.dtype)
+    _core.dense_to_csr(
+        dense.data_ptr(), rows, cols, code, crow.data_ptr(), col.data_ptr(), values.data_ptr(), _threads()
+    )
+    return crow, col, values
+
+
+def csr_to_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor:
+    rows = crow.numel() - 1
+    dense = torch.empty((rows, cols), dtype=values.dtype)
+    _core.csr_to_dense(
+        crow.data_ptr(),
+        col.data_ptr(),
+        values.numel(),
+        values.data_ptr(),
+        dense.data_ptr(),
+        rows,
+        cols,
+        DTYPES[values.dtype],
+        _threads(),
+    )
+    return dense
+
+
+def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, layout: str) -> Tensor:
+    rows, dtype, code = bits.shape[0], DTYPES[values.dtype], LAYOUTS[layout]
+    packed = torch.empty(_core.packed_bytes(rows, cols, dtype, code, values.numel()), dtype=torch.uint8)
+    _core.pack(
+        values.data_ptr(),
+        bits.data_ptr(),
+        offsets.data_ptr(),
+        packed.data_ptr(),
+        rows,
+        cols,
+        dtype,
+        code,
+        _threads(),
+    )
+    return packed
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    h = header(packed)
+    bits = torch.empty((h["rows"], (h["cols"] + 7) // 8), dtype=torch.uint8)
+    _core.unpack_bits(packed.data_ptr(), packed.numel(), bits.data_ptr(), _threads())
+    offsets = count_bits(bits, h["cols"])
+    values = torch.empty(h["nnz"], dtype=DTYPE_OF[h["dtype"]])
+    _core.unpack_values(packed.data_ptr(), packed.numel(), offsets.data_ptr(), values.data_ptr(), _threads())
+    return values, bits
+
+
+def dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """The weight [rows, cols] of a packed one. ValueError where it holds none of this shape and dtype."""
+    h = header(packed)
+    if (h["rows"], h["cols"], h["dtype"]) != (rows, cols, DTYPES[dtype]):
+        raise ValueError(
+            f"packed: holds a weight of {h['rows']}x{h['cols']} {DTYPE_OF[h['dtype']]}, "
+            f"the call is for {rows}x{cols} {dtype}"
+        )
+    values, bits = unpack(packed)
+    return expand(values, bits, count_bits(bits, cols), cols)
+
+
+def mask_bytes(x: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """x where the bool mask keeps it, else 0; out may be x."""
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    _core.mask_bytes(x.data_ptr(), mask.data_ptr(), out.data_ptr(), x.numel(), DTYPES[x.dtype], _threads())
+    return out
+
+
+def mask_bits(x: Tensor, bits: Tensor, out: Tensor | None = None) -> Tensor:
+    """The same with a bitmask."""
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    rows, cols = x.shape
+    _core.mask_bits(x.data_ptr(), bits.data_ptr(), out.data_ptr(), rows, cols, DTYPES[x.dtype], _threads())
+    return out
+
+
+def threshold_(x: Tensor, limit: float) -> Tensor:
+    rows, cols = x.shape
+    bits = torch.empty((rows, (cols + 7) // 8), dtype=torch.uint8)
+    _core.threshold(
+        x.data_ptr(), limit, x.data_ptr(), bits.data_ptr(), rows, cols, DTYPES[x.dtype], _threads()
+    )
+    return bits
+
+
+def bytes_to_bits(mask: Tensor) -> Tensor:
+    rows, cols = mask.shape
+    bits = torch.empty((rows, (cols + 7) // 8), dtype=torch.uint8)
+    _core.bytes_to_bits(rows, cols, mask.data_ptr(), bits.data_ptr(), _threads())
+    return bits
+
+
+def bits_to_bytes(bits: Tensor, cols: int) -> Tensor:
+    mask = torch.empty((bits.shape[0], cols), dtype=torch.bool)
+    _core.bits_to_bytes(bits.shape[0], cols, bits.data_ptr(), mask.data_ptr(), _threads())
+    return mask

@@ -1,0 +1,314 @@
+"""How fast is a layer on this machine, dense and in one sparse format or another?
+
+Everything is measured in pairs: the candidates take turns, call by call, so that a busy moment of the machine hits
+all of them, and lower quartiles are compared: what else runs can only add time. A layer that the cache would hold is
+timed over several copies of its weight, as the layers of a model push each other out.
+
+A layer on a GPU is timed there, by events around several calls in a row: the rate at which a model's layers would
+follow each other, the cost of asking for them included.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseprune.kernels import cuda
+from sparseprune.kernels.native import isa
+from sparseprune.measure.evaluate import SpeedResult, decode_speed, prompt_speed
+from sparseprune.models.sites import find_linears
+from sparseprune.report import Column, Table, track
+from sparseprune.weights.linear import SparseLinear, dense_weight
+from sparseprune.weights.sparse_weight import DTYPES, Format, detect_nm
+
+__all__ = [
+    "KindTiming", "LayerTiming", "ModelTiming", "alternating_quartiles", "bytes_past_caches", "candidate_formats",
+    "describe_device", "time_layer", "time_model",
+]  # fmt: skip
+
+ROTATED_BYTES = 64 << 20
+"""Copies of a weight are made up to this size in all: more than the caches near a core, less than a model."""
+
+_CSR_DENSITY = 0.35  # above it CSR, a column number for each value, is never the smaller or the faster
+_MAX_COPIES = 64
+_MIN_ROUNDS = 5
+_MAX_ROUNDS = 400
+_CUDA_CALLS = 8  # between two events, which cost as much as a small layer
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    """Lower quartiles, in seconds, of one layer at one batch size: dense, and in each sparse format by name."""
+
+    batch: int
+    dense: float
+    sparse: Mapping[str, float]
+
+    def speedup(self, format: str | Format) -> float:
+        """Dense time over sparse time."""
+        return self.dense / self.sparse[str(format)]
+
+
+def alternating_quartiles(
+    candidates: Mapping[str, Sequence[Callable[[], Any]]],
+    seconds: float,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Lower quartile of the seconds a call of each candidate takes, a candidate being calls that do the same work on different memory.
+
+    One call of each candidate in turn (on a CUDA device several), then the next copy; at least 5 rounds, at most 400,
+    else for about `seconds`.
+    """
+    clock = time.perf_counter
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    per_turn, measure = (
+        (_CUDA_CALLS, functools.partial(_event_seconds, device)) if on_gpu else (1, _host_seconds)
+    )
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for calls in candidates.values():
+        for call in calls[:2]:
+            call()
+    stop, rounds = clock() + seconds, 0
+    while rounds < _MIN_ROUNDS or (rounds < _MAX_ROUNDS and clock() < stop):
+        for name, calls in candidates.items():
+            first = rounds * per_turn
+            times[name].append(measure([calls[(first + i) % len(calls)] for i in range(per_turn)]))
+        rounds += 1
+    return {name: sorted(values)[len(values) // 4] for name, values in times.items()}
+
+
+def _host_seconds(calls: Sequence[Callable[[], Any]]) -> float:
+    (call,) = calls
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _event_seconds(device: torch.device, calls: Sequence[Callable[[], Any]]) -> float:
+    """Seconds a call, of calls that follow each other on the current stream of a CUDA device.
+
+    Every turn begins with an idle device, so that none hides its launches behind the turn before it.
+    """
+    with torch.cuda.device(device):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / len(calls)
+
+
+def bytes_past_caches(device: torch.device | str) -> int:
+    """How many bytes of copies push each other out of the device's caches: `ROTATED_BYTES`, or twice the L2 of a GPU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return ROTATED_BYTES
+    return max(ROTATED_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def describe_device(device: torch.device | str) -> str:
+    """What a timing was made on: the GPU's name, or the CPU's threads and kernels."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads, {isa()} kernels"
+
+
+def candidate_formats(weight: Tensor, form: Format | None = None) -> list[Format] | str:
+    """The formats worth a try for `weight` [out, in] (`form`: only this one), or why the layer stays dense."""
+    if weight.is_meta:
+        return "on the meta device: no data"
+    if weight.device.type == "cuda":
+        if missing := cuda.missing():
+            return f"on {weight.device}: {missing}"
+    elif weight.device.type != "cpu":
+        return f"on {weight.device}: there are kernels for the CPU and for CUDA"
+    if weight.dtype not in DTYPES:
+        return f"dtype {weight.dtype} has no kernels"
+    if weight.numel() == 0:
+        return "empty"
+    if form is not None:
+        problem = form.misfit(weight)
+        return [form] if problem is None else problem
+    if (found := detect_nm(weight)) is not None:
+        return [found]
+    density = int(weight.count_nonzero()) / weight.numel()
+    formats = [Format("bitmap")]
+    if density <= _CSR_DENSITY and weight.device.type == "cpu":  # on a GPU one layout serves both
+        formats.append(Format("csr"))
+    bits = weight.dtype.itemsize * 8
+    if 1 - density <= 1 / bits:  # a bitmap spends one bit a weight to save `bits` for each zero
+        return f"too few zeros ({1 - density:.1%}): no sparse format would be smaller"
+    return formats
+
+
+@torch.no_grad()
+def time_layer(
+    linear: nn.Module,
+    formats: Sequence[str | Format],
+    batches: Sequence[int] = (1,),
+    seconds: float = 0.5,
+    rotated_bytes: int | None = None,
+) -> list[LayerTiming]:
+    """Time an `nn.Linear` (or transformers' `Conv1D`) against its sparse twins where it lies, one result a batch size.
+
+    Args:
+        formats: those to try; the weight must fit each of them.
+        seconds: to spend, about, over all batch sizes together.
+        rotated_bytes: how much memory the copies of the dense weight may take, by default `bytes_past_caches`; below
+            the weight's own size there is one copy, and the layer is timed in whatever cache holds it.
+    """
+    weight = dense_weight(linear).detach()
+    if rotated_bytes is None:
+        rotated_bytes = bytes_past_caches(weight.device)
+    copies = max(1, min(_MAX_COPIES, math.ceil(rotated_bytes / max(1, weight.nbytes))))
+    modules = {"dense": _copies(linear, copies)}
+    for form in formats:
+        modules[str(form)] = _copies(SparseLinear.from_dense(linear, form), copies)
+    timings = []
+    for batch in batches:
+        x = torch.randn(batch, weight.shape[1]).to(weight.device, weight.dtype)
+        # forward(), not the module: hooks of the user's are no part of a layer's price
+        calls = {name: [functools.partial(it.forward, x) for it in its] for name, its in modules.items()}
+        quartiles = alternating_quartiles(calls, seconds / len(batches), weight.device)
+        timings.append(LayerTiming(batch, quartiles.pop("dense"), quartiles))
+    return timings
+
+
+def _copies(module: nn.Module, count: int) -> list[nn.Module]:
+    return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+
+
+@dataclass(frozen=True)
+class KindTiming:
+    """The layers of one shape, dtype and sparsity: how many, and the timings of one of them."""
+
+    example: str
+    count: int
+    shape: tuple[int, int]
+    dtype: str
+    sparsity: float
+    format: str | None
+    timings: tuple[LayerTiming, ...]
+
+
+@dataclass(frozen=True)
+class ModelTiming:
+    """What `time_model` measured; `print(report)` shows tables."""
+
+    kinds: tuple[KindTiming, ...]
+    decode: SpeedResult | None
+    prompt: SpeedResult | None
+    machine: str
+
+    def table(self) -> Table:
+        """One row for each kind of layer and batch size."""
+        columns: list[Column | str] = [
+            "example", "count", "shape", "dtype", Column("sparsity", ".1%"), "format", "batch",
+            Column("dense, us", ".1f"), Column("sparse, us", ".1f"), Column("speed-up", ".2f"),
+        ]  # fmt: skip
+        rows = []
+        for kind in self.kinds:
+            for timing in kind.timings:
+                sparse = timing.sparse.get(kind.format) if kind.format else None
+                rows.append(
+                    (
+                        kind.example, kind.count, kind.shape, kind.dtype, kind.sparsity, kind.format or "dense",
+                        timing.batch, timing.dense * 1e6, sparse and sparse * 1e6,
+                        timing.speedup(kind.format) if kind.format else None,
+                    )
+                )  # fmt: skip
+        footer = [str(speed) for speed in (self.decode, self.prompt) if speed is not None]
+        return Table(
+            "Dense against sparse, lower quartiles of calls in turn", columns, rows, [*footer, self.machine]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        kinds = []
+        for kind in self.kinds:
+            timings = [
+                {"batch": timing.batch, "dense_seconds": timing.dense, "sparse_seconds": dict(timing.sparse)}
+                for timing in kind.timings
+            ]
+            kinds.append({**vars(kind), "shape": list(kind.shape), "timings": timings})
+        speeds = {
+            name: speed.to_dict()
+            for name, speed in (("decode", self.decode), ("prompt", self.prompt))
+            if speed
+        }
+        return {"kinds": kinds, **speeds, "machine": self.machine}
+
+    def __str__(self) -> str:
+        return self.table().render()
+
+
+def time_model(
+    model: nn.Module,
+    batches: Sequence[int] = (1,),
+    format: str | Format = "auto",
+    seconds: float = 20.0,
+    tokens: bool = True,
+    progress: bool = False,
+) -> ModelTiming:
+    """Time each kind of linear of a model, dense against sparse, and the model's tokens per second.
+
+    Sparse layers are timed in the format they have, pruned dense ones in `format` (or the best that "auto" finds),
+    others dense only. `tokens=False` leaves the whole model out, which must be a causal language model else.
+    """
+    form = None if format == "auto" else Format.parse(format)
+    groups: dict[Any, list[tuple[str, nn.Module]]] = {}
+    for name, module in _linears(model):
+        groups.setdefault(_kind(module, form), []).append((name, module))
+    kinds = []
+    share = seconds / max(1, len(groups))
+    for kind, members in track(list(groups.items()), "timing layers", enabled=progress):
+        formats, shape, dtype, zeros, _ = kind
+        name, module = members[0]
+        dense = module.to_dense() if isinstance(module, SparseLinear) else module
+        timings = tuple(time_layer(dense, formats, batches, min(share, 0.5 * len(batches))))
+        best = max(formats, key=lambda it: math.prod(timing.speedup(it) for timing in timings), default=None)
+        dtype_text = str(dtype).removeprefix("torch.")
+        kinds.append(KindTiming(name, len(members), shape, dtype_text, zeros, best and str(best), timings))
+    decode = prompt = None
+    if tokens:
+        measures = track([decode_speed, prompt_speed], "tokens per second", enabled=progress)
+        decode, prompt = (measure(model) for measure in measures)
+    devices = dict.fromkeys(kind[-1] for kind in groups) or ["cpu"]
+    machine = ", ".join([*map(describe_device, devices), f"torch {torch.__version__}"])
+    return ModelTiming(tuple(kinds), decode, prompt, machine)
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    dense = {layer.name: layer.module for layer in find_linears(model)}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLinear) or name in dense
+    ]
+
+
+def _kind(module: nn.Module, form: Format | None) -> Any:
+    if isinstance(module, SparseLinear):
+        return (
+            (module.format,),
+            (module.out_features, module.in_features),
+            module.dtype,
+            round(module.sparsity, 2),
+            module.packed.device,
+        )
+    weight = dense_weight(module).detach()
+    found = candidate_formats(weight, form)
+    zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+    formats = () if isinstance(found, str) else tuple(found)
+    return formats, tuple(weight.shape), weight.dtype, round(zeros, 2), weight.device

@@ -1,0 +1,58 @@
+"""Small questions to a model: which module holds which, on what device, in which mode, how long a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["device_of", "evaluation_mode", "max_length", "parent_of"]
+
+
+def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds submodule `name`, and its attribute: `setattr(*parent_of(m, n), new)` swaps it.
+
+    Raises:
+        ValueError: `model` has no submodule of that name, or `name` is empty (a model has no parent).
+    """
+    path, _, attribute = name.rpartition(".")
+    try:
+        parent = model.get_submodule(path)
+        if not attribute or not isinstance(getattr(parent, attribute, None), nn.Module):
+            raise AttributeError(attribute)
+    except AttributeError:
+        raise ValueError(
+            f"name: must be the path of a submodule of {type(model).__name__}, got {name!r}; see "
+            "model.named_modules()"
+        ) from None
+    return parent, attribute
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs: the device of its first parameter, the CPU if it has none."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside, each module's own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def max_length(model: nn.Module) -> int | None:
+    """The longest sequence the model's positions allow, None where its config does not say."""
+    config = getattr(model, "config", None)
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None

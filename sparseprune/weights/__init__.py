@@ -1,0 +1,1 @@
+"""A sparse weight, from its form on disk to the module that multiplies by it."""

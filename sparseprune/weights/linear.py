@@ -1,0 +1,271 @@
+"""`SparseLinear`: a linear layer whose frozen weight is kept sparse and packed for its device's kernels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseprune.kernels import backend, ops
+from sparseprune.kernels.native import isa
+from sparseprune.models.sites import is_conv1d
+from sparseprune.weights.sparse_weight import DTYPES, Format, SparseWeight
+
+__all__ = ["SparseLinear", "dense_weight"]
+
+_linear = torch.ops.sparseprune.linear.default
+_linear_undispatched = ops._linear
+_PARTS = ("values", "mask", "spec")
+
+
+class SparseLinear(nn.Module):
+    """`y = x W^T + b` with `W` `[out_features, in_features]` in 2:4 (any N:M), bitmap or CSR form.
+
+    Input `[..., in_features]` and output `[..., out_features]` have the weight's dtype (float32, bfloat16, float16);
+    sums are kept in float32. The weight is frozen; gradients reach the input and the bias.
+
+    The weight is the non-persistent `uint8` buffer `packed`, in the form that the kernels of its device read (CPU or
+    CUDA); `.to(device)` packs it anew. A state dict holds its canonical form instead, as
+    `weight.values`, `weight.mask` and `weight.spec` (docs/formats.md), and so does a pickle: both move between
+    machines. Loading a state dict takes over the format and casts the values to the module's dtype.
+    """
+
+    packed: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        format: str | Format = "2:4",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """An all-zero layer, as a place for a state dict. `from_dense` makes one from a dense layer."""
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.format = Format.parse(format)
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.nnz = 0
+        if device is not None and torch.device(device).type == "meta":
+            blob = torch.empty(0, dtype=torch.uint8, device="meta")
+        else:
+            zero = SparseWeight.from_dense(
+                torch.zeros(out_features, in_features, dtype=self.dtype), self.format
+            )
+            blob, self.nnz = zero.to(device=device).pack(), zero.nnz
+        self.register_buffer("packed", blob, persistent=False)
+        zeros = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device)) if bias else None
+        self.register_parameter("bias", zeros)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Module, format: str | Format = "2:4") -> SparseLinear:
+        """Sparse twin of an `nn.Linear` or a transformers `Conv1D`; ValueError where the weight does not fit."""
+        bias: Any = linear.bias
+        return cls.from_weight(
+            SparseWeight.from_dense(dense_weight(linear), format), bias, training=linear.training
+        )
+
+    @classmethod
+    def from_weight(
+        cls, weight: SparseWeight, bias: Tensor | None = None, training: bool = False
+    ) -> SparseLinear:
+        """A layer over a canonical weight; `bias` `[rows]` keeps its `requires_grad` and is not copied."""
+        rows, cols = weight.shape
+        if bias is not None and tuple(bias.shape) != (rows,):
+            raise ValueError(
+                f"bias: shape must be ({rows},) for a weight of {rows} x {cols}, got {tuple(bias.shape)}"
+            )
+        layer = cls(cols, rows, bias=False, format=weight.format, dtype=weight.dtype, device="meta")
+        layer._set_weight(weight)
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, bias.requires_grad)
+        return layer.train(training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Straight to the dictionaries: nn.Module.__getattr__ would cost two Python calls more per layer and token.
+        packed: Any = self._buffers["packed"]
+        bias = self._parameters["bias"]
+        if _needs_dispatcher(input, bias):
+            self._check_columns(input)
+            return _linear(input, packed, bias, self.out_features)
+        if bias is None:
+            try:
+                if input.is_cpu and packed.is_cpu:
+                    return backend.cpu.linear(input, packed, None, self.out_features)
+                if input.is_cuda and input.device == packed.device and input.shape[-1] == self.in_features:
+                    return backend.cuda.linear(input, packed, None, self.out_features)
+            except (KeyError, IndexError, RuntimeError):
+                pass  # an input that the checks below refuse by name
+        if not input.is_cpu:
+            self._check_columns(input)
+            if not input.is_cuda:
+                return _linear(input, packed, bias, self.out_features)
+        return _linear_undispatched(input, packed, bias, self.out_features)
+
+    def _check_columns(self, input: Tensor) -> None:
+        # A CPU kernel knows its weight's shape; a blob on a GPU shows the host only its size, which may fit another shape.
+        if input.dim() and input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input: must have {self.in_features} columns [..., in_features], got shape {tuple(input.shape)}"
+            )
+
+    def sparse_weight(self) -> SparseWeight:
+        """The canonical weight, a copy."""
+        if self.packed.is_meta:
+            raise RuntimeError(
+                "weight: the layer is on the meta device and has no data; load a state dict first"
+            )
+        return SparseWeight.unpack(self.packed, self.format, (self.out_features, self.in_features))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight `[out_features, in_features]`, made anew on every access: costly, and no Parameter."""
+        return self.sparse_weight().dense()
+
+    def to_dense(self) -> nn.Linear:
+        """The dense twin; it shares the bias."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(self.weight, requires_grad=False)
+        dense.register_parameter("bias", self.bias)
+        return dense.train(self.training)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight in memory (the bias not counted)."""
+        return self.packed.numel()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weight's entries that are not kept."""
+        return 1.0 - self.nnz / max(1, self.out_features * self.in_features)
+
+    def extra_repr(self) -> str:
+        dense = max(1, self.out_features * self.in_features * self.dtype.itemsize)
+        kernels = f"isa={isa()}" if self.packed.is_cpu else f"device={self.packed.device}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format}, sparsity={self.sparsity:.3f}, dtype={str(self.dtype).removeprefix('torch.')}, "
+            f"nbytes={self.nbytes} ({self.nbytes / dense:.2f} of dense), {kernels}"
+        )
+
+    def _set_weight(self, weight: SparseWeight) -> None:
+        self.format, self.dtype, self.nnz = weight.format, weight.dtype, weight.nnz
+        self.register_buffer("packed", weight.pack(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        # The blob is bytes to torch, so a cast or a move has to go through the canonical form. What fn does is seen
+        # from what it does to a small tensor of the weight's dtype.
+        packed = self.packed
+        sample = torch.arange(1, 9, dtype=self.dtype, device=packed.device)
+        probe = fn(sample)
+        if probe.dtype not in DTYPES:
+            raise ValueError(
+                f"dtype: must be float32, bfloat16 or float16 for a sparse layer, got {probe.dtype}"
+            )
+        if packed.is_meta or probe.is_meta or (probe.dtype, probe.device) == (self.dtype, packed.device):
+            super()._apply(fn, recurse)
+            self.dtype = probe.dtype
+            if not probe.is_meta and (packed.is_meta or not torch.equal(probe, sample)):
+                # to_empty(): bytes at random must not pass for a packed weight.
+                self._buffers["packed"] = self.packed.new_empty(0)
+            return self
+        weight = self.sparse_weight().to(dtype=probe.dtype, device=probe.device)
+        self._buffers["packed"] = torch.empty(0, dtype=torch.uint8, device=probe.device)
+        super()._apply(fn, recurse)
+        self._set_weight(weight)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        weight = self.sparse_weight()
+        for part in _PARTS:
+            destination[f"{prefix}weight.{part}"] = getattr(weight, part)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        keys = {part: f"{prefix}weight.{part}" for part in _PARTS}
+        missing_keys += [key for key in keys.values() if key not in state_dict]
+        if all(key in state_dict for key in keys.values()):
+            try:
+                weight = SparseWeight.from_tensors(**{part: state_dict[key] for part, key in keys.items()})
+                expected = (self.out_features, self.in_features)
+                if weight.shape != expected:
+                    raise ValueError(f"spec: the layer is {expected[0]} x {expected[1]}, got {weight.shape}")
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                device = None if assign or self.packed.is_meta else self.packed.device
+                self._set_weight(weight.to(dtype=None if assign else self.dtype, device=device))
+            except ValueError as error:
+                error_msgs.append(f"{prefix}weight.{error}")
+        rest = {key: value for key, value in state_dict.items() if key not in keys.values()}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
+        # A copy within the process may keep the packed form; copy would otherwise go through __getstate__.
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if not self.packed.is_meta:
+            state["_buffers"] = {name: part for name, part in self._buffers.items() if name != "packed"}
+            state["_canonical"] = self.sparse_weight()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        weight = state.pop("_canonical", None)
+        super().__setstate__(state)
+        if weight is not None:
+            weight.validate()
+            self._set_weight(weight)
+
+
+def _needs_dispatcher(
+    input: Tensor,
+    bias: Tensor | None,
+    # Bound here, because a look-up of each by name would double the price of this function (0.3 us).
+    is_compiling: Callable[[], bool] = torch.compiler.is_compiling,
+    is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled,
+    dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack,
+    functorch: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack,
+    jit_tracing: Callable[[], Any] = torch._C._get_tracing_state,
+) -> bool:
+    """Whether anything but a kernel wants to see a call: autograd, a tracer, a transform, a tensor subclass.
+
+    torch's dispatcher takes 7 us on its way to an op that has a gradient, two calls of `nn.Linear`.
+    """
+    return bool(
+        is_compiling()
+        or (is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)))
+        or type(input) is not Tensor
+        or dispatch_modes()
+        or functorch() is not None
+        or jit_tracing() is not None
+    )
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight `[out, in]` of an `nn.Linear` or a transformers `Conv1D` (a view: Conv1D keeps `[in, out]`)."""
+    if isinstance(linear, nn.Linear):
+        return linear.weight
+    if is_conv1d(linear):
+        weight: Any = linear.weight
+        return weight.t()
+    raise TypeError(f"linear: must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
