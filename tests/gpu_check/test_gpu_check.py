@@ -199,7 +199,10 @@ def test_build_configures_for_the_card_compiles_installs_and_lays_out(tmp_path):
     assert f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'site'}" in configure
     assert compile_[-2:] == ["--parallel", "3"] and install[1] == "--install"
     laid = {path.relative_to(tmp_path / "site") for path in (tmp_path / "site").rglob("*")}
-    assert Path("sparseprune/weights/linear.py") in laid and Path("sparseprune/pruning/allocation/search.py") in laid
+    assert (
+        Path("sparseprune/weights/linear.py") in laid
+        and Path("sparseprune/pruning/allocation/search.py") in laid
+    )
     assert not any(path.suffix == ".so" for path in laid)
 
 
