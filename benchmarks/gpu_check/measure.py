@@ -60,20 +60,14 @@ def emit(record: dict[str, Any]) -> None:
     print(json.dumps(record), flush=True)
 
 
-def run(
-    bench: Bench,
-    plan: Sequence[Cell],
-    first: int,
-    seconds: float,
-    clock: Callable[[], float] = time.monotonic,
-) -> int:
+def run(bench: Bench, plan: Sequence[Cell], first: int, seconds: float) -> int:
     """Measures the cells of the plan from `first` on, for about `seconds`; 0, or why a fresh process should go on."""
-    stop = clock() + seconds
+    stop = bench.clock.now() + seconds
     bench.emit({"kind": "cells", "count": len(plan)})
     bench.emit({"kind": "device", **bench.device_record()})
     for index in range(first, len(plan)):
         cell = plan[index]
-        left = stop - clock()
+        left = stop - bench.clock.now()
         if left <= 0:
             bench.emit({"kind": "left out", "cells": [it.name for it in plan[index:]]})
             return 0
@@ -283,8 +277,8 @@ class Bench:
     def _warm_up(self) -> None:
         """Work for half a second: a card that was idle runs at a fraction of its clock."""
         x = torch.randn(4096, 4096, device=self.device).bfloat16()
-        stop = time.monotonic() + 0.5
-        while time.monotonic() < stop:
+        stop = self.clock.now() + 0.5
+        while self.clock.now() < stop:
             for _ in range(8):
                 x @ x
             torch.cuda.synchronize()

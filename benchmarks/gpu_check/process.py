@@ -36,12 +36,13 @@ def stream(
     on_line: Callable[[str], None] = lambda line: None,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Finished:
-    """Runs `command` for at most `seconds`; `on_line` gets every line of its output at once.
+    """Runs `command` for at most `seconds` of `clock`; `on_line` gets every line of its output at once.
 
     The child has a session of its own and is ended with all that it started, also when this process is interrupted.
     """
-    begin = time.monotonic()
+    begin = clock()
     child = subprocess.Popen(
         list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", env={**os.environ, **(env or {})}, cwd=cwd, start_new_session=True,
@@ -54,7 +55,7 @@ def stream(
     try:
         while True:
             try:
-                left = begin + seconds - time.monotonic()
+                left = begin + seconds - clock()
                 if left <= 0:
                     raise queue.Empty
                 line = lines.get(timeout=left)
@@ -67,12 +68,12 @@ def stream(
             on_line(line)
         if not cut:
             try:
-                child.wait(timeout=max(_GRACE_SECONDS, begin + seconds - time.monotonic()))
+                child.wait(timeout=max(_GRACE_SECONDS, begin + seconds - clock()))
             except subprocess.TimeoutExpired:
                 cut = True
     finally:
         _end(child)
-    return Finished(None if cut else child.returncode, time.monotonic() - begin, "\n".join(tail))
+    return Finished(None if cut else child.returncode, clock() - begin, "\n".join(tail))
 
 
 def _read(child: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:

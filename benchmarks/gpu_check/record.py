@@ -76,5 +76,5 @@ class Budget:
         return max(0.0, self.seconds - self.spent())
 
     def share(self, fraction: float, at_most: float, reserve: float = 0.0) -> float:
-        """A step's seconds: a fraction of what is left beyond `reserve`, at most `at_most`."""
-        return min(at_most, fraction * max(0.0, self.left() - reserve))
+        """A step's seconds: a fraction of what is left beyond `reserve`, and at most the fraction `at_most` of all."""
+        return min(at_most * self.seconds, fraction * max(0.0, self.left() - reserve))

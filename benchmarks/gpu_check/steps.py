@@ -105,7 +105,7 @@ class Check:
                 "code for the card", f"no card to ask; built for sm_{DRY_ARCHITECTURE} instead"
             )
         done = build.build(
-            self.folder, architectures, cuda, self.budget.share(0.6, 300), self._run, self.jobs
+            self.folder, architectures, cuda, self.budget.share(0.6, 0.53), self._run, self.jobs
         )
         outcome: Outcome = {"state": done.state, "summary": f"{build.site(self.folder)}"}
         if done.state != "done":
@@ -116,7 +116,7 @@ class Check:
     def first_call(self) -> Outcome:
         device = "cpu" if self.dry_run else "cuda"
         command = build.child(self.folder, "gpu_check.small_part", device)
-        done = self._run(command, self.budget.share(0.3, 90), cwd=build.ROOT)
+        done = self._run(command, self.budget.share(0.3, 0.16), cwd=build.ROOT)
         if self.dry_run:
             self.record.leave_out(
                 "the operations on the card", "no card; they ran on the CPU, through the same steps"
@@ -127,7 +127,7 @@ class Check:
         return outcome
 
     def op_tests(self) -> Outcome:
-        seconds = self.budget.share(0.45, 170, RESERVE_SECONDS)
+        seconds = self.budget.share(0.45, 0.3, RESERVE_SECONDS)
         packages = self.record.data["environment"]["packages"]
         for what, remedy in checks.without(packages):
             self.record.leave_out(what, f"a package is missing: {remedy}")
@@ -156,7 +156,7 @@ class Check:
             self.record.leave_out("compute-sanitizer", "not on PATH; it comes with the CUDA toolkit")
             return {"state": "left out"}
         reports: list[dict[str, Any]] = []
-        seconds = self.budget.share(0.3, 100, RESERVE_SECONDS)
+        seconds = self.budget.share(0.3, 0.18, RESERVE_SECONDS)
         for index, tool in enumerate(checks.TOOLS):
             share = (seconds - sum(it["seconds"] for it in reports)) / (len(checks.TOOLS) - index)
             reports.append(checks.sanitize(self.folder, tool, max(1.0, share), self._run))

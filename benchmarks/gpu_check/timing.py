@@ -51,12 +51,15 @@ class Turn:
 class CudaClock:
     """Times turns on the current device. `cuda` is torch.cuda, or a test's stand-in.
 
-    `eager` names the candidates that are not captured: they wait for the device, or have failed before. A failure adds
+    `now` tells the seconds that turns are given. `eager` names the candidates that are not captured: they wait for the device, or have failed before. A failure adds
     to `failed`; the process should then end soon, because torch may keep half of the state of a broken capture.
     """
 
-    def __init__(self, eager: Iterable[str] = (), cuda: Any = torch.cuda) -> None:
+    def __init__(
+        self, eager: Iterable[str] = (), cuda: Any = torch.cuda, now: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._cuda = cuda
+        self.now = now
         self.eager = frozenset(eager)
         self.failed: set[str] = set()
 
@@ -98,9 +101,9 @@ class CudaClock:
         """The queue takes them all, so that none waits for the device."""
         sequence = list(itertools.islice(itertools.cycle(calls), HOST_CALLS))
         self._cuda.synchronize()
-        begin = time.perf_counter()
+        begin = self.now()
         _run(sequence)
-        seconds = (time.perf_counter() - begin) / len(sequence)
+        seconds = (self.now() - begin) / len(sequence)
         self._cuda.synchronize()
         return seconds
 
@@ -110,14 +113,17 @@ class HostClock:
 
     failed: frozenset[str] = frozenset()
 
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
+
     def turn(self, name: str, calls: Sequence[Call]) -> Turn:
         _run(calls)
         return Turn(lambda: _run(calls), len(calls), 0.0, "on a CPU")
 
     def seconds(self, turn: Turn) -> float:
-        begin = time.perf_counter()
+        begin = self.now()
         turn.run()
-        return (time.perf_counter() - begin) / turn.calls
+        return (self.now() - begin) / turn.calls
 
 
 def take_turns(
@@ -127,7 +133,7 @@ def take_turns(
 
     A candidate is calls that do the same work on different memory.
     """
-    begin = time.monotonic()
+    begin = clock.now()
     turns: dict[str, Turn] = {}
     errors: dict[str, str] = {}
     for name, calls in candidates.items():
@@ -139,7 +145,7 @@ def take_turns(
             errors[name] = first_line(error)
     times: dict[str, list[float]] = {name: [] for name in turns}
     rounds = 0
-    while turns and (rounds < MIN_ROUNDS or time.monotonic() - begin < seconds):
+    while turns and (rounds < MIN_ROUNDS or clock.now() - begin < seconds):
         for name, turn in turns.items():
             times[name].append(clock.seconds(turn))
         rounds += 1

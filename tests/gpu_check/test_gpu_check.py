@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import backends
+from helpers import backends, processes
 from helpers.gpu_check import SMI
 
 from sparseprune.kernels import cuda
@@ -48,31 +45,48 @@ def test_stream_passes_environment_and_folder(tmp_path):
     assert done.tail == f"x {tmp_path.resolve()}"
 
 
+GRANDCHILD = """
+import sys, time
+with open(sys.argv[1], "w") as pipe:
+    print("begun", flush=True)
+    time.sleep(600)
+    pipe.write("outlived the cut")
+"""
+
+
 @pytest.mark.parametrize(
-    "noise", ["", "while True: print('noise')", "import signal; signal.signal(15, signal.SIG_IGN)"]
+    ("first", "then"),
+    [
+        ("pass", "pass"),
+        ("pass", "while True: print('noise')"),
+        ("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)", "pass"),
+    ],
+    ids=["quiet", "noisy", "deaf"],
 )
-def test_stream_cuts_a_child_and_what_it_started(noise):
+def test_stream_cuts_a_child_and_what_it_started(tmp_path, first, then):
+    """The pipe's end comes when no process holds it open any more."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    now = [0.0]
+
+    def line(text):
+        if text == "begun":
+            now[0] = 100.0
+
     code = (
-        "import subprocess, sys, time\n"
-        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\n"
-        f"print(p.pid, flush=True)\n{noise}\ntime.sleep(100)"
+        f"import subprocess, sys\n{first}\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {GRANDCHILD!r}, {str(pipe)!r}])\n{then}\nchild.wait()"
     )
-    lines = []
-    begin = time.monotonic()
-    done = stream(python(code), 2.0, lines.append)
-    assert (done.code, done.state) == (None, "cut")
-    assert time.monotonic() - begin < 30
-    grandchild = int(lines[0])
-    for _ in range(100):  # init may take a moment to reap it
-        try:
-            state = Path(f"/proc/{grandchild}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return
-        if state == "Z":
-            return
-        time.sleep(0.05)
-    os.kill(grandchild, signal.SIGKILL)
-    raise AssertionError("the grandchild outlived the cut")
+    done = stream(python(code), 50, line, clock=lambda: now[0])
+    assert (done.code, done.state, done.seconds) == (None, "cut", 100)
+    os.set_blocking(reading, True)
+    with os.fdopen(reading) as rest:
+        assert rest.read() == ""
+
+
+def test_stream_cuts_a_child_that_says_nothing():
+    assert stream(python("import time; time.sleep(600)"), 0.1).state == "cut"
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
@@ -97,13 +111,13 @@ def test_record_is_whole_on_disk_after_every_change(tmp_path):
 def test_budget_shares_what_is_left():
     now = [100.0]
     budget = Budget(500, lambda: now[0])
-    assert budget.share(0.5, 300) == 250
-    assert budget.share(0.5, 200) == 200
+    assert budget.share(0.5, 0.6) == 250
+    assert budget.share(0.5, 0.4) == 200
     now[0] += 400
     assert (budget.spent(), budget.left()) == (400, 100)
-    assert budget.share(0.5, 300, reserve=20) == 40
+    assert budget.share(0.5, 0.6, reserve=20) == 40
     now[0] += 200
-    assert budget.left() == budget.share(0.5, 300) == 0
+    assert budget.left() == budget.share(0.5, 0.6) == 0
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -331,7 +345,7 @@ def test_every_file_with_tests_of_the_card_is_run():
         "-k",
         checks.TWINS,
     ]
-    done = subprocess.run([*command, TESTS], capture_output=True, text=True, timeout=300)
+    done = processes.run([*command, TESTS])
     files = {
         line.partition("::")[0].rpartition("tests/")[2] for line in done.stdout.splitlines() if "::" in line
     }

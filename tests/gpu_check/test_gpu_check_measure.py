@@ -183,10 +183,14 @@ def test_a_wrong_result_is_told(monkeypatch):
 
 
 def test_what_no_time_is_left_for_is_named():
-    emitted: list[dict] = []
-    times = iter([0.0, 1.0, 11.0])
-    bench = measure.Bench("cpu", emitted.append)
-    assert measure.run(bench, plan.dry_cells(), 0, 10.0, lambda: next(times)) == 0
+    now = gpu_check.Ticks()
+
+    def slow(cell, seconds):
+        now.seconds += 11
+        return {"kind": "linear"}
+
+    code, emitted = dry(10.0, clock=timing.HostClock(now), measure=slow)
+    assert code == 0
     assert [it["kind"] for it in emitted] == ["cells", "device", "begin", "linear", "left out"]
     assert emitted[-1]["cells"] == [it.name for it in plan.dry_cells()[1:]]
 
@@ -209,7 +213,7 @@ def test_what_a_cell_cannot_do_without_is_named(monkeypatch):
                 raise RuntimeError("no kernel image\nmore")
             return super().turn(name, calls)
 
-    _, emitted = dry(clock=Fails())
+    _, emitted = dry(clock=Fails(gpu_check.Ticks()))
     errors = [it["error"] for it in emitted if it["kind"] == "error"]
     assert errors == ["RuntimeError: ours: no kernel image"] * 3 + ["RuntimeError: copy_: no kernel image"]
 
@@ -224,7 +228,7 @@ def test_a_lost_device_and_a_broken_capture_ask_for_a_fresh_process():
     class Broken(timing.HostClock):
         failed = frozenset({"torch cutlass"})
 
-    code, emitted = dry(clock=Broken())
+    code, emitted = dry(clock=Broken(gpu_check.Ticks()))
     assert (code, emitted[-1]) == (measure.AGAIN_EXIT, {"kind": "eager", "names": ["torch cutlass"]})
     assert (measure.LOST_EXIT, measure.AGAIN_EXIT) == (steps.LOST_EXIT, steps.AGAIN_EXIT)
 

@@ -12,15 +12,28 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from gpu_check import measure, plan
+from gpu_check.timing import HostClock
 
 SMI = "NVIDIA H100 80GB HBM3, 570.86, 9.0, 81559 MiB, 700.00 W, 31, 0 %, 1980 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 0x0"
 """What nvidia-smi says of a card."""
 
 
-def dry(seconds: float = 1.0, **change) -> tuple[int, list[dict]]:
+class Ticks:
+    """A clock that goes on by a millisecond each time it is read, on a fast machine and on a slow one."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        self.seconds += 1e-3
+        return self.seconds
+
+
+def dry(seconds: float = 10.0, **change) -> tuple[int, list[dict]]:
     """The code and the messages of the benchmark's child in a dry run; `change`: attributes of the Bench."""
     emitted: list[dict] = []
     bench = measure.Bench("cpu", emitted.append)
+    bench.clock = HostClock(Ticks())
     for name, value in change.items():
         setattr(bench, name, value)
     code = measure.run(bench, plan.dry_cells(), change.get("first", 0), seconds)
