@@ -19,7 +19,7 @@ from sparseprune.measure.benchmark import (
     describe_device,
     time_layer,
 )  # fmt: skip
-from sparseprune.models.sites import LinearLayer, find_linears
+from sparseprune.models.sites import WeightSite, find_sites
 from sparseprune.report import Column, Table, human_bytes, track
 from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.sparse_weight import Format, SparseWeight
@@ -148,7 +148,7 @@ def sparsify(
             layer dense where dense is faster at any of the batch sizes. "always" swaps every layer whose weight
             the format can hold, and measures nothing.
         batch: the batch sizes (rows of activations: 1 for decoding) that count, one or several.
-        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_linears`. Weights shared by several
+        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_sites`. Weights shared by several
             layers are left alone.
         seconds: to spend on measuring, about, over the whole model.
         progress: show bars on stderr.
@@ -165,11 +165,11 @@ def sparsify(
         raise ValueError(f'policy: must be "auto" or "always", got {policy!r}')
     if not seconds > 0:
         raise ValueError(f"seconds: must be above 0, got {seconds}")
-    layers = find_linears(model, include, exclude, lm_head)
+    layers = find_sites(model, include, exclude, lm_head)
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no linear layer to convert under include={include!r}, "
-            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.sites.find_linears(model)"
+            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.sites.find_sites(model)"
         )
     choose = _Measured(layers, form, batches, seconds, progress) if policy == "auto" else _Smallest(form)
     devices = dict.fromkeys(layer.weight.device for layer in layers)
@@ -203,7 +203,7 @@ class _Smallest:
     def __init__(self, form: Format | None) -> None:
         self.form = form
 
-    def __call__(self, layer: LinearLayer, weight: Tensor, sparsity: float) -> _Choice:
+    def __call__(self, layer: WeightSite, weight: Tensor, sparsity: float) -> _Choice:
         formats = candidate_formats(weight, self.form)
         if isinstance(formats, str):
             return _Choice(None, formats, {})
@@ -220,7 +220,7 @@ class _Measured:
 
     def __init__(
         self,
-        layers: Sequence[LinearLayer],
+        layers: Sequence[WeightSite],
         form: Format | None,
         batches: tuple[int, ...],
         seconds: float,
@@ -228,7 +228,7 @@ class _Measured:
     ) -> None:
         self.form, self.batches = form, batches
         self.known: dict[Any, _Choice] = {}
-        kinds: dict[Any, LinearLayer] = {}
+        kinds: dict[Any, WeightSite] = {}
         for layer in track(layers, "looking at the weights", enabled=progress):
             weight = layer.weight
             sparsity = _sparsity(weight)
@@ -247,14 +247,14 @@ class _Measured:
             )
             self.known[kind] = _fastest(kind[0], timings)
 
-    def __call__(self, layer: LinearLayer, weight: Tensor, sparsity: float) -> _Choice:
+    def __call__(self, layer: WeightSite, weight: Tensor, sparsity: float) -> _Choice:
         formats = candidate_formats(weight, self.form)
         if isinstance(formats, str):
             return _Choice(None, formats, {})
         return self.known[self._kind(layer, weight, formats, sparsity)]
 
     @staticmethod
-    def _kind(layer: LinearLayer, weight: Tensor, formats: list[Format], sparsity: float) -> Any:
+    def _kind(layer: WeightSite, weight: Tensor, formats: list[Format], sparsity: float) -> Any:
         bucket = round(sparsity / _BUCKET)
         return (
             tuple(formats),
@@ -300,7 +300,7 @@ def _sparsity(weight: Tensor) -> float:
     return 1.0 - int(weight.count_nonzero()) / weight.numel()
 
 
-def _convert(model: nn.Module, layer: LinearLayer, choose: _Smallest | _Measured) -> LayerSparsified:
+def _convert(model: nn.Module, layer: WeightSite, choose: _Smallest | _Measured) -> LayerSparsified:
     weight = layer.weight
     sparsity = _sparsity(weight)
     sharing = [name for name, module in layer.tied if module is not layer.module]
@@ -313,15 +313,8 @@ def _convert(model: nn.Module, layer: LinearLayer, choose: _Smallest | _Measured
     if choice.format is not None:
         sparse = SparseLinear.from_dense(layer.module, choice.format)
         after = sparse.nbytes
-        _swap(model, layer.module, sparse)
+        layer.replace(model, sparse)
     form = None if choice.format is None else str(choice.format)
     return LayerSparsified(
         layer.name, shape, dtype, sparsity, form, before, after, choice.reason, choice.speedups
     )
-
-
-def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            if child is old:
-                parent._modules[attribute] = new

@@ -12,7 +12,7 @@ from typing import Any
 from protocol import arguments, read_results, setup, write_results
 
 import sparseprune as sp
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning.allocation import AllocationContext, Search
 from sparseprune.pruning.allocation.search import layer_seconds, packed_bytes
 from sparseprune.pruning.methods import find_method
@@ -52,7 +52,7 @@ def main() -> None:
                 progress=True, **limit,
             )  # fmt: skip
             seconds = time.perf_counter() - begin
-            layers = find_linears(model)
+            layers = find_sites(model)
             zeros = {
                 layer.name: 1 - int(layer.weight.count_nonzero()) / layer.weight.numel() for layer in layers
             }
@@ -70,7 +70,7 @@ def main() -> None:
 
 def uniform_seconds(model: Any, sparsity: float) -> float:
     """One pass through all layers at batch 1, each in its fastest format, all of one sparsity."""
-    context = AllocationContext(model, find_linears(model), find_method("wanda"), Pattern(), sparsity, "row")
+    context = AllocationContext(model, find_sites(model), find_method("wanda"), Pattern(), sparsity, "row")
     return sum(times[0] for times in layer_seconds(context, [sparsity], 1).values())
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sparseprune.io.safetensors import DTYPE_NAMES, CheckpointError, TensorInfo, TensorSource, write
 from sparseprune.io.shards import INDEX_FILE, STREAM_FILE, WEIGHTS_FILE, open_sharded, open_whole
 from sparseprune.io.skeleton import CONFIG_FILE, from_config, read_config
-from sparseprune.models.sites import is_conv1d
+from sparseprune.models.sites import linear_shape
 from sparseprune.statistics import overlap
 from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.sparse_weight import SPEC_FIELDS, SparseWeight
@@ -411,9 +411,7 @@ class _Plan:
         for name in self.sparse:
             prefix = f"{name}." if name else ""
             module = self.modules.get(name)
-            if not (
-                isinstance(module, (nn.Linear, SparseLinear)) or (module is not None and is_conv1d(module))
-            ):
+            if linear_shape(module) is None:
                 found = "no such module" if module is None else f"a {type(module).__name__}"
                 self._fail(
                     f"{prefix}weight.spec",
@@ -449,11 +447,8 @@ class _Plan:
 
     def _read_sparse(self, name: str) -> SparseLinear:
         prefix = f"{name}." if name else ""
-        module = self.modules[name]
-        if isinstance(module, (nn.Linear, SparseLinear)):
-            expected = (module.out_features, module.in_features)
-        else:
-            expected = (module.weight.shape[1], module.weight.shape[0])
+        expected = linear_shape(self.modules[name])
+        assert expected is not None  # _check_sparse has seen to it
         parts = {part: self.file.get_tensor(f"{prefix}weight.{part}") for part in ("values", "mask", "spec")}
         try:
             weight = SparseWeight.from_tensors(**parts)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.report import Column, Table, human_bytes
 from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.sparse_weight import DTYPES, detect_nm
@@ -70,7 +70,7 @@ class ModelFacts:
 
 def inspect_model(model: nn.Module) -> ModelFacts:
     """Looks at every linear of `model`, sparse and dense."""
-    dense = {layer.name: layer for layer in find_linears(model, lm_head=True)}
+    dense = {layer.name: layer for layer in find_sites(model, lm_head=True)}
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):

@@ -10,18 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from sparseprune.models.sites import is_conv1d
+from sparseprune.models.sites import is_linear, site_of
 
-__all__ = ["SIZES", "apply_sizes", "name_sizes"]
+__all__ = ["SIZES", "apply_sizes"]
 
 SIZES = "sparseprune_sizes"
-
-
-def name_sizes(module: nn.Module, out: int, inner: int) -> None:
-    """Sets what a linear itself says of its size."""
-    names = ("nf", "nx") if is_conv1d(module) else ("out_features", "in_features")
-    for name, value in zip(names, (out, inner), strict=True):
-        setattr(module, name, value)
 
 
 def apply_sizes(model: nn.Module, sizes: Any) -> None:
@@ -50,14 +43,9 @@ def apply_sizes(model: nn.Module, sizes: Any) -> None:
 
 
 def _resize(module: nn.Module, out: int, inner: int) -> None:
-    conv = is_conv1d(module)
-    if not (isinstance(module, nn.Linear) or conv) or min(out, inner) < 1:
+    if not is_linear(module) or min(out, inner) < 1:
         raise ValueError(f"{type(module).__name__} cannot become [{out}, {inner}]")
-    old: nn.Parameter = module.weight  # type: ignore[assignment]
-    module.weight = nn.Parameter(
-        old.detach().new_empty((inner, out) if conv else (out, inner)), old.requires_grad
-    )
-    bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-    if bias is not None and bias.shape[0] != out:
-        module.bias = nn.Parameter(bias.detach().new_empty(out), bias.requires_grad)
-    name_sizes(module, out, inner)
+    site = site_of(module)
+    bias = site.bias
+    resized = None if bias is None or bias.shape[0] == out else bias.new_empty(out)
+    site.set(site.weight.new_empty(out, inner), resized)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from sparseprune.kernels import cuda
 from sparseprune.kernels.native import isa
 from sparseprune.measure.evaluate import SpeedResult, decode_speed, prompt_speed
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites, site_of
 from sparseprune.report import Column, Table, track
-from sparseprune.weights.linear import SparseLinear, dense_weight
+from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.sparse_weight import DTYPES, Format, detect_nm
 
 __all__ = [
@@ -169,7 +169,7 @@ def time_layer(
         rotated_bytes: how much memory the copies of the dense weight may take, by default `bytes_past_caches`; below
             the weight's own size there is one copy, and the layer is timed in whatever cache holds it.
     """
-    weight = dense_weight(linear).detach()
+    weight = site_of(linear).weight
     if rotated_bytes is None:
         rotated_bytes = bytes_past_caches(weight.device)
     copies = max(1, min(_MAX_COPIES, math.ceil(rotated_bytes / max(1, weight.nbytes))))
@@ -290,7 +290,7 @@ def time_model(
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    dense = {layer.name: layer.module for layer in find_linears(model)}
+    dense = {layer.name: layer.module for layer in find_sites(model)}
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -307,7 +307,7 @@ def _kind(module: nn.Module, form: Format | None) -> Any:
             round(module.sparsity, 2),
             module.packed.device,
         )
-    weight = dense_weight(module).detach()
+    weight = site_of(module).weight
     found = candidate_formats(weight, form)
     zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
     formats = () if isinstance(found, str) else tuple(found)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparseprune.measure.evaluate import PerplexityResult, Windows, logits_of, window_loss
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.modules import device_of, evaluation_mode
-from sparseprune.models.sites import find_linears, is_conv1d
+from sparseprune.models.sites import find_sites, linear_shape
 from sparseprune.report import Column, Table, track
 from sparseprune.weights.linear import SparseLinear
 
@@ -196,11 +196,11 @@ def _pairs(model: nn.Module, reference: nn.Module) -> dict[str, tuple[nn.Module,
             pairs[name] = (block, twins[name], "block")
         else:
             unpaired.append(f"{name}.")
-    for layer in find_linears(reference):
+    for layer in find_sites(reference):
         twin = twins.get(layer.name)
         if twin is None or layer.name.startswith(tuple(unpaired)):
             continue
-        if _shape(twin) == (layer.out_features, layer.in_features):
+        if linear_shape(twin) == (layer.out_features, layer.in_features):
             pairs[layer.name] = (layer.module, twin, "layer")
     if not any(kind == "layer" for _, _, kind in pairs.values()):
         raise ValueError(
@@ -208,13 +208,6 @@ def _pairs(model: nn.Module, reference: nn.Module) -> dict[str, tuple[nn.Module,
             f"{type(reference).__name__} has a twin of its name and shape"
         )
     return pairs
-
-
-def _shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear, dense or sparse."""
-    if isinstance(module, (SparseLinear, nn.Linear)):
-        return module.out_features, module.in_features
-    return (module.weight.shape[1], module.weight.shape[0]) if is_conv1d(module) else None  # type: ignore[union-attr, index, return-value]
 
 
 def _comparing(twin: nn.Module, sums: list[float]) -> Callable[..., None]:

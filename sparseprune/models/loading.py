@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 
 __all__ = ["demo_model_path", "load_dense"]
 
@@ -179,6 +179,6 @@ def _check_dense(model: nn.Module, path: Path, dtype: torch.dtype | None) -> Non
             raise ValueError(
                 f"path: {path} gave {name} as {parameter.dtype}, a packed weight; pass a dense model"
             )
-    for layer in find_linears(model, lm_head=True):
+    for layer in find_sites(model, lm_head=True):
         if dtype is not None and layer.weight.dtype != dtype:
             raise ValueError(f"path: {path} gave {layer.name} as {layer.weight.dtype}, asked for {dtype}")

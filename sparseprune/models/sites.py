@@ -1,50 +1,76 @@
-"""Where a model keeps its linear weights. Found by structure, never by name."""
+"""Where a model keeps its weights. Found by structure, never by name; a new kind is a class here and its place in `KINDS`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["LinearLayer", "find_linears", "is_conv1d", "is_linear"]
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' `Conv1D` (GPT-2), a linear layer with its weight as [in, out]."""
-    # By name: importing transformers here would make every user of a plain torch model pay for it.
-    return any(
-        base.__name__ == "Conv1D" and base.__module__.startswith("transformers.")
-        for base in type(module).__mro__
-    )
+__all__ = [
+    "KINDS",
+    "Conv1DSite",
+    "EmbeddingSite",
+    "ExpertSite",
+    "LinearSite",
+    "WeightSite",
+    "find_sites",
+    "is_linear",
+    "linear_shape",
+    "site_of",
+]
 
 
 @dataclass(frozen=True)
-class LinearLayer:
-    """One linear layer `y = x W^T + b` of a model, whatever class holds it.
+class WeightSite(ABC):
+    """A weight `W` [out, in] somewhere in a model, whatever class holds it and however it is stored.
 
-    `name` is its path in the model, `module` an `nn.Linear` or a transformers `Conv1D`. `tied` lists the
-    other places, by path, that share this very weight: they are the same layer, and are not listed on their
-    own.
+    `name` is its path in the model, `module` what holds it. `tied` lists the other places, by path, that share this
+    very weight: they are the same site, and are not listed on their own.
     """
 
     name: str
     module: nn.Module
     tied: tuple[tuple[str, nn.Module], ...] = field(default=(), repr=False)
 
+    @classmethod
+    @abstractmethod
+    def holds(cls, module: nn.Module) -> bool:
+        """Whether `module` keeps a weight as this kind does."""
+
+    @classmethod
+    def within(cls, name: str, module: nn.Module) -> Iterator[WeightSite]:
+        """The sites that a module of this kind has, under `name`."""
+        yield cls(name, module)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What an optimizer trains and a checkpoint holds."""
+        return getattr(self.module, self.parameter_name)  # type: ignore[no-any-return]
+
+    @property
+    def parameter_name(self) -> str:
+        return "weight"
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix [out, in] (a mask, a gradient) as the parameter has it, a view; its own inverse for these kinds."""
+        return matrix
+
     @property
     def weight(self) -> Tensor:
-        """[out_features, in_features], a view without gradient: writing to it changes the model."""
-        weight: Tensor = self.module.weight.detach()  # type: ignore[union-attr, operator]
-        return weight.t() if is_conv1d(self.module) else weight
+        """[out, in], a view without gradient: writing to it changes the model."""
+        return self.stored(self.parameter.detach())
 
     @property
     def bias(self) -> Tensor | None:
-        """[out_features] or None, a view without gradient."""
-        bias = self.module.bias
-        return None if bias is None else bias.detach()  # type: ignore[union-attr, operator]
+        """[out] or None, a view without gradient."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias.detach()
 
     @property
     def in_features(self) -> int:
@@ -54,51 +80,277 @@ class LinearLayer:
     def out_features(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def places(self) -> tuple[nn.Module, ...]:
+        """The modules that hold the weight, each once: one object may stand in two places."""
+        return tuple(dict.fromkeys((self.module, *(module for _, module in self.tied))))
 
-def find_linears(
+    @contextmanager
+    def on_inputs(self, see: Callable[[Tensor], None]) -> Iterator[None]:
+        """Inside, `see` gets what the weight multiplies, [..., in], at every call in every place.
+
+        Raises:
+            ValueError: a weight that multiplies nothing.
+        """
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(args[0] if args else next(iter(kwargs.values())))
+
+        with ExitStack() as stack:
+            for module in self.places:
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    @contextmanager
+    def changing_inputs(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Inside, the weight multiplies what `change` makes of its inputs [..., in]."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (change(args[0]), *args[1:])
+
+        with ExitStack() as stack:
+            for module in self.places:
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+            yield
+
+    @contextmanager
+    def on_outputs(self, see: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+        """Inside, `see(inputs, outputs)` is called behind every product; what it gives takes the outputs' place."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return see(args[0], output)
+
+        with ExitStack() as stack:
+            for module in self.places:
+                stack.callback(module.register_forward_hook(hook).remove)
+            yield
+
+    def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Gives the module a weight [out, in] of perhaps another size, as a new parameter; `bias` [out]: None keeps it.
+
+        The sizes that the module states of itself follow.
+        """
+        old = self.parameter
+        stored = self.stored(weight).contiguous()
+        if stored.data_ptr() == old.data_ptr():
+            stored = stored.clone()
+        setattr(self.module, self.parameter_name, nn.Parameter(stored, old.requires_grad))
+        if bias is not None:
+            was: Any = self.module.bias
+            self.module.bias = nn.Parameter(bias, was.requires_grad)
+        for attribute, size in zip(self.size_names, weight.shape, strict=True):
+            setattr(self.module, attribute, size)
+
+    @property
+    def size_names(self) -> tuple[str, str]:
+        """The module's attributes that state `out` and `in`."""
+        return "out_features", "in_features"
+
+    def replace(self, model: nn.Module, new: nn.Module) -> None:
+        """Puts `new` wherever `model` has the site's module.
+
+        Raises:
+            ValueError: a kind that no other module can stand in for, or places that only share the weight.
+        """
+        sharing = [name for name, module in self.tied if module is not self.module]
+        if sharing:
+            raise ValueError(f"{self.name}: its weight is shared with {sharing[0]}; replace neither")
+        for parent in model.modules():
+            for attribute, child in parent._modules.items():
+                if child is self.module:
+                    parent._modules[attribute] = new
+
+
+class LinearSite(WeightSite):
+    """`nn.Linear`."""
+
+    @classmethod
+    def holds(cls, module: nn.Module) -> bool:
+        # MultiheadAttention reads this one's weight itself: no hook sees its inputs, no other module can stand in
+        reads_itself = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        return isinstance(module, nn.Linear) and not reads_itself and _is_matrix(module.weight)
+
+
+class Conv1DSite(WeightSite):
+    """transformers' `Conv1D` (GPT-2): a linear with its weight as [in, out]."""
+
+    @classmethod
+    def holds(cls, module: nn.Module) -> bool:
+        # By name: importing transformers here would make every user of a plain torch model pay for it.
+        bases = type(module).__mro__
+        named = any(it.__name__ == "Conv1D" and it.__module__.startswith("transformers.") for it in bases)
+        return named and _is_matrix(module.weight)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    @property
+    def size_names(self) -> tuple[str, str]:
+        return "nf", "nx"
+
+
+class EmbeddingSite(WeightSite):
+    """`nn.Embedding`: a row for each token. It is looked up, so nothing is multiplied."""
+
+    @classmethod
+    def holds(cls, module: nn.Module) -> bool:
+        return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and _is_matrix(module.weight)
+
+    @property
+    def size_names(self) -> tuple[str, str]:
+        return "num_embeddings", "embedding_dim"
+
+    @contextmanager
+    def on_inputs(self, see: Callable[[Tensor], None]) -> Iterator[None]:
+        raise ValueError(
+            f"{self.name}: an embedding has no inputs to take statistics of; use a method that looks at weights only"
+        )
+        yield
+
+
+@dataclass(frozen=True)
+class ExpertSite(WeightSite):
+    """One expert's slice of a 3-D parameter [experts, out, in], as transformers keeps a mixture's experts.
+
+    `transposed`: the parameter is [experts, in, out] (GPT-OSS).
+    """
+
+    parameter_of: str = ""
+    expert: int = 0
+    transposed: bool = False
+
+    @classmethod
+    def holds(cls, module: nn.Module) -> bool:
+        return bool(_expert_parameters(module))
+
+    @classmethod
+    def within(cls, name: str, module: nn.Module) -> Iterator[WeightSite]:
+        transposed = bool(getattr(module, "is_transposed", False))
+        for parameter in _expert_parameters(module):
+            for expert in range(getattr(module, parameter).shape[0]):
+                yield cls(f"{name}.{parameter}[{expert}]", module, (), parameter, expert, transposed)
+
+    @property
+    def parameter_name(self) -> str:
+        return self.parameter_of
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.t() if self.transposed else matrix
+
+    @property
+    def weight(self) -> Tensor:
+        return self.stored(self.parameter.detach()[self.expert])
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.module, f"{self.parameter_of}_bias", None)
+        return None if bias is None else bias.detach()[self.expert]
+
+    @contextmanager
+    def on_inputs(self, see: Callable[[Tensor], None]) -> Iterator[None]:
+        """What is routed to the expert, for the first of its matrices; the second reads what the module keeps to itself."""
+        if self.parameter_of != _expert_parameters(self.module)[0]:
+            raise ValueError(
+                f"{self.name}: what it multiplies never leaves the module; use a method that looks at weights only"
+            )
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = (*args, *kwargs.values())
+            rows, routed = given[0], given[1]
+            chosen = (routed == self.expert).flatten(1).any(-1)
+            see(rows.reshape(-1, rows.shape[-1])[chosen])
+
+        handle = self.module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        raise ValueError(f"{self.name}: one expert cannot change its size, all share a parameter")
+
+    def replace(self, model: nn.Module, new: nn.Module) -> None:
+        raise ValueError(f"{self.name}: a slice of a parameter; no module can take its place")
+
+
+KINDS: tuple[type[WeightSite], ...] = (LinearSite, Conv1DSite)
+"""The kinds that are pruned and swapped unless others are asked for."""
+
+
+def find_sites(
     model: nn.Module,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     lm_head: bool = False,
-) -> list[LinearLayer]:
-    """The model's linear layers (`nn.Linear`, transformers' `Conv1D`), in model order.
-
-    Only those with floating-point weights.
+    *,
+    kinds: Sequence[type[WeightSite]] = KINDS,
+) -> list[WeightSite]:
+    """The sites of the model's floating-point weights, in model order.
 
     Args:
-        include, exclude: shell patterns (`fnmatch`) over layer names, one or several; a layer is listed if it
-            matches some `include` (default: all) and no `exclude`.
+        include, exclude: shell patterns (`fnmatch`) over names, one or several; a site is listed if it matches some
+            `include` (default: all) and no `exclude`.
         lm_head: also list the output head, i.e. what `get_output_embeddings()` returns, and every linear
             whose weight is an embedding's.
+        kinds: which to look for; `EmbeddingSite` and `ExpertSite` only where they are named.
 
-    A weight that several layers share is listed once, under its first name, the others in `tied`; it is
+    A weight that several modules share is listed once, under its first name, the others in `tied`; it is
     listed if any of its names is included and none excluded. A linear that its owner never calls
-    (`nn.MultiheadAttention.out_proj`) is no layer here.
+    (`nn.MultiheadAttention.out_proj`) is not a site.
 
     Raises:
-        ValueError: a listed layer's weight is computed by a parametrization, so that writing to it is lost.
+        ValueError: a listed site's weight is computed by a parametrization, so that writing to it is lost.
     """
     included = _patterns("include", "*" if include is None else include)
     excluded = _patterns("exclude", () if exclude is None else exclude)
-    heads = set() if lm_head else _head_weights(model)
-    places: dict[int, list[tuple[str, nn.Module]]] = {}
+    heads = set() if lm_head or EmbeddingSite in kinds else _head_weights(model)
+    places: dict[Any, list[WeightSite]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_linear(module):
+        kind = next((it for it in kinds if it.holds(module)), None)
+        for site in () if kind is None else kind.within(name, module):
             # a parametrized weight is a new tensor at each access, its module stands for it
-            key = id(module) if parametrize.is_parametrized(module, "weight") else id(module.weight)
-            places.setdefault(key, []).append((name, module))
-    layers = []
-    for key, ((name, module), *tied) in places.items():
-        names = [name, *(other for other, _ in tied)]
+            parametrized = parametrize.is_parametrized(module, site.parameter_name)
+            key = id(module) if parametrized else id(site.parameter)
+            places.setdefault((key, getattr(site, "expert", 0)), []).append(site)
+    sites = []
+    for (key, _), (first, *others) in places.items():
+        names = [site.name for site in (first, *others)]
         if key in heads or not _match(names, included) or _match(names, excluded):
             continue
-        if parametrize.is_parametrized(module, "weight"):
+        if parametrize.is_parametrized(first.module, first.parameter_name):
             raise ValueError(
-                f"model: {name}.weight must be a plain parameter, it is computed by a parametrization; call "
-                "torch.nn.utils.parametrize.remove_parametrizations on it, or exclude the layer"
+                f"model: {first.name}.{first.parameter_name} must be a plain parameter, it is computed by a "
+                "parametrization; call torch.nn.utils.parametrize.remove_parametrizations on it, or exclude the layer"
             )
-        layers.append(LinearLayer(name, module, tuple(tied)))
-    return layers
+        object.__setattr__(first, "tied", tuple((site.name, site.module) for site in others))
+        sites.append(first)
+    return sites
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear of one of the kinds, dense and with a floating-point weight."""
+    return any(kind.holds(module) for kind in KINDS)
+
+
+def site_of(module: nn.Module, name: str = "") -> WeightSite:
+    """The site of a linear that stands for itself; `name`: what errors call it.
+
+    Raises:
+        TypeError: `module` is not a linear.
+    """
+    for kind in KINDS:
+        if kind.holds(module):
+            return kind(name, module)
+    raise TypeError(f"linear: must be an nn.Linear or a transformers Conv1D, got {type(module).__name__}")
+
+
+def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """(out, in) of a linear, dense or sparse, by what it states of itself; None for any other module."""
+    for kind in KINDS:
+        if module is not None and kind.holds(module):
+            return kind("", module).out_features, kind("", module).in_features
+    stated = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return stated if all(type(it) is int for it in stated) else None  # type: ignore[return-value]
 
 
 def _match(names: Sequence[str], patterns: Sequence[str]) -> bool:
@@ -113,20 +365,24 @@ def _patterns(argument: str, value: str | Sequence[str]) -> tuple[str, ...]:
     return patterns
 
 
-def is_linear(module: nn.Module) -> bool:
-    # MultiheadAttention reads this one's weight itself: no hook sees its inputs, no other module can stand in
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False
-    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
-        return False
-    return isinstance(module.weight, Tensor) and module.weight.is_floating_point() and module.weight.ndim == 2
+def _is_matrix(weight: object) -> bool:
+    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.ndim == 2
+
+
+def _expert_parameters(module: nn.Module) -> list[str]:
+    """The names of a module's 3-D parameters of one first dimension, in the order in which they multiply."""
+    found = [
+        name
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.is_floating_point()
+    ]
+    count = getattr(module, "num_experts", None)
+    return found if count and all(getattr(module, name).shape[0] == count for name in found) else []
 
 
 def _head_weights(model: nn.Module) -> set[int]:
-    weights = set()
+    weights = {id(it.weight) for it in model.modules() if isinstance(it, (nn.Embedding, nn.EmbeddingBag))}
     for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            weights.add(id(module.weight))
         get_head = getattr(module, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         weight = getattr(head, "weight", None)

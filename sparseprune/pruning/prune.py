@@ -15,7 +15,7 @@ from torch import nn
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch
 from sparseprune.models.blocks import find_blocks
-from sparseprune.models.sites import LinearLayer, find_linears
+from sparseprune.models.sites import WeightSite, find_sites
 from sparseprune.pruning.allocation import Allocation, AllocationContext, allocation_name, resolve_allocation
 from sparseprune.pruning.auto import choose, fast_dtype
 from sparseprune.pruning.base import Method, Target
@@ -70,7 +70,7 @@ def prune(
         sparsity: fraction of weights to remove, in [0, 1); implied by N:M, needed otherwise.
         calibration: what the method runs the model on (`sparseprune.calibration.windows`, or any batches); needed by
             all methods but those that look at weights only.
-        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_linears`.
+        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_sites`.
         scope: what "unstructured" ranks together, "row" or "layer"; by default what suits the method.
         allocation: how much each layer loses: "uniform", a name of `sparseprune.pruning.allocation.ALLOCATIONS`, or a
             mapping from layer names (or shell patterns) to sparsities; see `resolve_allocation`.
@@ -204,17 +204,17 @@ def find_layers(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     lm_head: bool = False,
-) -> list[LinearLayer]:
-    """`find_linears`, each checked to be fit for the pattern.
+) -> list[WeightSite]:
+    """`find_sites`, each checked to be fit for the pattern.
 
     Raises:
         ValueError: no layer at all, or a layer that cannot be pruned so, by name.
     """
-    layers = find_linears(model, include, exclude, lm_head)
+    layers = find_sites(model, include, exclude, lm_head)
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no linear layer to prune under include={include!r}, "
-            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.sites.find_linears(model)"
+            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.sites.find_sites(model)"
         )
     for layer in layers:
         pattern.check_shape(layer.out_features, layer.in_features, layer.name)
@@ -277,7 +277,7 @@ class _Job:
     """One run over the model's layers, and what it has to report."""
 
     model: nn.Module
-    layers: Sequence[LinearLayer]
+    layers: Sequence[WeightSite]
     method: Method
     targets: Mapping[str, Target]
     data: CalibrationData | None
@@ -355,8 +355,8 @@ class _Job:
             self.rows[layer.name] = apply_mask(layer, layer_bits)
 
     def _by_blocks(self, blocks: Sequence[tuple[str, nn.Module]], walk: Walk, options: BlockRun) -> None:
-        inside: list[LinearLayer] = []
-        outside: list[LinearLayer] = []
+        inside: list[WeightSite] = []
+        outside: list[WeightSite] = []
         for layer in self.layers:
             (inside if layer.name.startswith(tuple(f"{name}." for name, _ in blocks)) else outside).append(
                 layer
@@ -371,14 +371,14 @@ class _Job:
             if outside and options.sequential:  # the head, say: it reads what the pruned blocks give
                 self._each(outside, self._collect(outside), rewriter)
 
-    def _each(self, layers: Sequence[LinearLayer], statistics: Mapping[str, Any], rewriter: Rewriter) -> None:
+    def _each(self, layers: Sequence[WeightSite], statistics: Mapping[str, Any], rewriter: Rewriter) -> None:
         for layer in track(layers, f"pruning ({self.method.name})", enabled=self.progress):
             row, _ = prune_layer(
                 layer, self.method, statistics.get(layer.name), self.targets[layer.name], rewriter
             )
             self.rows[layer.name] = row
 
-    def _collect(self, layers: Sequence[LinearLayer]) -> Mapping[str, Any]:
+    def _collect(self, layers: Sequence[WeightSite]) -> Mapping[str, Any]:
         statistic = self.method.statistic
         if statistic is None or self.data is None:
             return {}

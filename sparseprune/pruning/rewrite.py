@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseprune.kernels import ops
-from sparseprune.models.sites import LinearLayer, is_conv1d
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Pruned
 from sparseprune.pruning.report import LayerPruned
 
@@ -39,10 +39,10 @@ class Rewriter:
         if id(parameter) not in self._before:
             self._before[id(parameter)] = (parameter, parameter.detach().clone())
 
-    def write(self, layer: LinearLayer, pruned: Pruned, error: float | None = None) -> LayerPruned:
+    def write(self, layer: WeightSite, pruned: Pruned, error: float | None = None) -> LayerPruned:
         """Gives the layer its new weight."""
         before = _zeros(layer.weight)
-        self.remember(layer.module.weight)  # type: ignore[arg-type]
+        self.remember(layer.parameter)
         layer.weight.copy_(pruned.weight)
         layer.weight.masked_fill_(~pruned.mask, 0)
         return LayerPruned(
@@ -50,20 +50,20 @@ class Rewriter:
         )
 
 
-def weight_of(layer: LinearLayer) -> Tensor:
+def weight_of(layer: WeightSite) -> Tensor:
     """The layer's weight as the methods want it, [out, in] in float32 (float64 stays)."""
     weight = layer.weight
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def pack_layer_mask(layer: LinearLayer, mask: Tensor) -> Tensor:
+def pack_layer_mask(layer: WeightSite, mask: Tensor) -> Tensor:
     """A mask [out, in] as bits, turned as the layer stores its weight: an eighth of a byte a weight."""
-    return ops.pack_mask(_stored(layer, mask).cpu())
+    return ops.pack_mask(layer.stored(mask).cpu())
 
 
-def apply_mask(layer: LinearLayer, bits: Tensor) -> LayerPruned:
+def apply_mask(layer: WeightSite, bits: Tensor) -> LayerPruned:
     """Zeroes what `pack_layer_mask`'s bits leave out."""
-    weight = _stored(layer, layer.weight)
+    weight = layer.stored(layer.weight)
     before = _zeros(weight)
     if weight.is_cpu and weight.is_contiguous() and weight.dtype != torch.float64:
         ops.mask_apply_packed_(weight, bits)
@@ -72,12 +72,7 @@ def apply_mask(layer: LinearLayer, bits: Tensor) -> LayerPruned:
     return LayerPruned(layer.name, (layer.out_features, layer.in_features), before, _zeros(weight))
 
 
-def _stored(layer: LinearLayer, matrix: Tensor) -> Tensor:
-    """A matrix [out, in] turned as the layer stores its weight."""
-    return matrix.t() if is_conv1d(layer.module) else matrix
-
-
-def count_zeros(layer: LinearLayer) -> int:
+def count_zeros(layer: WeightSite) -> int:
     return _zeros(layer.weight)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.pruning.report import LayerPruned, PruneReport
 from sparseprune.pruning.rewrite import count_zeros
@@ -38,7 +38,7 @@ def find_schedule(schedule: str | Gradual | Greedy) -> Gradual | Greedy | None:
 def prune_scheduled(
     schedule: Gradual | Greedy,
     model: nn.Module,
-    layers: Sequence[LinearLayer],
+    layers: Sequence[WeightSite],
     pattern: Pattern,
     sparsity: float,
     once: Callable[..., Any],

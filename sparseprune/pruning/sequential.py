@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseprune.memory import all_finite
-from sparseprune.models.sites import LinearLayer, is_conv1d
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.reconstruction import Reconstruction, reconstruct
 from sparseprune.pruning.report import BlockReconstructed, LayerPruned
@@ -42,7 +42,7 @@ class BlockRun:
 
 def prune_blocks(
     blocks: Sequence[tuple[str, nn.Module]],
-    layers: Sequence[LinearLayer],
+    layers: Sequence[WeightSite],
     walk: Walk,
     method: Method,
     targets: Mapping[str, Target],
@@ -86,7 +86,7 @@ def prune_blocks(
                     layer, method, statistics.get(layer.name), targets[layer.name], rewriter
                 )
                 rows.append(row)
-                masks[layer.module.weight] = mask.t() if is_conv1d(layer.module) else mask  # type: ignore[index]
+                masks[layer.parameter] = layer.stored(mask)
             statistics.clear()
             if run.reconstruction is not None and outputs is not None:
                 left = None if share is None else begin + share - time.perf_counter()
@@ -103,7 +103,7 @@ def prune_blocks(
 
 
 def prune_layer(
-    layer: LinearLayer, method: Method, statistic: Any, target: Target, rewriter: Rewriter
+    layer: WeightSite, method: Method, statistic: Any, target: Target, rewriter: Rewriter
 ) -> tuple[LayerPruned, Tensor]:
     """Prunes one layer; its row of the report, and its mask, bool [out, in].
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 
 __all__ = ["Snapshot", "Zeros", "hold_zeros"]
 
@@ -27,9 +27,9 @@ class Zeros:
         self._gone: dict[str, Tensor] = {}
         self._grown: set[str] = set()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        for layer in find_linears(model, lm_head=True):
-            gone = layer.module.weight.detach() == 0  # type: ignore[union-attr, operator]
-            name = names.get(id(layer.module.weight))
+        for layer in find_sites(model, lm_head=True):
+            gone = layer.parameter.detach() == 0
+            name = names.get(id(layer.parameter))
             if name is not None and gone.any() and not gone.all():
                 self._gone[name] = gone
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 
 __all__ = ["adapters"]
 
@@ -46,7 +46,7 @@ class _MaskedLora(nn.Module):
 
 @contextmanager
 def adapters(
-    layers: Sequence[LinearLayer], rank: int, alpha: float | None = None, seed: int = 0
+    layers: Sequence[WeightSite], rank: int, alpha: float | None = None, seed: int = 0
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Adapters on `layers` inside; merged into their weights at the end, which then are plain parameters again.
 
@@ -62,14 +62,14 @@ def adapters(
     """
     if rank < 1:
         raise ValueError(f"lora: the rank must be at least 1, got {rank}")
-    made: list[tuple[LinearLayer, _MaskedLora]] = []
+    made: list[tuple[WeightSite, _MaskedLora]] = []
     try:
         generator = torch.Generator().manual_seed(seed)
         for layer in layers:
-            weight = _stored(layer.module)
+            weight = layer.parameter
             adapter = _MaskedLora(weight, rank, 2.0 * rank if alpha is None else alpha, generator)
             made.append((layer, adapter))
-            for module in _places(layer):  # one adapter for a weight that several layers share
+            for module in layer.places:  # one adapter for a weight that several layers share
                 parametrize.register_parametrization(module, "weight", adapter, unsafe=True)
         yield {
             f"{layer.name}.lora_{name}": parameter
@@ -82,18 +82,9 @@ def adapters(
 
 
 @torch.no_grad()
-def _merge(layer: LinearLayer) -> None:
-    merged = layer.module.weight.detach().clone()  # type: ignore[operator, union-attr]
-    for module in _places(layer):
+def _merge(layer: WeightSite) -> None:
+    merged = layer.parameter.detach().clone()
+    for module in layer.places:
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-    _stored(layer.module).copy_(merged)
-
-
-def _places(layer: LinearLayer) -> list[nn.Module]:
-    return list({id(module): module for module in (layer.module, *(it for _, it in layer.tied))}.values())
-
-
-def _stored(module: nn.Module) -> Tensor:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight
+    layer.parameter.copy_(merged)

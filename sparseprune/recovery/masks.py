@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparseprune.kernels import ops
-from sparseprune.models.sites import LinearLayer, find_linears
+from sparseprune.models.sites import WeightSite, find_sites
 
 __all__ = ["SparsityMasks", "freeze_zeros"]
 
@@ -46,13 +46,13 @@ class SparsityMasks:
     Masking sets to +0.0; it does not multiply, which would keep NaN and make -0.0.
     """
 
-    def __init__(self, layers: Sequence[LinearLayer]) -> None:
+    def __init__(self, layers: Sequence[WeightSite]) -> None:
         """Takes down the zeros of `layers`; turns those that are -0.0 into +0.0."""
         self._masks: dict[str, _Mask] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._handles: list[Any] = []
         for layer in layers:
-            parameter = layer.module.weight
+            parameter = layer.parameter
             if not isinstance(parameter, nn.Parameter):
                 raise TypeError(
                     f"layers: {layer.name}.weight must be a Parameter to be trained, got "
@@ -72,8 +72,8 @@ class SparsityMasks:
         exclude: str | Sequence[str] | None = None,
         lm_head: bool = False,
     ) -> SparsityMasks:
-        """The zeros of a model's linear layers (see `sparseprune.models.sites.find_linears`)."""
-        return cls(find_linears(model, include, exclude, lm_head))
+        """The zeros of a model's linear layers (see `sparseprune.models.sites.find_sites`)."""
+        return cls(find_sites(model, include, exclude, lm_head))
 
     @property
     def pruned(self) -> dict[str, Tensor]:
@@ -195,7 +195,7 @@ def freeze_zeros(
     """From now on `optimizer` trains the model's linear layers around their zeros, in a training loop of your own.
 
     Args:
-        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_linears`.
+        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_sites`.
 
     Returns:
         The masks; their `detach()` ends it.

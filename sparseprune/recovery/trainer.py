@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch
 from sparseprune.models.modules import device_of
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.recovery.compiled import compiled_blocks
 from sparseprune.recovery.data import Sampler, as_sampler, batches_of
 from sparseprune.recovery.distill import Distillation, LossFunction, Objective
@@ -89,7 +89,7 @@ def recover(
         compile: `torch.compile` the blocks: needs a C++ compiler and half a minute, and saves a fifth of each step on a
             CPU.
         dropout: leave it on, where the model has any.
-        include, exclude, lm_head: which layers' zeros are kept, see `sparseprune.models.sites.find_linears`.
+        include, exclude, lm_head: which layers' zeros are kept, see `sparseprune.models.sites.find_sites`.
         evaluate: called with the model, for the report, at the beginning, every `evaluate_every` steps, at the end.
         checkpoint: folder for the state of the run, written every `checkpoint_every` steps (default: every five
             minutes) and at the end. A run that finds one there goes on from it, to the same result bit for bit
@@ -127,7 +127,7 @@ def recover(
     with ExitStack() as stack:
         stack.enter_context(_float32(model))
         stack.enter_context(_mode(model, dropout))
-        layers = find_linears(model, include, exclude, lm_head)
+        layers = find_sites(model, include, exclude, lm_head)
         masks = SparsityMasks(layers)
         if lora is None:
             parameters = trained_parameters(model, train)

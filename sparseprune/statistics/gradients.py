@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparseprune.models.batches import Batch, call, check_lengths, no_cache, to_device
 from sparseprune.models.modules import device_of, evaluation_mode
-from sparseprune.models.sites import LinearLayer, is_conv1d
+from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
 from sparseprune.statistics import processes
 from sparseprune.statistics.inputs import Statistic
@@ -115,7 +115,7 @@ def _is_causal(model: nn.Module) -> bool:
 
 def collect_gradients(
     model: nn.Module,
-    layers: Sequence[LinearLayer],
+    layers: Sequence[WeightSite],
     batches: Iterable[Batch],
     statistic: type[WeightGradients] = GradientSum,
     progress: bool = False,
@@ -182,7 +182,7 @@ def _check_loss(value: Any) -> None:
 
 @contextmanager
 def _gradients_to(
-    model: nn.Module, layers: Sequence[LinearLayer], statistics: Mapping[str, Any]
+    model: nn.Module, layers: Sequence[WeightSite], statistics: Mapping[str, Any]
 ) -> Iterator[None]:
     """Sends each layer's gradients to its statistic as they come, and keeps none; other weights get none."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
@@ -191,7 +191,7 @@ def _gradients_to(
         for parameter, _, _ in before:
             parameter.requires_grad_(False)
         for layer in layers:
-            weight: Any = layer.module.weight
+            weight = layer.parameter
             weight.requires_grad_(True)
             weight.grad = None
             hooks.append(weight.register_post_accumulate_grad_hook(_hook(layer, statistics[layer.name])))
@@ -204,13 +204,13 @@ def _gradients_to(
             parameter.grad = gradient
 
 
-def _hook(layer: LinearLayer, statistic: WeightGradients) -> Callable[[Tensor], None]:
+def _hook(layer: WeightSite, statistic: WeightGradients) -> Callable[[Tensor], None]:
     def hook(weight: Tensor) -> None:
         gradient = weight.grad
         weight.grad = None
         assert gradient is not None
         try:
-            statistic.update(gradient.t() if is_conv1d(layer.module) else gradient)
+            statistic.update(layer.stored(gradient))
         except FloatingPointError:
             raise ValueError(
                 f"batches: the gradient of {layer.name} must be finite, got NaN or Inf; check the batches, or "

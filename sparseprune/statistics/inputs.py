@@ -22,7 +22,7 @@ from sparseprune.models.batches import (
     trunk,
 )
 from sparseprune.models.modules import device_of, evaluation_mode
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
 from sparseprune.statistics import processes
 
@@ -89,7 +89,7 @@ class Gram(InputSquares):
 
 def collect(
     model: nn.Module,
-    layers: Sequence[LinearLayer],
+    layers: Sequence[WeightSite],
     batches: Iterable[Batch],
     statistic: type[Statistic] = InputSquares,
     progress: bool = False,
@@ -114,7 +114,7 @@ def collect(
         raise ValueError("batches: must hold at least one batch, got none")
     check_lengths(model, batches)
     batches = processes.share(batches)
-    places = {module for layer in layers for module in (layer.module, *(module for _, module in layer.tied))}
+    places = {module for layer in layers for module in layer.places}
     run = trunk(model, places, batches)
 
     def runs() -> Iterator[tuple[Callable[[], Any], Tensor | None]]:
@@ -129,7 +129,7 @@ Runs = Callable[[], Iterable[tuple[Callable[[], Any], Tensor | None]]]
 """Gives anew, at each call, the passes to make: a function that makes one, and its attention mask or None."""
 
 
-def collect_in(layers: Sequence[LinearLayer], runs: Runs, statistic: type[Statistic]) -> dict[str, Any]:
+def collect_in(layers: Sequence[WeightSite], runs: Runs, statistic: type[Statistic]) -> dict[str, Any]:
     """What `collect` does, for passes that the caller makes.
 
     Layers that read the same tensor in every pass (query, key and value; gate and up) share one statistic.
@@ -142,16 +142,13 @@ def collect_in(layers: Sequence[LinearLayer], runs: Runs, statistic: type[Statis
 
 
 def _collect_in(
-    layers: Sequence[LinearLayer], runs: Runs, statistic: type[Statistic], sharing: _Sharing | None
+    layers: Sequence[WeightSite], runs: Runs, statistic: type[Statistic], sharing: _Sharing | None
 ) -> dict[str, Any]:
     statistics: dict[str, Any] = {}
     padding = _Padding()
     with ExitStack() as stack:
         for layer in layers:
-            hook = _hook(layer, statistics, statistic, padding, sharing)
-            # a set: one module object may stand in two places, and must not count its inputs twice
-            for module in {layer.module, *(module for _, module in layer.tied)}:
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(layer.on_inputs(_counting(layer, statistics, statistic, padding, sharing)))
         for run, mask in runs():
             padding.mask = mask
             run()
@@ -218,17 +215,16 @@ class _Padding:
         return inputs.reshape(-1, inputs.shape[-1])
 
 
-def _hook(
-    layer: LinearLayer,
+def _counting(
+    layer: WeightSite,
     statistics: dict[str, Any],
     statistic: type[Statistic],
     padding: _Padding,
     sharing: _Sharing | None,
-) -> Any:
+) -> Callable[[Tensor], None]:
     name = layer.name
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = args[0] if args else next(iter(kwargs.values()))
+    def see(inputs: Tensor) -> None:
         if sharing is not None and sharing.is_follower(name, inputs):
             statistics[name] = statistics[sharing.leader[name]]
             return
@@ -242,4 +238,4 @@ def _hook(
                 "or load it in float32 or bfloat16"
             ) from None
 
-    return hook
+    return see

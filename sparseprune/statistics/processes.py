@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 if TYPE_CHECKING:
-    from sparseprune.models.sites import LinearLayer
+    from sparseprune.models.sites import WeightSite
     from sparseprune.statistics.inputs import Statistic
 
 __all__ = ["add_gradients", "all_reduce", "barrier", "broadcast", "rank", "share", "total", "world_size"]
@@ -49,7 +49,7 @@ def share(batches: Sequence[T]) -> Sequence[T]:
 
 
 def all_reduce(
-    layers: Sequence[LinearLayer], statistics: dict[str, Any], statistic: type[Statistic]
+    layers: Sequence[WeightSite], statistics: dict[str, Any], statistic: type[Statistic]
 ) -> dict[str, Any]:
     """The statistics over all processes' shares, the same in every process; `statistics` is used up.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparseprune.models.batches import Batch, attention_mask, call, check_lengths, no_cache, to_device, trunk
 from sparseprune.models.modules import device_of, evaluation_mode
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
 from sparseprune.statistics import processes
 from sparseprune.statistics.inputs import Statistic, collect_in
@@ -109,7 +109,7 @@ def run_block(block: nn.Module, hidden: Tensor, how: Call) -> Tensor:
 
 def block_statistics(
     block: nn.Module,
-    layers: Sequence[LinearLayer],
+    layers: Sequence[WeightSite],
     walk: Walk,
     index: int,
     statistic: type[Statistic],

@@ -21,7 +21,7 @@ from sparseprune.io.checkpoint import header, save_config
 from sparseprune.io.shards import STREAM_FILE
 from sparseprune.memory import all_finite, peak_memory
 from sparseprune.models.batches import trunk
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.report import LayerPruned
 from sparseprune.pruning.rewrite import Rewriter
@@ -63,7 +63,7 @@ class Job:
 
     streamed: StreamedModel
     blocks: Sequence[tuple[str, nn.Module]]
-    layers: Sequence[LinearLayer]
+    layers: Sequence[WeightSite]
     method: Method
     targets: Mapping[str, Target]
     data: CalibrationData | None
@@ -198,7 +198,7 @@ class Job:
                 following.seal()
         return following
 
-    def _prune_layers(self, layers: Sequence[LinearLayer], statistics: dict[str, Any]) -> None:
+    def _prune_layers(self, layers: Sequence[WeightSite], statistics: dict[str, Any]) -> None:
         """Each process prunes some of the layers, all get all of them."""
         size, rewriter = processes.world_size(), _Final()
         mine: dict[int, dict[str, Any]] = {}
@@ -211,8 +211,7 @@ class Job:
         rows = [mine]
         if size > 1:
             for position, layer in enumerate(layers):
-                weight: Any = layer.module.weight
-                processes.broadcast(weight.detach().view(torch.uint8), position % size)
+                processes.broadcast(layer.parameter.detach().view(torch.uint8), position % size)
             rows = [{} for _ in range(size)]
             dist.all_gather_object(rows, mine)
         everyone = {position: row for part in rows for position, row in part.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparseprune.memory import available_memory, resident_memory, room_under_ulimit
 from sparseprune.models.batches import Batch
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Method
 from sparseprune.report import human_bytes
 from sparseprune.statistics.inputs import Gram
@@ -60,7 +60,7 @@ class Needs:
 def needs_of(
     streamed: StreamedModel,
     blocks: Sequence[str],
-    layers: Sequence[LinearLayer],
+    layers: Sequence[WeightSite],
     method: Method,
     batches: Sequence[Batch],
     rest: Sequence[str],
@@ -132,7 +132,7 @@ def check_disk(wanted: dict[Path, int]) -> None:
             )
 
 
-def _layer_bytes(layer: LinearLayer, method: Method) -> int:
+def _layer_bytes(layer: WeightSite, method: Method) -> int:
     copies = _LAYER_COPIES + (1 if method.changes_weights else 0)
     size = int(copies * 4) * layer.in_features * layer.out_features
     if method.statistic is not None and issubclass(method.statistic, Gram):
@@ -140,7 +140,7 @@ def _layer_bytes(layer: LinearLayer, method: Method) -> int:
     return size
 
 
-def _statistics_bytes(layers: Sequence[LinearLayer], method: Method) -> int:
+def _statistics_bytes(layers: Sequence[WeightSite], method: Method) -> int:
     # Layers of one parent and width mostly read one tensor (query, key and value; gate and up), and share.
     if method.statistic is None:
         return 0

@@ -16,7 +16,7 @@ from sparseprune.memory import spare_address_space
 from sparseprune.models.batches import Batch
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.modules import max_length
-from sparseprune.models.sites import LinearLayer, find_linears
+from sparseprune.models.sites import WeightSite, find_sites
 from sparseprune.pruning.allocation import AllocationContext, allocation_name, resolve_allocation
 from sparseprune.pruning.base import Method
 from sparseprune.pruning.methods import find_method
@@ -125,7 +125,7 @@ def prune_folder(
             notes += [cut] if cut is not None else []
         blocks = find_blocks(streamed.model)
         prefixes = tuple(f"{name}." for name, _ in blocks)
-        found = find_linears(streamed.model, include, exclude)
+        found = find_sites(streamed.model, include, exclude)
         layers = [layer for layer in found if layer.name.startswith(prefixes)]
         context = AllocationContext(streamed.model, layers, method, pattern, removed, ranked, data)
         targets = resolve_allocation(allocation, context)
@@ -162,9 +162,7 @@ def _spill_folder(out: Path, spill: str | Path | None) -> Path:
     return out / SPILL_FOLDER if spill is None else Path(spill) / f"sparseprune-{own}"
 
 
-def _left_out(
-    found: Sequence[LinearLayer], layers: Sequence[LinearLayer], unused: Sequence[str]
-) -> list[str]:
+def _left_out(found: Sequence[WeightSite], layers: Sequence[WeightSite], unused: Sequence[str]) -> list[str]:
     notes = []
     outside = [layer.name for layer in found if layer not in layers]
     if outside:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseprune.io.safetensors import TensorInfo, TensorSource, write
 from sparseprune.io.shards import INDEX_FILE, shard_name
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Target
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.streaming.source import StreamedModel
@@ -51,7 +51,7 @@ def write_block(
     shard: tuple[int, int],
     streamed: StreamedModel,
     name: str,
-    layers: Sequence[LinearLayer],
+    layers: Sequence[WeightSite],
     targets: Mapping[str, Target],
     form: Format | None,
     header: dict[str, str],
@@ -106,7 +106,7 @@ def _copied(streamed: StreamedModel, key: str, dtype: torch.dtype) -> list[Itera
     return [streamed.source.parts(streamed.keys[key], dtype)]
 
 
-def _sparse_source(key: str, layer: LinearLayer, form: Format) -> TensorSource:
+def _sparse_source(key: str, layer: WeightSite, form: Format) -> TensorSource:
     weight = layer.weight
     rows, cols = weight.shape
     nnz = rows * (cols // form.m) * form.n if form.kind == "nm" else int(weight.count_nonzero())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch, no_cache
 from sparseprune.models.modules import evaluation_mode
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
 from sparseprune.surgery.compensation import damped, damping_fraction
 from sparseprune.surgery.probe import find_neurons, run
@@ -60,7 +60,7 @@ def bridges(
     """
     runs = _runs(sorted(gone))
     groups = find_neurons(model, batch)
-    found: list[tuple[int, int, LinearLayer]] = []
+    found: list[tuple[int, int, WeightSite]] = []
     for first, last in runs:
         inside = [
             it.consumer for it in groups if first and it.consumer.name.startswith(f"{blocks[first - 1][0]}.")
@@ -92,12 +92,12 @@ def _runs(gone: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _adds_up(model: nn.Module, block: nn.Module, layer: LinearLayer, batch: Batch) -> bool:
+def _adds_up(model: nn.Module, block: nn.Module, layer: WeightSite, batch: Batch) -> bool:
     """Whether what is added to the projection's output is added to the block's."""
     outputs: list[Tensor] = []
     noise: list[Tensor] = []
 
-    def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def disturb(inputs: Tensor, output: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         noise.append(torch.randn(output.shape, generator=generator).to(output) * output.std())
         return output + noise[-1]
@@ -106,7 +106,7 @@ def _adds_up(model: nn.Module, block: nn.Module, layer: LinearLayer, batch: Batc
         keep = block.register_forward_hook(lambda module, args, output: outputs.append(hidden_out(output)))
         stack.callback(keep.remove)
         run(model, batch)
-        stack.callback(layer.module.register_forward_hook(disturb).remove)
+        stack.enter_context(layer.on_outputs(disturb))
         run(model, batch)
     if outputs[0].numel() != noise[0].numel():
         return False
@@ -119,7 +119,7 @@ def _adds_up(model: nn.Module, block: nn.Module, layer: LinearLayer, batch: Batc
 class _Sums:
     """a^T a and a^T D of one run, summed by hooks while it is entered."""
 
-    def __init__(self, model: nn.Module, first: nn.Module, last: nn.Module, layer: LinearLayer) -> None:
+    def __init__(self, model: nn.Module, first: nn.Module, last: nn.Module, layer: WeightSite) -> None:
         self.first, self.last, self.layer = first, last, layer
         device, inner, out = layer.weight.device, layer.in_features, layer.out_features
         self.gram = torch.zeros(inner, inner, device=device)
@@ -131,18 +131,18 @@ class _Sums:
 
     def __enter__(self) -> None:
         hooks = [
-            self.layer.module.register_forward_pre_hook(self._keep_a),
             self.first.register_forward_pre_hook(self._keep_before, with_kwargs=True),
             self.last.register_forward_hook(self._add),
         ]
         for hook in hooks:
             self._stack.callback(hook.remove)
+        self._stack.enter_context(self.layer.on_inputs(self._keep_a))
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _keep_a(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._a = args[0].reshape(-1, self.layer.in_features).float()
+    def _keep_a(self, inputs: Tensor) -> None:
+        self._a = inputs.reshape(-1, self.layer.in_features).float()
 
     def _keep_before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._before = hidden_in(args, kwargs)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch, attention_mask, no_cache
 from sparseprune.models.modules import evaluation_mode
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
 from sparseprune.surgery.compensation import damped
 from sparseprune.surgery.probe import run
@@ -146,7 +145,7 @@ def resolve_loss(model: nn.Module, loss: Loss | None) -> Loss:
 
 def taylor(
     model: nn.Module,
-    consumers: Sequence[LinearLayer],
+    consumers: Sequence[WeightSite],
     channels: Sequence[Tensor],
     data: CalibrationData,
     loss: Loss | None,
@@ -160,20 +159,19 @@ def taylor(
     totals = [torch.zeros(len(it)) for it in channels]
     inputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            value = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
-            inputs[name] = value
-            return (value, *args[1:])
+    def keep(name: str) -> Callable[[Tensor], Tensor]:
+        def change(given: Tensor) -> Tensor:
+            inputs[name] = given if given.requires_grad else given.detach().requires_grad_()
+            return inputs[name]
 
-        return hook
+        return change
 
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(no_cache(model))
         stack.enter_context(torch.enable_grad())
         for layer in consumers:
-            stack.callback(layer.module.register_forward_pre_hook(keep(layer.name)).remove)
+            stack.enter_context(layer.changing_inputs(keep(layer.name)))
         for batch in track(data, "gradients", total=len(data), enabled=progress):
             inputs.clear()
             value = loss(model, batch)

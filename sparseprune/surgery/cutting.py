@@ -14,7 +14,7 @@ from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch, check_lengths, no_cache
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.modules import evaluation_mode
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
 from sparseprune.statistics.inputs import Gram, InputSquares, collect
 from sparseprune.statistics.walk import Walk, WalkError, advance, block_statistics, capture
@@ -73,7 +73,7 @@ class Units:
     members: Sequence[tuple[int, ...]]
 
     @property
-    def consumer(self) -> LinearLayer:
+    def consumer(self) -> WeightSite:
         return self.group.consumer
 
     def edits(self, gone: Sequence[int]) -> Edits:
@@ -174,7 +174,7 @@ def cut(
                 )
     before = counts(model)
     first = units[0]
-    reference = _input_of(model, first.consumer.module, batch)
+    reference = _input_of(model, first.consumer, batch)
     gone: dict[str, list[int]] = {}
     with undo_on_error(model):
         for part, statistics, prefix in _parts(model, units, plan, options):
@@ -332,21 +332,22 @@ def _gone(it: Units, statistic: Any, total: Tensor | None, options: Options) -> 
     return gone
 
 
-def _input_of(model: nn.Module, module: nn.Module, batch: Batch) -> Tensor:
+def _input_of(model: nn.Module, layer: WeightSite, batch: Batch) -> Tensor:
     found: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda module, args: found.append(args[0].detach()))
-    try:
-        with torch.no_grad(), evaluation_mode(model), no_cache(model):
-            run(model, batch)
-    finally:
-        handle.remove()
+    with (
+        torch.no_grad(),
+        evaluation_mode(model),
+        no_cache(model),
+        layer.on_inputs(lambda inputs: found.append(inputs.detach())),
+    ):
+        run(model, batch)
     return found[0]
 
 
 def _check_runs(model: nn.Module, first: Units, gone: Sequence[int], reference: Tensor, batch: Batch) -> None:
     """The cut model runs, and what stays of the first layer that was cut gives what it gave before."""
     try:
-        inputs = _input_of(model, first.consumer.module, batch)
+        inputs = _input_of(model, first.consumer, batch)
     except (RuntimeError, IndexError) as error:
         raise ValueError(
             f"model: {type(model).__name__} must run once cut, it fails with: {error}"

@@ -8,7 +8,7 @@ config as `sparseprune_sizes`, by which `sparseprune.load` cuts the model that i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune.io.sizes import SIZES, apply_sizes, name_sizes
+from sparseprune.io.sizes import SIZES, apply_sizes
 from sparseprune.models.modules import parent_of
-from sparseprune.models.sites import is_conv1d
+from sparseprune.models.sites import is_linear, site_of
 from sparseprune.pruning.zeros import Snapshot
 
 __all__ = [
@@ -88,25 +88,16 @@ class Plan:
 
 def _cut(module: nn.Module, rows: Tensor | None, columns: Tensor | None, weight: Tensor | None) -> None:
     """Makes a linear keep only `rows` and `columns` of its weight [out, in]; `weight`: its new values."""
-    conv = is_conv1d(module)
-    parameter: nn.Parameter = module.weight  # type: ignore[assignment]
-    old = parameter.detach()
-    new = old.t() if conv else old
+    site = site_of(module)
+    new = site.weight
     if rows is not None:
         new = new[rows.to(new.device)]
     if columns is not None:
         new = new[:, columns.to(new.device)]
     if weight is not None and not new.is_meta:
         new = weight.to(new)
-    out, inner = new.shape
-    stored = (new.t() if conv else new).contiguous()
-    module.weight = nn.Parameter(
-        stored.clone() if stored.data_ptr() == old.data_ptr() else stored, parameter.requires_grad
-    )
-    bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-    if rows is not None and bias is not None:
-        module.bias = nn.Parameter(bias.detach()[rows.to(bias.device)], bias.requires_grad)
-    name_sizes(module, out, inner)
+    bias = site.bias
+    site.set(new, None if rows is None or bias is None else bias[rows.to(bias.device)])
 
 
 def counts(model: nn.Module) -> tuple[int, int]:
@@ -287,9 +278,8 @@ def _sizes(stated: nn.Module, cut: nn.Module) -> dict[str, Any]:
     linears, attributes = {}, {}
     for name, module in cut.named_modules():
         other = others[name]
-        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.shape != other.weight.shape:  # type: ignore[union-attr, operator]
-            shape: Sequence[int] = module.weight.shape  # type: ignore[assignment, union-attr]
-            linears[name] = list(reversed(shape)) if is_conv1d(module) else list(shape)
+        if is_linear(module) and site_of(module).weight.shape != site_of(other).weight.shape:
+            linears[name] = list(site_of(module).weight.shape)
             continue
         old = _plain(other)
         changed = {

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.surgery.criteria import CRITERIA, Loss
 from sparseprune.surgery.cutting import (
     Options,
@@ -72,7 +72,7 @@ def remove_neurons(
         raise ValueError(f"multiple_of: must be at least 1, got {multiple_of!r}")
     data = as_data(model, calibration)
     check_criterion(criterion, CRITERIA, CALIBRATED, data)
-    batch, found = _found(model, data, [layer.name for layer in find_linears(model, include, exclude)])
+    batch, found = _found(model, data, [layer.name for layer in find_sites(model, include, exclude)])
     groups = chosen_groups(found, include, exclude)
     if not groups:
         raise ValueError(

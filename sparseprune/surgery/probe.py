@@ -13,7 +13,7 @@ A producer whose output goes anywhere else belongs to neither: its width is not 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch, no_cache, to_device
 from sparseprune.models.modules import device_of, evaluation_mode
-from sparseprune.models.sites import LinearLayer, find_linears
+from sparseprune.models.sites import WeightSite, find_sites
 
 __all__ = ["HeadGroup", "NeuronGroup", "NotReachedError", "find_heads", "find_neurons", "run", "sample_batch"]
 
@@ -41,8 +41,8 @@ class NeuronGroup:
     `parts` says for each producer how many rows a neuron has in it: row j, j + width, ...
     """
 
-    consumer: LinearLayer
-    producers: tuple[LinearLayer, ...]
+    consumer: WeightSite
+    producers: tuple[WeightSite, ...]
     parts: tuple[int, ...]
 
     @property
@@ -63,8 +63,8 @@ class HeadGroup:
         groups: heads that share a key and value, as tuples of head numbers, in order.
     """
 
-    consumer: LinearLayer
-    producers: tuple[LinearLayer, ...]
+    consumer: WeightSite
+    producers: tuple[WeightSite, ...]
     head_rows: tuple[tuple[tuple[int, ...], ...], ...]
     groups: tuple[tuple[int, ...], ...]
 
@@ -134,7 +134,7 @@ class _Probe:
     """One pass with random numbers behind every linear: inputs by layer name, and the graph's starts by name."""
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
-        self.layers = {layer.name: layer for layer in find_linears(model, lm_head=True)}
+        self.layers = {layer.name: layer for layer in find_sites(model, lm_head=True)}
         self.inputs: dict[str, Tensor] = {}
         self.leaves: dict[str, Tensor] = {}
         self.repeated: set[str] = set()
@@ -144,9 +144,7 @@ class _Probe:
             stack.enter_context(no_cache(model))
             stack.enter_context(torch.enable_grad())
             for name, layer in self.layers.items():
-                for module in {layer.module, *(module for _, module in layer.tied)}:
-                    hook = module.register_forward_hook(self._hook(name))
-                    stack.callback(hook.remove)
+                stack.enter_context(layer.on_outputs(self._cutting(name)))
                 if layer.tied:
                     self.repeated.add(name)
             self.outputs = [it for it in _tensors(run(model, batch)) if it.grad_fn is not None]
@@ -156,17 +154,17 @@ class _Probe:
             for leaf in found:
                 self.readers[leaf].append(reader)
 
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _cutting(self, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+        def cut(inputs: Tensor, output: Tensor) -> Tensor:
             if name in self.inputs:
                 self.repeated.add(name)
                 return output
-            self.inputs[name] = args[0]
+            self.inputs[name] = inputs
             leaf = torch.randn(output.shape, generator=self.generator).to(output).requires_grad_()
             self.leaves[name] = leaf
             return leaf
 
-        return hook
+        return cut
 
     def gradients(self, *targets: Tensor) -> dict[str, Tensor]:
         """Leaf name -> gradient of a random combination of `targets`; only leaves that it depends on."""
@@ -180,7 +178,7 @@ class _Probe:
         found = torch.autograd.grad(heads, list(self.leaves.values()), retain_graph=True, allow_unused=True)
         return {name: it for name, it in zip(self.leaves, found, strict=True) if it is not None}
 
-    def links(self) -> Iterator[tuple[LinearLayer, tuple[LinearLayer, ...]]]:
+    def links(self) -> Iterator[tuple[WeightSite, tuple[WeightSite, ...]]]:
         """Each linear with the linears before it that feed it alone, if all that feed it do so."""
         for name, found in self.dependencies.items():
             producers = tuple(sorted(found, key=list(self.layers).index))
@@ -240,7 +238,7 @@ def _probe(model: nn.Module, batch: Batch) -> _Probe:
 
 
 def _elementwise(
-    probe: _Probe, consumer: LinearLayer, producers: Sequence[LinearLayer]
+    probe: _Probe, consumer: WeightSite, producers: Sequence[WeightSite]
 ) -> tuple[int, ...] | None:
     """How many rows a neuron has in each producer, None unless channels stay apart from each other."""
     inputs = probe.inputs[consumer.name]
@@ -279,24 +277,23 @@ def _runs_narrowed(model: nn.Module, batch: Batch, groups: Sequence[NeuronGroup]
 
 @contextmanager
 def _narrowed(groups: Sequence[NeuronGroup]) -> Iterator[None]:
-    def cut(rows: Tensor) -> Any:
-        return lambda module, args, output: output[..., rows.to(output.device)]
+    def cut(rows: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda inputs, output: output[..., rows.to(output.device)]
 
-    def pad(width: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            if args[0].shape[-1] != width - 1:
+    def pad(width: int) -> Callable[[Tensor], Tensor]:
+        def change(inputs: Tensor) -> Tensor:
+            if inputs.shape[-1] != width - 1:
                 raise RuntimeError("another width")
-            return (nn.functional.pad(args[0], (0, 1)), *args[1:])
+            return nn.functional.pad(inputs, (0, 1))
 
-        return hook
+        return change
 
     with ExitStack() as stack:
         for group in groups:
             keep = torch.arange(group.width - 1)
             for index, producer in enumerate(group.producers):
-                handle = producer.module.register_forward_hook(cut(group.rows(index, keep)))
-                stack.callback(handle.remove)
-            stack.callback(group.consumer.module.register_forward_pre_hook(pad(group.width)).remove)
+                stack.enter_context(producer.on_outputs(cut(group.rows(index, keep))))
+            stack.enter_context(group.consumer.changing_inputs(pad(group.width)))
         yield
 
 
@@ -315,7 +312,7 @@ def find_heads(model: nn.Module, batch: Batch, heads: int) -> list[HeadGroup]:
 
 
 def _attention(
-    probe: _Probe, consumer: LinearLayer, producers: tuple[LinearLayer, ...], heads: int
+    probe: _Probe, consumer: WeightSite, producers: tuple[WeightSite, ...], heads: int
 ) -> HeadGroup | None:
     inputs = probe.inputs[consumer.name]
     rows: list[list[tuple[int, ...]]] = [[] for _ in producers]

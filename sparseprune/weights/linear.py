@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sparseprune.kernels import backend, ops
 from sparseprune.kernels.native import isa
-from sparseprune.models.sites import is_conv1d
+from sparseprune.models.sites import site_of
 from sparseprune.weights.sparse_weight import DTYPES, Format, SparseWeight
 
-__all__ = ["SparseLinear", "dense_weight"]
+__all__ = ["SparseLinear"]
 
 _linear = torch.ops.sparseprune.linear.default
 _linear_undispatched = ops._linear
@@ -68,7 +68,7 @@ class SparseLinear(nn.Module):
         """Sparse twin of an `nn.Linear` or a transformers `Conv1D`; ValueError where the weight does not fit."""
         bias: Any = linear.bias
         return cls.from_weight(
-            SparseWeight.from_dense(dense_weight(linear), format), bias, training=linear.training
+            SparseWeight.from_dense(site_of(linear).weight, format), bias, training=linear.training
         )
 
     @classmethod
@@ -259,13 +259,3 @@ def _needs_dispatcher(
         or functorch() is not None
         or jit_tracing() is not None
     )
-
-
-def dense_weight(linear: nn.Module) -> Tensor:
-    """The weight `[out, in]` of an `nn.Linear` or a transformers `Conv1D` (a view: Conv1D keeps `[in, out]`)."""
-    if isinstance(linear, nn.Linear):
-        return linear.weight
-    if is_conv1d(linear):
-        weight: Any = linear.weight
-        return weight.t()
-    raise TypeError(f"linear: must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")

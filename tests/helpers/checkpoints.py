@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparseprune.io.safetensors import TensorInfo, TensorSource, write
 from sparseprune.io.shards import INDEX_FILE, shard_name
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.weights.linear import SparseLinear
 
 
@@ -23,7 +23,7 @@ def save(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, sha
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The linears' weights [out, in] by name, sparse ones made dense."""
-    found = {layer.name: layer.weight for layer in find_linears(model)}
+    found = {layer.name: layer.weight for layer in find_sites(model)}
     return found | {name: it.weight for name, it in model.named_modules() if isinstance(it, SparseLinear)}
 
 

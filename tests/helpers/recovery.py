@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparseprune as sp
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.recovery import TokenStream
 
 
@@ -18,7 +18,7 @@ def peaked(make=tiny.llama, **kwargs) -> nn.Module:
     """A tiny model whose predictions are far from uniform, so that there is something to lose and to recover."""
     model = make(**kwargs)
     with torch.no_grad():
-        for layer in find_linears(model, lm_head=True):
+        for layer in find_sites(model, lm_head=True):
             layer.weight.mul_(6.0)
     return model
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from sparseprune.convert import sparsify
 from sparseprune.measure.evaluate import perplexity
 from sparseprune.measure.fidelity import divergence, fidelity, layer_errors
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning import prune
 from sparseprune.statistics.overlap import remember
 
@@ -110,12 +110,12 @@ class TestLayerErrors:
     def test_against_inputs_taken_by_hand(self, build, sparse):
         reference = decided(build)
         model = pruned(reference)
-        weights = {layer.name: layer.weight.double().clone() for layer in find_linears(model)}
+        weights = {layer.name: layer.weight.double().clone() for layer in find_sites(model)}
         if sparse:
             sparsify(model, policy="always")
         batches = [IDS[None, :32], IDS[None, 32:64]]
         errors = {row.name: row for row in layer_errors(model, reference, batches).rows}
-        for layer in find_linears(reference):
+        for layer in find_sites(reference):
             inputs = []
             handle = layer.module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))  # noqa: B023
             with torch.no_grad():

@@ -11,13 +11,13 @@ from torch.nn.utils import parametrizations
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.loading import demo_model_path, load_dense
 from sparseprune.models.modules import device_of, evaluation_mode, max_length, parent_of
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def names(model, *args, **kwargs):
-    return [layer.name for layer in find_linears(model, *args, **kwargs)]
+    return [layer.name for layer in find_sites(model, *args, **kwargs)]
 
 
 class TestFindLinears:
@@ -31,7 +31,7 @@ class TestFindLinears:
 
     def test_gpt2_conv1d_reads_as_out_in(self):
         model = tiny.gpt2()
-        layers = {layer.name: layer for layer in find_linears(model)}
+        layers = {layer.name: layer for layer in find_sites(model)}
         assert len(layers) == 8
         fused = layers["transformer.h.0.attn.c_attn"]
         assert fused.module.weight.shape == (32, 96)
@@ -43,7 +43,7 @@ class TestFindLinears:
 
     @pytest.mark.parametrize("build", [tiny.gpt2, tiny.llama])
     def test_writing_to_the_view_changes_the_model(self, build):
-        layer = find_linears(build())[0]
+        layer = find_sites(build())[0]
         assert not layer.weight.requires_grad
         layer.weight[3, 5] = 123.0
         assert (layer.module.weight == 123.0).sum() == 1
@@ -78,7 +78,7 @@ class TestFindLinears:
         shared = nn.Linear(4, 4)
         model = nn.Sequential(shared, nn.Linear(4, 4), nn.ReLU(), shared)
         model[1].weight = shared.weight
-        (layer,) = find_linears(model)
+        (layer,) = find_sites(model)
         assert layer.name == "0"
         assert [name for name, _ in layer.tied] == ["1", "3"]
         assert layer.tied[0][1] is model[1]
@@ -93,7 +93,7 @@ class TestFindLinears:
         assert names(model, include="*MLP*") == []
         assert len(names(model, include=[], exclude=[])) == 0
         with pytest.raises(TypeError, match="include: must be shell patterns"):
-            find_linears(model, include=[3])
+            find_sites(model, include=[3])
 
     def test_attention_that_reads_its_projection_is_left_out(self):
         model = nn.TransformerEncoderLayer(16, 2, 32)
@@ -107,7 +107,7 @@ class TestFindLinears:
     def test_parametrized_weight_is_an_error_unless_excluded(self):
         model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
         with pytest.raises(ValueError, match=r"model: 0\.weight must be a plain parameter.*remove_param"):
-            find_linears(model)
+            find_sites(model)
         assert names(model, exclude="0") == ["1"]
 
 
@@ -317,7 +317,7 @@ def test_gguf_loads_plain_and_dense(tmp_path, quantized, dtype):
     assert tokenizer is not None
     expected = torch.float32 if dtype is None else dtype
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
-    layers = find_linears(model, lm_head=True)
+    layers = find_sites(model, lm_head=True)
     assert len(layers) == 15
     assert {type(layer.module) for layer in layers} == {nn.Linear}
     down = "model.layers.1.mlp.down_proj"  # no head permutation, which GGUF applies to q and k

@@ -4,7 +4,7 @@ from helpers import tiny
 from torch import nn
 
 from sparseprune.calibration import CalibrationData
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning.allocation import AllocationContext, resolve_allocation
 from sparseprune.pruning.base import Method
 from sparseprune.pruning.methods import METHODS
@@ -20,14 +20,14 @@ def context(model=None, method="magnitude", sparsity=0.6, pattern="unstructured"
     found = METHODS[method] if isinstance(method, str) else method
     scope = scope or found.scope
     return AllocationContext(
-        model, find_linears(model), found, Pattern.parse(pattern), sparsity, scope, data
+        model, find_sites(model), found, Pattern.parse(pattern), sparsity, scope, data
     )  # fmt: skip
 
 
 def spread(model):
     """Layers of different scales and shapes of their weights, so that no allocation is uniform by accident."""
     generator = torch.Generator().manual_seed(1)
-    for index, layer in enumerate(find_linears(model)):
+    for index, layer in enumerate(find_sites(model)):
         with torch.no_grad():
             noise = torch.randn(layer.module.weight.shape, generator=generator)
             layer.module.weight.copy_(noise.sign() * noise.abs() ** (1 + index % 4) * 0.05 * (1 + index % 3))

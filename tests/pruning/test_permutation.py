@@ -8,7 +8,7 @@ from helpers import tiny
 from torch import nn
 
 from sparseprune.calibration import CalibrationData
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning import Pattern, prune
 from sparseprune.pruning.methods import find_method
 from sparseprune.pruning.methods.permutation import column_order, kept_score, permute_neurons
@@ -79,7 +79,7 @@ def test_folding_keeps_the_outputs(build, dtype):
         expected = first_output(model, tiny.ids())
         changed = []
         method = find_method("ria+permute")
-        layers = find_linears(model)
+        layers = find_sites(model)
         notes = permute_neurons(model, layers, method, Pattern(2, 4), CALIBRATION, changed.append)
         found = first_output(model, tiny.ids())
     blocks = 1 if build is tiny.lstm_classifier else 2
@@ -121,7 +121,7 @@ def test_neurons_that_are_not_alike_keep_their_order():
         expected = model(x)
         notes = permute_neurons(
             model,
-            find_linears(model),
+            find_sites(model),
             find_method("wanda+permute"),
             Pattern(2, 4),
             CalibrationData([x]),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparseprune.calibration import CalibrationData
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning import METHODS, Method, Pruned, Reconstruction, prune
 from sparseprune.pruning.schedules import Gradual, Greedy
 from sparseprune.statistics.inputs import Gram
@@ -34,7 +34,7 @@ class TestBlockByBlock:
         wanda, wanda_report, _ = self.losses(method="wanda")
         assert loss < 0.9 * wanda
         assert (report.inputs, wanda_report.inputs) == ("sequential", "dense")
-        for row, layer in zip(report.layers, find_linears(model), strict=True):
+        for row, layer in zip(report.layers, find_sites(model), strict=True):
             assert row.name == layer.name
             assert 0 < row.error < 0.6
             assert row.zeros_after == (layer.weight == 0).sum() == layer.weight.numel() // 2
@@ -60,7 +60,7 @@ class TestBlockByBlock:
             assert loss < 0.95 * plain
         assert len(report.blocks) == 3
         assert all(block.after < 0.97 * block.before for block in report.blocks)
-        assert all((layer.weight == 0).sum() == layer.weight.numel() // 2 for layer in find_linears(model))
+        assert all((layer.weight == 0).sum() == layer.weight.numel() // 2 for layer in find_sites(model))
         assert not any(parameter.grad is not None for parameter in model.parameters())
         assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -68,7 +68,7 @@ class TestBlockByBlock:
         _, report, model = self.losses(method="sparsegpt", reconstruction=Reconstruction(1, 1e3))
         assert all(block.after == block.before for block in report.blocks)
         assert all(
-            layer.weight.abs().max() < 1 for layer in find_linears(model)
+            layer.weight.abs().max() < 1 for layer in find_sites(model)
         )  # a step would go as far as 1e3
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -175,7 +175,7 @@ class TestBlockByBlock:
 
         model, dense = tiny.llama(), tiny.llama()
         prune(model, "2:4", Method("halve", solve=halve))
-        for layer, was in zip(find_linears(model), find_linears(dense), strict=True):
+        for layer, was in zip(find_sites(model), find_sites(dense), strict=True):
             kept = layer.weight != 0
             assert torch.equal(layer.weight[kept], was.weight[kept] / 2)
 
@@ -219,13 +219,13 @@ class TestSchedules:
         seen = []
 
         def recover(model):
-            seen.append(sum(int((layer.weight == 0).sum()) for layer in find_linears(model)))
+            seen.append(sum(int((layer.weight == 0).sum()) for layer in find_sites(model)))
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(0.01)
 
         report = prune(model, "unstructured", "wanda", 0.6, CALIBRATION, schedule=Gradual(3), recover=recover)
-        total = sum(layer.weight.numel() for layer in find_linears(model))
+        total = sum(layer.weight.numel() for layer in find_sites(model))
         assert [it / total for it in seen] == pytest.approx(
             [0.422, 0.578, 0.6], abs=0.015
         )  # whole weights a row

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparseprune.calibration import CalibrationData, windows
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning import METHODS, Method, Pattern, mask_from_scores, prune
 from sparseprune.pruning.methods.magnitude import magnitude_scores
 from sparseprune.pruning.methods.wanda import wanda_scores
@@ -199,7 +199,7 @@ BUILDERS = [tiny.llama, tiny.gpt2, tiny.bert, tiny.lstm_classifier]
 def test_prune_keeps_exactly_the_best(build, method, pattern, sparsity, dtype):
     model = build().to(dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    layers = find_linears(model)
+    layers = find_sites(model)
     dense = {layer.name: layer.weight.clone() for layer in layers}
     calibration = CALIBRATION if METHODS[method].statistic is not None else None
     report = prune(model, pattern, method, sparsity, calibration=calibration)
@@ -332,7 +332,7 @@ class TestErrorsComeBeforeAnyChange:
     @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
     def test_weights_not_finite(self, build, bad):
         model = build()
-        layer = find_linears(model)[-1]
+        layer = find_sites(model)[-1]
         layer.weight[1, 2] = bad
         self.check(model, f"^{layer.name}: weights must be finite, got NaN or Inf")
 

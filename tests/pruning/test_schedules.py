@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparseprune as sp
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning.schedules import Gradual, Greedy, LotteryTicket, hold_zeros
 from sparseprune.pruning.zeros import Snapshot
 from sparseprune.surgery import remove_layers, remove_neurons
 
 
 def zeros_of(model):
-    return {it.name: it.weight == 0 for it in find_linears(model)}
+    return {it.name: it.weight == 0 for it in find_sites(model)}
 
 
 def sparsity_of(model):
@@ -63,7 +63,7 @@ class TestHoldZeros:
         with hold_zeros(model):
             training(model)
             assert all(torch.equal(it, before[name]) for name, it in zeros_of(model).items())
-            find_linears(model)[0].weight.add_(1)  # no optimizer: mended at the end
+            find_sites(model)[0].weight.add_(1)  # no optimizer: mended at the end
         assert all(torch.equal(it, before[name]) for name, it in zeros_of(model).items())
         training(model)
         assert sparsity_of(model) < 0.1
@@ -139,7 +139,7 @@ class TestGradual:
 
         def prune_to(sparsity):
             generator = torch.Generator().manual_seed(next(seeds))
-            for layer in find_linears(model):
+            for layer in find_sites(model):
                 layer.weight.add_(0.1)
                 layer.weight.masked_fill_(torch.rand(layer.weight.shape, generator=generator) < sparsity, 0)
 

@@ -8,7 +8,7 @@ from helpers import tiny
 from torch import nn
 
 from sparseprune.calibration import CalibrationData
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning import METHODS, prune
 from sparseprune.pruning.methods import find_method
 from sparseprune.pruning.methods.gradient import gradient_scores
@@ -21,7 +21,7 @@ CALIBRATION = CalibrationData([tiny.ids(seed=0), tiny.ids(seed=1), tiny.ids(seed
 
 
 def masks(model):
-    return {layer.name: layer.weight != 0 for layer in find_linears(model)}
+    return {layer.name: layer.weight != 0 for layer in find_sites(model)}
 
 
 class TestRandom:
@@ -97,11 +97,11 @@ class TestRia:
 
 def autograd_gradients(model, batches, losses):
     """layer name -> list over batches of the gradient [out, in], by plain backward passes."""
-    found = {layer.name: [] for layer in find_linears(model)}
+    found = {layer.name: [] for layer in find_sites(model)}
     for batch in batches:
         model.zero_grad()
         losses(model, batch).backward()
-        for layer in find_linears(model):
+        for layer in find_sites(model):
             gradient = layer.module.weight.grad.clone()
             found[layer.name].append(gradient.t() if type(layer.module).__name__ == "Conv1D" else gradient)
     model.zero_grad()
@@ -118,7 +118,7 @@ class TestGradients:
     def test_next_token_loss_of_a_causal_model(self, build):
         model = build()
         expected = autograd_gradients(model, CALIBRATION, shifted_loss)
-        layers = find_linears(model)
+        layers = find_sites(model)
         total = collect_gradients(model, layers, CALIBRATION)
         sizes = collect_gradients(model, layers, CALIBRATION, GradientMagnitudes)
         for layer in layers:
@@ -135,7 +135,7 @@ class TestGradients:
         model = tiny.bert(head=True)
         batches = [{"input_ids": tiny.ids(seed=seed), "labels": tiny.ids(seed=seed + 7)} for seed in range(2)]
         expected = autograd_gradients(model, batches, lambda model, batch: model(**batch).loss)
-        layers = find_linears(model)
+        layers = find_sites(model)
         total = collect_gradients(model, layers, batches)
         for layer in layers:
             assert torch.allclose(total[layer.name].total, sum(expected[layer.name]), atol=1e-6)
@@ -145,7 +145,7 @@ class TestGradients:
         ids = tiny.ids(2, 12)
         mask = torch.ones_like(ids)
         mask[:, 8:] = 0
-        layers = find_linears(model)
+        layers = find_sites(model)
         padded = collect_gradients(model, layers, [{"input_ids": ids, "attention_mask": mask}])
         short = collect_gradients(model, layers, [ids[:, :8]])
         for name in padded:
@@ -157,7 +157,7 @@ class TestGradients:
         def loss(output, batch):
             return output.square().mean()
 
-        layers = find_linears(model)
+        layers = find_sites(model)
         expected = autograd_gradients(model, CALIBRATION, lambda model, batch: loss(model(batch), batch))
         total = collect_gradients(model, layers, CALIBRATION, loss=loss)
         for layer in layers:
@@ -173,7 +173,7 @@ class TestGradients:
         weight.grad = torch.ones_like(weight)
         model.model.embed_tokens.weight.requires_grad_(False)
         required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        layers = [layer for layer in find_linears(model) if "mlp" in layer.name]
+        layers = [layer for layer in find_sites(model) if "mlp" in layer.name]
         with torch.no_grad():
             statistics = collect_gradients(model, layers, CALIBRATION)
         assert statistics.keys() == {layer.name for layer in layers}
@@ -185,14 +185,14 @@ class TestGradients:
 
     def test_a_shared_weight_gets_all_its_uses(self):
         model = tiny.llama(tied=True)
-        layers = find_linears(model, include="lm_head", lm_head=True)
+        layers = find_sites(model, include="lm_head", lm_head=True)
         statistics = collect_gradients(model, layers, [tiny.ids()])
         shifted_loss(model, tiny.ids()).backward()
         assert torch.allclose(statistics["lm_head"].total, model.lm_head.weight.grad, atol=1e-6)
 
     def test_half_precision(self):
         model = tiny.llama().to(torch.bfloat16)
-        layers = find_linears(model)
+        layers = find_sites(model)
         half = collect_gradients(model, layers, CALIBRATION)
         full = collect_gradients(model.float(), layers, CALIBRATION)
         for name, statistic in half.items():
@@ -225,7 +225,7 @@ class TestGradients:
         ]
         for model, batches, options, match in cases:
             with pytest.raises(ValueError, match=match):
-                collect_gradients(model, find_linears(model), batches, GradientSum, **options)
+                collect_gradients(model, find_sites(model), batches, GradientSum, **options)
 
     def test_gradient_not_finite(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -236,7 +236,7 @@ class TestGradients:
         with pytest.raises(ValueError, match="batches: the gradient of 1 must be finite"), torch.no_grad():
             for parameter in model[1].parameters():
                 parameter.zero_()
-            collect_gradients(model, find_linears(model), [torch.randn(3, 4)], loss=loss)
+            collect_gradients(model, find_sites(model), [torch.randn(3, 4)], loss=loss)
         assert model[0].weight.requires_grad
 
     def test_a_layer_without_gradient(self):
@@ -244,7 +244,7 @@ class TestGradients:
         model.forward = lambda x: model["used"](x)
         with pytest.raises(ValueError, match="depend on every layer, 1 got no gradient, the first is unused"):
             collect_gradients(
-                model, find_linears(model), [torch.randn(3, 4)], loss=lambda out, batch: out.sum()
+                model, find_sites(model), [torch.randn(3, 4)], loss=lambda out, batch: out.sum()
             )
 
 
@@ -301,7 +301,7 @@ def test_scores_keep_more_of_a_trained_model_than_chance():
 class TestMethods:
     def test_prune_ranks_by_the_loss(self, method):
         model = tiny.llama()
-        layers = find_linears(model)
+        layers = find_sites(model)
         dense = {layer.name: layer.weight.clone() for layer in layers}
         statistics = collect_gradients(model, layers, CALIBRATION, METHODS[method].statistic)
         prune(model, "2:4", method, calibration=CALIBRATION)

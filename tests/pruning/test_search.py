@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sparseprune.calibration import CalibrationData
 from sparseprune.measure.benchmark import LayerTiming
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning.allocation import Search, resolve_allocation
 from sparseprune.pruning.allocation import search as search_module
 from sparseprune.pruning.allocation.candidates import Candidates
@@ -61,7 +61,7 @@ def pruned(it, targets):
     """A copy of the model pruned by magnitude or Wanda scores under these targets."""
     statistics = statistics_for(it, it.calibration)
     model = copy.deepcopy(it.model)
-    for layer in find_linears(model):
+    for layer in find_sites(model):
         found = it.method.prune(layer.weight.float(), statistics.get(layer.name), targets[layer.name])
         layer.weight.copy_(found.weight)
     return model
@@ -107,7 +107,7 @@ class TestJudge:
         judge = Judge(model, OTHER)
         assert judge() == 0
         reference = copy.deepcopy(model)
-        layer = find_linears(model)[-1]
+        layer = find_sites(model)[-1]
         layer.weight.mul_(0.3)
         assert judge() == pytest.approx(naive_kl(reference, model, OTHER), rel=1e-3)
 
@@ -136,7 +136,7 @@ class TestJudge:
         for padding in (0, 5):
             model = uneven()
             judge = Judge(model, [{"input_ids": torch.where(mask > 0, ids, padding), "attention_mask": mask}])
-            find_linears(model)[-1].weight.mul_(0.5)
+            find_sites(model)[-1].weight.mul_(0.5)
             scores.append(judge())
         assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
@@ -145,7 +145,7 @@ class TestJudge:
         judge = Judge(model, OTHER)
         with torch.no_grad():
             before = model(OTHER[0])[0]
-            find_linears(model)[-1].weight.mul_(0.5)
+            find_sites(model)[-1].weight.mul_(0.5)
             after = model(OTHER[0])[0]
         assert judge() == pytest.approx(
             float((after - before).square().sum() / before.square().sum()), rel=1e-4
@@ -154,7 +154,7 @@ class TestJudge:
     def test_any_model_with_logits(self):
         model = tiny.lstm_classifier()
         judge = Judge(model, OTHER)
-        find_linears(model)[1].weight.mul_(0.1)
+        find_sites(model)[1].weight.mul_(0.1)
         assert judge() > 1e-5
 
 
@@ -347,7 +347,7 @@ class TestAllocations:
     def test_packed_bytes_are_those_of_the_format(self):
         from sparseprune.weights.linear import SparseLinear
 
-        layer = find_linears(torch.nn.Sequential(torch.nn.Linear(512, 256, dtype=torch.bfloat16)))[0]
+        layer = find_sites(torch.nn.Sequential(torch.nn.Linear(512, 256, dtype=torch.bfloat16)))[0]
         assert packed_bytes(layer, 0) == layer.weight.nbytes
         layer.weight.masked_fill_(torch.rand(256, 512) < 0.5, 0)
         sparsity = float((layer.weight == 0).double().mean())

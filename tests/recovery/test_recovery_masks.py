@@ -11,7 +11,7 @@ from helpers.recovery import divergence, is_plus_zero, peaked, pruned_pair, stre
 from torch import nn
 
 import sparseprune as sp
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.recovery import SparsityMasks, freeze_zeros, recover
 from sparseprune.recovery.lora import adapters
 
@@ -63,12 +63,12 @@ def train_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
 def test_zeros_of_weights_and_state_survive_any_optimizer(name):
     model = peaked()
     sp.prune(model, "2:4")
-    zeros = {layer.name: layer.module.weight == 0 for layer in find_linears(model)}
+    zeros = {layer.name: layer.module.weight == 0 for layer in find_sites(model)}
     before = weights(model)
     optimizer = OPTIMIZERS[name](list(model.parameters()))
     freeze_zeros(model, optimizer)
     train_by_hand(model, optimizer)
-    for layer in find_linears(model):
+    for layer in find_sites(model):
         pruned, weight = zeros[layer.name], layer.module.weight.detach()
         assert is_plus_zero(weight[pruned])
         assert not torch.equal(weight[~pruned], before[f"{layer.name}.weight"][~pruned])
@@ -80,7 +80,7 @@ def test_zeros_of_weights_and_state_survive_any_optimizer(name):
 def test_without_masks_a_zero_does_not_survive():
     model = peaked()
     sp.prune(model, "2:4")
-    layer = find_linears(model)[0]
+    layer = find_sites(model)[0]
     pruned = layer.module.weight == 0
     train_by_hand(model, OPTIMIZERS["adamw"](list(model.parameters())))
     assert layer.module.weight[pruned].any()
@@ -103,7 +103,7 @@ def test_tied_weights_have_one_mask_and_keep_their_zeros():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
     masks = freeze_zeros(model, optimizer, lm_head=True)
     train_by_hand(model, optimizer)
-    pruned = masks.pruned[find_linears(model, lm_head=True)[-1].name]
+    pruned = masks.pruned[find_sites(model, lm_head=True)[-1].name]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert is_plus_zero(model.model.embed_tokens.weight.detach()[pruned])
 
@@ -116,7 +116,7 @@ def test_optimizer_state_from_before_pruning_is_masked_too():
     sp.prune(model, "2:4")
     with SparsityMasks.of(model).enforce(optimizer) as masks:
         for _ in range(2):
-            for layer in find_linears(model):
+            for layer in find_sites(model):
                 state = optimizer.state[layer.module.weight]
                 assert not state["exp_avg"][masks.pruned[layer.name]].any()
                 assert state["exp_avg"].any()
@@ -149,7 +149,7 @@ def test_freeze_zeros_needs_zeros():
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
 def test_adapters_merge_to_what_was_trained_without_losing_a_zero(make):
     model, _ = pruned_pair(make)
-    layers, ids = find_linears(model), tiny.ids(2, 20, seed=7)
+    layers, ids = find_sites(model), tiny.ids(2, 20, seed=7)
     zeros = {layer.name: layer.weight == 0 for layer in layers}
     kinds = {name: type(module) for name, module in model.named_modules()}
     before = weights(model)
@@ -176,7 +176,7 @@ def test_adapters_of_a_shared_weight_are_shared():
     other.weight = shared.weight
     model = nn.Sequential(shared, nn.Tanh(), other)
     sp.prune(model, "2:4")
-    with adapters(find_linears(model), rank=2) as parameters:
+    with adapters(find_sites(model), rank=2) as parameters:
         assert len(parameters) == 2
         for parameter in parameters.values():
             parameter.data.normal_()

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.blocks import find_blocks
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.statistics.inputs import Gram, InputSquares, collect
 from sparseprune.statistics.walk import WalkError, advance, block_statistics, capture
 from tests.helpers import tiny
@@ -31,7 +31,7 @@ def test_statistics_block_by_block_are_those_of_whole_passes(family, mask):
     model = FAMILIES[family]()
     blocks = find_blocks(model)
     modules = [block for _, block in blocks]
-    layers = [it for it in find_linears(model) if it.name.startswith(tuple(f"{name}." for name, _ in blocks))]
+    layers = [it for it in find_sites(model) if it.name.startswith(tuple(f"{name}." for name, _ in blocks))]
     whole = collect(model, layers, batches(mask), Gram)
     walk = capture(model, modules, batches(mask))
     for index, (name, block) in enumerate(blocks):
@@ -54,7 +54,7 @@ def test_statistics_block_by_block_are_those_of_whole_passes(family, mask):
 def test_capture_runs_no_block_but_the_first_and_leaves_the_model_as_it_was():
     model = tiny.llama(layers=3)
     before = model(tiny.ids()).logits
-    for layer in find_linears(model, include="model.layers.[12].*"):
+    for layer in find_sites(model, include="model.layers.[12].*"):
         layer.weight.fill_(torch.nan)
     walk = capture(model, [block for _, block in find_blocks(model)], batches())
     assert len(walk.calls) == 3 and all(len(calls) == 3 for calls in walk.calls)
@@ -74,7 +74,7 @@ def test_equal_masks_and_positions_are_kept_once():
 
 def test_layers_that_read_the_same_tensor_share_a_statistic():
     model = tiny.llama()
-    found = collect(model, find_linears(model), batches(), InputSquares)
+    found = collect(model, find_sites(model), batches(), InputSquares)
     block = "model.layers.0."
     q, k, v, o = (found[f"{block}self_attn.{name}_proj"] for name in "qkvo")
     gate, up, down = (found[f"{block}mlp.{name}_proj"] for name in ("gate", "up", "down"))
@@ -98,7 +98,7 @@ class Unlike(nn.Module):
 def test_layers_that_share_only_at_first_are_counted_apart():
     model = Unlike()
     data = [torch.ones(1, 4), torch.ones(1, 4)]
-    found = collect(model, find_linears(model), CalibrationData(data), InputSquares)
+    found = collect(model, find_sites(model), CalibrationData(data), InputSquares)
     assert found["a"].sum_squares.tolist() == [2.0] * 4
     # the first attempt was the pass in which they were alike; the second one is the count
     assert found["b"].sum_squares.tolist() == [8.0] * 4

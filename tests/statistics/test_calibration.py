@@ -4,7 +4,7 @@ from helpers import tiny
 from torch import nn
 
 from sparseprune.calibration import CalibrationData, token_ids, windows
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.statistics.inputs import InputSquares, Statistic, collect
 
 TOKENIZER = tiny.WordTokenizer()
@@ -131,7 +131,7 @@ def recorded(model, layers, batches):
 @pytest.mark.parametrize("lm_head", [False, True])
 def test_collect_matches_a_plain_recording(build, lm_head):
     model = build()
-    layers = find_linears(model, lm_head=lm_head)
+    layers = find_sites(model, lm_head=lm_head)
     batches = [tiny.ids(seed=0), tiny.ids(batch=1, length=9, seed=1)]
     statistics = collect(model, layers, batches)
     expected = recorded(model, layers, batches)
@@ -146,7 +146,7 @@ def test_collect_matches_a_plain_recording(build, lm_head):
 def test_collect_leaves_the_model_as_it_was():
     model = tiny.llama().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    collect(model, find_linears(model), [tiny.ids()])
+    collect(model, find_sites(model), [tiny.ids()])
     assert model.training
     assert model.config.use_cache
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -156,13 +156,13 @@ def test_collect_leaves_the_model_as_it_was():
 
 def test_dropout_is_off():
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2)).train()
-    statistics = collect(model, find_linears(model), [torch.ones(10, 4)])
+    statistics = collect(model, find_sites(model), [torch.ones(10, 4)])
     assert statistics["1"].sum_squares.tolist() == [10.0] * 4
 
 
 def test_padding_is_left_out():
     model = tiny.bert()
-    layers = find_linears(model, include="*.intermediate.dense")
+    layers = find_sites(model, include="*.intermediate.dense")
     ids = tiny.ids(batch=1, length=10)
     padded = torch.cat([ids, torch.zeros(1, 6, dtype=torch.int64)], dim=1)
     mask = torch.cat([torch.ones(1, 10), torch.zeros(1, 6)], dim=1).long()
@@ -189,11 +189,11 @@ def test_batches_as_tuples_and_with_labels():
 
     both = TwoInputs()
     pair = (torch.randn(5, 3), torch.randn(5, 3))
-    assert collect(both, find_linears(both), [pair])["second.0"].tokens == 5
+    assert collect(both, find_sites(both), [pair])["second.0"].tokens == 5
     causal = tiny.llama()
     ids = tiny.ids()
-    labelled = collect(causal, find_linears(causal), [{"input_ids": ids, "labels": ids}])
-    plain = collect(causal, find_linears(causal), [ids])
+    labelled = collect(causal, find_sites(causal), [{"input_ids": ids, "labels": ids}])
+    plain = collect(causal, find_sites(causal), [ids])
     name = "model.layers.1.mlp.down_proj"
     torch.testing.assert_close(labelled[name].sum_squares, plain[name].sum_squares)
 
@@ -203,7 +203,7 @@ def test_places_that_share_a_weight_add_up_once_each():
     other = nn.Linear(3, 3)
     other.weight = shared.weight
     model = nn.Sequential(shared, other, shared)
-    (layer,) = find_linears(model)
+    (layer,) = find_sites(model)
     x = torch.randn(4, 3)
     with torch.no_grad():
         inputs = [x, shared(x), other(shared(x))]
@@ -225,7 +225,7 @@ def test_another_statistic_is_one_small_class():
 
     model = nn.Sequential(nn.Linear(3, 2))
     x = torch.randn(6, 3)
-    torch.testing.assert_close(collect(model, find_linears(model), [x], Gram)["0"].matrix, x.T @ x)
+    torch.testing.assert_close(collect(model, find_sites(model), [x], Gram)["0"].matrix, x.T @ x)
 
 
 class TestCollectErrors:
@@ -236,7 +236,7 @@ class TestCollectErrors:
         with pytest.raises(
             ValueError, match=r"the inputs of model\.layers\.1\.self_attn\.q_proj must be finite"
         ):
-            collect(model, find_linears(model), [tiny.ids()])
+            collect(model, find_sites(model), [tiny.ids()])
         assert model.training
         assert model.config.use_cache
         assert not any(module._forward_pre_hooks for module in model.modules())
@@ -246,7 +246,7 @@ class TestCollectErrors:
         model.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
         for batch in (tiny.ids(1, 65), {"input_ids": tiny.ids(1, 65)}):
             with pytest.raises(ValueError, match="positions end at 64, batch 1 has 65 tokens"):
-                collect(model, find_linears(model), [tiny.ids(), batch])
+                collect(model, find_sites(model), [tiny.ids(), batch])
 
     def test_a_layer_that_never_runs(self):
         model = tiny.lstm_classifier()
@@ -254,7 +254,7 @@ class TestCollectErrors:
         with pytest.raises(
             ValueError, match="batches: must reach every layer, 1 never ran, the first is unused"
         ):
-            collect(model, find_linears(model), [tiny.ids()])
+            collect(model, find_sites(model), [tiny.ids()])
 
     def test_no_batches(self):
         with pytest.raises(ValueError, match="batches: must hold at least one"):

@@ -7,7 +7,7 @@ from helpers.checkpoints import weights
 from helpers.torchrun import torchrun
 
 from sparseprune.io.checkpoint import load
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning.prune import prune
 from sparseprune.statistics import processes
 from sparseprune.statistics.inputs import Gram, InputSquares, collect
@@ -20,7 +20,7 @@ import sys
 import torch
 from helpers import tiny
 from sparseprune.cli import app
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning.prune import prune
 from sparseprune.statistics.inputs import Gram, collect
 import test_distributed as cases
@@ -42,7 +42,7 @@ def batches(count=5):
 def results():
     """What each process of a run saves: statistics of a model, its weights after pruning by each method."""
     model = tiny.llama()
-    layers = find_linears(model)
+    layers = find_sites(model)
     found = collect(model, layers, batches(), Gram)
     statistics = {name: (it.matrix, it.sum_squares, it.tokens) for name, it in found.items()}
     shared = len({id(it) for it in found.values()})
@@ -50,7 +50,7 @@ def results():
     for method in METHODS:
         pruned = tiny.llama()
         prune(pruned, "2:4", method, calibration=batches())
-        weights[method] = {layer.name: layer.weight.clone() for layer in find_linears(pruned)}
+        weights[method] = {layer.name: layer.weight.clone() for layer in find_sites(pruned)}
     return statistics, shared, weights
 
 
@@ -94,7 +94,7 @@ def test_pruning_gives_the_same_masks_in_two_processes_as_in_one(runs, method):
 def test_a_share_alone_gives_other_statistics(runs):
     (one, _, _), *_ = runs
     model = tiny.llama()
-    half = collect(model, find_linears(model), batches()[::2], InputSquares)
+    half = collect(model, find_sites(model), batches()[::2], InputSquares)
     assert all(not torch.allclose(found.sum_squares, one[name][1]) for name, found in half.items())
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import sparseprune as sp
 from sparseprune.calibration import CalibrationData
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.statistics.inputs import Gram, collect
 from sparseprune.surgery import remove_neurons
 from sparseprune.surgery.compensation import compensated, damped
@@ -129,7 +129,7 @@ class TestScores:
 
     def test_taylor_is_activation_times_gradient(self, data):
         model = tiny.llama()
-        layer = next(it for it in find_linears(model) if it.name.endswith("0.mlp.down_proj"))
+        layer = next(it for it in find_sites(model) if it.name.endswith("0.mlp.down_proj"))
         (found,) = taylor(model, [layer], [torch.arange(48).reshape(24, 2)], data, None)
         assert all(parameter.grad is None for parameter in model.parameters())
         exact = torch.zeros(24)
@@ -289,20 +289,20 @@ class TestNeurons:
         first, second = (find_neurons(it, tiny.ids())[0].consumer.weight for it in (whole, walked))
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
         # the second block's update is least squares on what the cut first block gives it
-        layer = next(it for it in find_linears(model) if it.name == report.cuts[1].name)
+        layer = next(it for it in find_sites(model) if it.name == report.cuts[1].name)
         partly = copy.deepcopy(model)
         partly.model.layers[0] = walked.model.layers[0]
-        gram = collect(partly, [next(it for it in find_linears(partly) if it.name == layer.name)], data, Gram)
+        gram = collect(partly, [next(it for it in find_sites(partly) if it.name == layer.name)], data, Gram)
         keep = torch.tensor(sorted(set(range(48)) - set(report.cuts[1].removed)))
         exact = compensated(layer.weight, gram[layer.name].matrix, 4 * 48, keep)
-        found = next(it for it in find_linears(walked) if it.name == layer.name).weight
+        found = next(it for it in find_sites(walked) if it.name == layer.name).weight
         torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
 
     def test_earlier_zeros_are_not_filled(self, data):
         model = tiny.llama()
         sp.prune(model, "2:4")
         assert not remove_neurons(model, 0.5, calibration=data).compensated
-        layer = next(it for it in find_linears(model) if it.name.endswith("down_proj"))
+        layer = next(it for it in find_sites(model) if it.name.endswith("down_proj"))
         assert layer.weight.count_nonzero() < 0.6 * layer.weight.numel()
 
     def test_some_layers_only(self, data, tmp_path):

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.allocation.context import AllocationContext, exact_targets, uniform_targets
 from sparseprune.pruning.allocation.curves import sensitivity
 from sparseprune.pruning.allocation.scores import global_threshold, outliers, standard_deviations
@@ -121,7 +121,7 @@ def _from_mapping(allocation: Mapping[str, float | str], context: AllocationCont
     return targets
 
 
-def _target(key: str, value: float | str, layer: LinearLayer, context: AllocationContext) -> Target:
+def _target(key: str, value: float | str, layer: WeightSite, context: AllocationContext) -> Target:
     if isinstance(value, str):
         if value == "dense":
             return Target(Pattern(), 0.0, context.scope)

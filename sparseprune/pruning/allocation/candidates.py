@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.allocation.context import AllocationContext
 from sparseprune.pruning.base import Target
 from sparseprune.report import track
@@ -65,7 +65,7 @@ class Candidates:
                 self.layers[name].weight.copy_(weight)
                 self._now[name] = level
 
-    def _prune(self, index: int, layer: LinearLayer) -> None:
+    def _prune(self, index: int, layer: WeightSite) -> None:
         context, levels = self._context, [level for level in self.levels if level > 0]
         weight = layer.weight
         size = weight.numel()

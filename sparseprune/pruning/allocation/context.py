@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch
 from sparseprune.models.blocks import find_blocks
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.patterns import Pattern, Scope, removed
 from sparseprune.statistics.gradients import WeightGradients, collect_gradients
@@ -33,7 +33,7 @@ class AllocationContext:
     """
 
     model: nn.Module
-    layers: Sequence[LinearLayer]
+    layers: Sequence[WeightSite]
     method: Method
     pattern: Pattern
     sparsity: float
@@ -75,7 +75,7 @@ class AllocationContext:
         return collect(self.model, self.layers, batches, statistic, self.progress)
 
 
-def layer_scores(context: AllocationContext, layer: LinearLayer, statistic: Any) -> Tensor:
+def layer_scores(context: AllocationContext, layer: WeightSite, statistic: Any) -> Tensor:
     """Scores float32 [out, in] of a layer's weights: the method's own; Wanda's |W| ||X|| for a method that solves."""
     weight = layer.weight.float()
     if context.method.score is not None:
@@ -131,7 +131,7 @@ def exact_targets(context: AllocationContext, wishes: Mapping[str, float]) -> di
     }
 
 
-def _steps(layer: LinearLayer, context: AllocationContext) -> tuple[int, int]:
+def _steps(layer: WeightSite, context: AllocationContext) -> tuple[int, int]:
     """(weights that one step removes, steps there are): a block of each row of blocks, or one block."""
     rows, columns = context.pattern.block
     high, wide = layer.out_features // rows, layer.in_features // columns

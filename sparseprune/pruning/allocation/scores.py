@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.allocation.context import AllocationContext, block_of, layer_scores
 from sparseprune.pruning.patterns import removed
 from sparseprune.statistics.gradients import WeightGradients
@@ -29,7 +29,7 @@ def global_threshold(context: AllocationContext) -> dict[str, float]:
     statistics = context.score_statistics()
     comparable = all(isinstance(found, WeightGradients) for found in statistics.values())
 
-    def scores(layer: LinearLayer) -> Tensor:
+    def scores(layer: WeightSite) -> Tensor:
         found = layer_scores(context, layer, statistics.get(layer.name))
         return found if comparable else found / found.mean().clamp_min(1e-30)
 
@@ -39,7 +39,7 @@ def global_threshold(context: AllocationContext) -> dict[str, float]:
 def standard_deviations(context: AllocationContext) -> dict[str, float]:
     """|W| < rate x std(W) of the layer goes, with the one rate that removes what is asked for."""
 
-    def scores(layer: LinearLayer) -> Tensor:
+    def scores(layer: WeightSite) -> Tensor:
         weight = layer.weight.float()
         return weight.abs() / weight.std(correction=0).clamp_min(1e-30)
 
@@ -76,7 +76,7 @@ def outliers(context: AllocationContext) -> dict[str, float]:
 
 
 def _under_one_threshold(
-    context: AllocationContext, scores: Callable[[LinearLayer], Tensor]
+    context: AllocationContext, scores: Callable[[WeightSite], Tensor]
 ) -> dict[str, float]:
     total = sum(layer.weight.numel() for layer in context.layers)
     count = sum(removed(layer.weight.numel(), context.sparsity) for layer in context.layers)

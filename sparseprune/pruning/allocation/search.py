@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparseprune.measure.benchmark import candidate_formats, time_layer
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.allocation.candidates import Candidates
 from sparseprune.pruning.allocation.context import AllocationContext, block_of
 from sparseprune.pruning.allocation.curves import (
@@ -184,7 +184,7 @@ class Search:
         """(price of each layer at each option, budget) in weights that stay, bytes or seconds."""
         if self.seconds is not None:
             return layer_seconds(context, options, self.batch), self.seconds
-        price: Callable[[LinearLayer, float], float] = packed_bytes if self.bytes is not None else _kept
+        price: Callable[[WeightSite, float], float] = packed_bytes if self.bytes is not None else _kept
         prices = {layer.name: [price(layer, level) for level in options] for layer in context.layers}
         if self.bytes is not None:
             return prices, self.bytes
@@ -203,14 +203,14 @@ def default_search(context: AllocationContext) -> dict[str, float]:
     return Search()(context)
 
 
-def packed_bytes(layer: LinearLayer, sparsity: float) -> float:
+def packed_bytes(layer: WeightSite, sparsity: float) -> float:
     """Bytes of a layer's weight as a bitmap and the values that stay; dense at sparsity 0."""
     weight = layer.weight
     values = weight.numel() * (1 - sparsity) * weight.dtype.itemsize
     return values if sparsity == 0 else values + weight.shape[0] * -(-weight.shape[1] // 8)
 
 
-def _kept(layer: LinearLayer, sparsity: float) -> float:
+def _kept(layer: WeightSite, sparsity: float) -> float:
     return layer.weight.numel() * (1 - sparsity)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch, no_cache
 from sparseprune.models.modules import evaluation_mode
-from sparseprune.models.sites import LinearLayer
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Method
 from sparseprune.pruning.methods.ria import RIA
 from sparseprune.pruning.patterns import Pattern
@@ -110,8 +109,8 @@ def fold_order(group: NeuronGroup, order: Tensor, remember: Callable[[nn.Paramet
     _reorder(group.consumer, order.to(group.consumer.weight.device), 1, remember)
 
 
-def _reorder(layer: LinearLayer, order: Tensor, dim: int, remember: Callable[[nn.Parameter], None]) -> None:
-    remember(layer.module.weight)  # type: ignore[arg-type]
+def _reorder(layer: WeightSite, order: Tensor, dim: int, remember: Callable[[nn.Parameter], None]) -> None:
+    remember(layer.parameter)
     layer.weight.copy_(layer.weight.index_select(dim, order))
     if dim == 0 and layer.bias is not None:
         remember(layer.module.bias)  # type: ignore[arg-type]
@@ -120,7 +119,7 @@ def _reorder(layer: LinearLayer, order: Tensor, dim: int, remember: Callable[[nn
 
 def permute_neurons(
     model: nn.Module,
-    layers: Sequence[LinearLayer],
+    layers: Sequence[WeightSite],
     method: Method,
     pattern: Pattern,
     calibration: CalibrationData | None,
@@ -195,18 +194,18 @@ def permute_neurons(
 
 def _outputs(model: nn.Module, groups: Sequence[NeuronGroup], batch: Batch) -> list[Tensor]:
     """What each group's consumer gives for `batch`."""
-    found: dict[nn.Module, Tensor] = {}
+    found: dict[str, Tensor] = {}
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        found[module] = output
+    def keep(name: str) -> Callable[[Tensor, Tensor], None]:
+        return lambda inputs, output: found.update({name: output})
 
     with ExitStack() as stack:
         for context in (torch.no_grad(), evaluation_mode(model), no_cache(model)):
             stack.enter_context(context)
         for group in groups:
-            stack.callback(group.consumer.module.register_forward_hook(hook).remove)
+            stack.enter_context(group.consumer.on_outputs(keep(group.consumer.name)))
         run(model, batch)
-    return [found[group.consumer.module] for group in groups]
+    return [found[group.consumer.name] for group in groups]
 
 
 def _is_close(output: Tensor, expected: Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from sparseprune.models.blocks import find_blocks
-from sparseprune.models.sites import find_linears
+from sparseprune.models.sites import find_sites
 from sparseprune.pruning.schedules.base import (
     Evaluate,
     Recover,
@@ -118,9 +118,7 @@ class _Search:
         self.options, self.model = options, model
         self.prune_to, self.evaluate, self.recover = prune_to, evaluate, recover
         self.patterns = _groups(model, options.groups)
-        self.layers = {
-            name: find_linears(model, include=patterns) for name, patterns in self.patterns.items()
-        }
+        self.layers = {name: find_sites(model, include=patterns) for name, patterns in self.patterns.items()}
         empty = next((name for name, layers in self.layers.items() if not layers), None)
         if empty is not None:
             raise ValueError(f"groups: each must match some linear, {empty} matches none of the model's")
@@ -223,7 +221,7 @@ def _groups(model: nn.Module, groups: Mapping[str, str | Sequence[str]] | int | 
             raise ValueError(
                 f"groups: a number needs repeated blocks, {type(model).__name__} has none; pass patterns, or leave it out"
             )
-        names = [layer.name for layer in find_linears(model)]
+        names = [layer.name for layer in find_sites(model)]
         if not names:
             raise ValueError(f"model: {type(model).__name__} has no linear layer to prune")
         return {name: [name] for name in names}
