@@ -53,12 +53,11 @@ bool is_sane(const Matrix& m) {
 
 // The card holds the header, so that the host can hold only the size against the shape.
 Geometry require_geometry(const Matrix& m, Address blob, i64 size) {
-  static constexpr const char* kNames[kDTypes] = {"float32", "bfloat16", "float16"};
   PackedHeader h;
   Geometry g;
   if (!is_sane(m) || !cuda_geometry(m, size, &h, &g)) {
     throw std::invalid_argument("packed: holds no weight of " + std::to_string(m.rows) + "x" + std::to_string(m.cols) + " " +
-                                kNames[static_cast<int>(m.dtype)] + " packed for CUDA (its size is " + std::to_string(size) +
+                                dtype_name(m.dtype) + " packed for CUDA (its size is " + std::to_string(size) +
                                 " bytes); move the layer with .to(device), not its buffer alone");
   }
   if (blob % 16 != 0) {

@@ -23,6 +23,10 @@ static constexpr std::size_t size_of(DType dtype) {
   return dtype == DType::f32 ? 4 : 2;
 }
 
+static constexpr const char* dtype_name(DType dtype) {
+  return dtype == DType::f32 ? "float32" : dtype == DType::bf16 ? "bfloat16" : "float16";
+}
+
 template <typename T>
 struct dtype_of;
 template <>

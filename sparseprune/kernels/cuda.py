@@ -148,6 +148,8 @@ def linear(
     if x.is_contiguous() and cols:
         batch, stride = x.numel() // cols, cols
     else:
+        if x.layout != torch.strided:
+            raise TypeError(f"input: must be strided, got {x.layout}; call .to_dense() on it")
         x = x.reshape(math.prod(shape[:-1]), cols)
         if x.stride(1) != 1 and cols > 1:
             x = x.contiguous()

@@ -45,6 +45,8 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, strategy: 
     if x.is_contiguous() and cols:
         batch, stride = x.numel() // cols, cols
     else:
+        if x.layout != torch.strided:
+            raise TypeError(f"input: must be strided, got {x.layout}; call .to_dense() on it")
         x = x.reshape(math.prod(shape[:-1]), cols)
         if x.stride(1) != 1 and cols > 1:
             x = x.contiguous()
@@ -204,11 +206,13 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
 def dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """The weight [rows, cols] of a packed one. ValueError where it holds none of this shape and dtype."""
     h = header(packed)
-    if (h["rows"], h["cols"], h["dtype"]) != (rows, cols, DTYPES[dtype]):
-        raise ValueError(
-            f"packed: holds a weight of {h['rows']}x{h['cols']} {DTYPE_OF[h['dtype']]}, "
-            f"the call is for {rows}x{cols} {dtype}"
-        )
+    weight = f"of the packed weight [{h['rows']}, {h['cols']}]"
+    if h["rows"] != rows:
+        raise ValueError(f"grad: must have the {h['rows']} columns {weight}, got {rows}")
+    if h["cols"] != cols:
+        raise ValueError(f"in_features: must be the {h['cols']} columns {weight}, got {cols}")
+    if DTYPE_OF[h["dtype"]] != dtype:
+        raise ValueError(f"grad: dtype must be the weight's {DTYPE_OF[h['dtype']]}, got {dtype}; cast it")
     values, bits = unpack(packed)
     return expand(values, bits, count_bits(bits, cols), cols)
 

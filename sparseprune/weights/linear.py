@@ -92,7 +92,7 @@ class SparseLinear(nn.Module):
         packed: Any = self._buffers["packed"]
         bias = self._parameters["bias"]
         if _needs_dispatcher(input, bias):
-            self._check_columns(input)
+            self._check_input(input)
             return _linear(input, packed, bias, self.out_features)
         if bias is None:
             try:
@@ -100,19 +100,24 @@ class SparseLinear(nn.Module):
                     return backend.cpu.linear(input, packed, None, self.out_features)
                 if input.is_cuda and input.device == packed.device and input.shape[-1] == self.in_features:
                     return backend.cuda.linear(input, packed, None, self.out_features)
-            except (KeyError, IndexError, RuntimeError):
-                pass  # an input that the checks below refuse by name
-        if not input.is_cpu:
-            self._check_columns(input)
-            if not input.is_cuda:
-                return _linear(input, packed, bias, self.out_features)
+            except (KeyError, IndexError):  # an unknown dtype, a scalar: found on the way to the kernel
+                self._check_input(input)
+                raise
+        self._check_input(input)
+        if not (input.is_cpu or input.is_cuda):
+            return _linear(input, packed, bias, self.out_features)
         return _linear_undispatched(input, packed, bias, self.out_features)
 
-    def _check_columns(self, input: Tensor) -> None:
-        # A CPU kernel knows its weight's shape; a blob on a GPU shows the host only its size, which may fit another shape.
+    def _check_input(self, input: Tensor) -> None:
         if input.dim() and input.shape[-1] != self.in_features:
             raise ValueError(
-                f"input: must have {self.in_features} columns [..., in_features], got shape {tuple(input.shape)}"
+                f"input: must have {self.in_features} columns [..., in_features], got shape {tuple(input.shape)}; "
+                "check the layer before this one"
+            )
+        if input.dtype != self.dtype:
+            raise TypeError(
+                f"input: dtype must be the weight's {self.dtype}, got {input.dtype}; cast the input, or the layer with "
+                ".to(dtype); autocast does not reach sparse layers"
             )
 
     def sparse_weight(self) -> SparseWeight:

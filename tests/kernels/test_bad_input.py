@@ -227,17 +227,17 @@ ERRORS = {
     "linear other dtype": (
         lambda: ops.linear(X.half(), BLOB, None, 3),
         ValueError,
-        "packed: holds a weight of 3x12",
+        "input: dtype must be the weight's float32, got float16; cast the input",
     ),
     "linear cols": (
         lambda: ops.linear(X[:, :11], BLOB, None, 3),
         ValueError,
-        "holds a weight of 3x12, .* for 3x11",
+        r"input: must have the 12 columns of the packed weight \[3, 12\], got 11; check the layer before",
     ),
     "linear rows": (
         lambda: ops.linear(X, BLOB, None, 4),
         ValueError,
-        "holds a weight of 3x12, the call is for 4x12",
+        r"out_features: must be the 3 rows of the packed weight \[3, 12\], got 4",
     ),
     "linear bias dtype": (
         lambda: ops.linear(X, BLOB, torch.ones(3).half(), 3),
@@ -262,7 +262,7 @@ ERRORS = {
     "grad cols": (
         lambda: torch.ops.sparseprune.linear_grad_input(torch.ones(2, 3), BLOB, 10**6),
         ValueError,
-        r"packed: holds a weight of 3x12 torch.float32, the call is for 3x1000000 torch.float32",
+        r"in_features: must be the 12 columns of the packed weight \[3, 12\], got 1000000",
     ),
     "grad scalar": (
         lambda: torch.ops.sparseprune.linear_grad_input(torch.tensor(1.0), BLOB, 12),
@@ -287,12 +287,12 @@ ERRORS = {
     "grad rows": (
         lambda: torch.ops.sparseprune.linear_grad_input(torch.ones(2, 4), BLOB, 12),
         ValueError,
-        r"packed: holds a weight of 3x12",
+        r"grad: must have the 3 columns of the packed weight \[3, 12\], got 4",
     ),
     "grad dtype": (
         lambda: torch.ops.sparseprune.linear_grad_input(torch.ones(2, 3).half(), BLOB, 12),
         ValueError,
-        r"packed: holds a weight of 3x12",
+        "grad: dtype must be the weight's torch.float32, got torch.float16",
     ),
 }
 

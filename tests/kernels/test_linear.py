@@ -429,12 +429,16 @@ def test_blob_of_another_column_order_is_refused(source, dtype):
 @pytest.mark.parametrize("layout", ["tile", "csr"])
 def test_call_of_another_shape_or_dtype_is_refused(layout):
     blob = packed(torch.ones(17, 40), layout)
-    for x, rows in [
-        (torch.ones(2, 40), 18),
-        (torch.ones(2, 41), 17),
-        (torch.ones(2, 40, dtype=torch.float16), 17),
+    for x, rows, message in [
+        (torch.ones(2, 40), 18, "out_features: must be the 17 rows of the packed weight"),
+        (torch.ones(2, 41), 17, "input: must have the 40 columns of the packed weight"),
+        (
+            torch.ones(2, 40, dtype=torch.float16),
+            17,
+            "input: dtype must be the weight's float32, got float16",
+        ),
     ]:
-        with pytest.raises(ValueError, match="packed: holds a weight of 17x40, the call is for"):
+        with pytest.raises(ValueError, match=message):
             native.linear(x, blob, None, rows)
 
 

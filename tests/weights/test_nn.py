@@ -300,20 +300,56 @@ def test_tracers_and_transforms_see_the_operation():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
-def test_bad_input_is_refused_on_every_path(mode, bias):
+def test_bad_input_is_refused_on_every_path(place, mode, bias):
     layer = SparseLinear.from_dense(dense_layer(bias=bias))
+    refused = "^input: (must have|dtype must be)"
+    if (
+        place.name == "emulated" and not bias
+    ):  # a blob on a GPU does not tell its columns, and the layer is on the CPU here
+        refused += "|^packed: holds no weight of 24x41"
     with mode():
         for x, error in [
             (torch.randn(2, 41), ValueError),
             (torch.randn(2, 40).double(), TypeError),
-            (torch.randn(2, 40).half(), (TypeError, ValueError)),
+            (torch.randn(2, 40).half(), TypeError),
             (torch.tensor(1.0), ValueError),
             (torch.ones(2, 40, dtype=torch.int64), TypeError),
         ]:
-            with pytest.raises(error, match="input|weight|bias"):
+            with pytest.raises(error, match=refused):
                 layer(x)
-        with pytest.raises((ValueError, NotImplementedError), match="strided|SparseCPU|SparseCUDA"):
+        with pytest.raises(
+            (TypeError, ValueError, NotImplementedError), match="strided|SparseCPU|SparseCUDA"
+        ):
             layer(torch.ones(2, 40).to_sparse())
         layer.register_parameter("bias", nn.Parameter(torch.zeros(3)))
         with pytest.raises(ValueError, match=r"bias: must have shape \[24\], got \(3,\)"):
             layer(torch.randn(2, 40))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_kernel_that_fails_once_is_seen(monkeypatch, bias):
+    from sparseprune.kernels import backend
+
+    layer = SparseLinear.from_dense(dense_layer(bias=bias))
+    calls, kernel = [], backend.cpu.linear
+
+    def fails_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RuntimeError("no memory for a panel")
+        return kernel(*arguments)
+
+    monkeypatch.setattr(backend.cpu, "linear", fails_once)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no memory for a panel"):
+        layer(torch.randn(2, 40))
+    assert len(calls) == 1
+
+
+def test_autocast_over_a_float32_layer_blames_the_input():
+    layer = SparseLinear.from_dense(dense_layer())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        x = torch.nn.functional.linear(torch.randn(2, 8), torch.randn(40, 8))
+        with pytest.raises(
+            TypeError, match="input: dtype must be the weight's torch.float32, got torch.bfloat16"
+        ):
+            layer(x)

@@ -61,6 +61,23 @@ bool is_panel(const LinearKernel& kernel, const LinearCall& call, std::int64_t k
   return call.dtype == DType::f32;
 }
 
+// The weight is what it is: an argument that does not go with it is what the caller has to mend.
+void require_match(const PackedHeader& h, const LinearCall& call) {
+  const std::string weight = " of the packed weight [" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "]";
+  if (h.cols != call.cols) {
+    throw std::invalid_argument("input: must have the " + std::to_string(h.cols) + " columns" + weight + ", got " +
+                                std::to_string(call.cols) + "; check the layer before this one");
+  }
+  if (h.dtype != call.dtype) {
+    throw std::invalid_argument(std::string("input: dtype must be the weight's ") + dtype_name(h.dtype) + ", got " +
+                                dtype_name(call.dtype) + "; cast the input, or pack the weight in that dtype");
+  }
+  if (h.rows != call.rows) {
+    throw std::invalid_argument("out_features: must be the " + std::to_string(h.rows) + " rows" + weight + ", got " +
+                                std::to_string(call.rows));
+  }
+}
+
 }  // namespace
 
 PackedView view_packed(const std::uint8_t* blob, std::int64_t size) {
@@ -101,11 +118,7 @@ PackedView view_packed(const std::uint8_t* blob, std::int64_t size) {
 void linear(const LinearCall& call) {
   const PackedView w = view_packed(call.packed, call.packed_bytes);
   const PackedHeader& h = w.header;
-  if (h.rows != call.rows || h.cols != call.cols || h.dtype != call.dtype) {
-    throw std::invalid_argument("packed: holds a weight of " + std::to_string(h.rows) + "x" + std::to_string(h.cols) +
-                                ", the call is for " + std::to_string(call.rows) + "x" + std::to_string(call.cols) +
-                                " (or the value types differ)");
-  }
+  require_match(h, call);
   const KernelTable& table = kernels();
   const std::uint8_t interleave = h.dtype == DType::bf16 ? table.bf16_interleave : 1;
   if (h.layout == Layout::tile && h.interleave != interleave) {
