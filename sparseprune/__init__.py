@@ -6,32 +6,90 @@
 >>> sp.sparsify(model, batch=1)
 >>> sp.save(model, "out/")
 >>> model = sp.load("out/")
+
+Names are imported when they are first used: torch takes seconds to import, and `sparseprune --help` needs none of it.
 """
 
-from sparseprune.convert import sparsify
-from sparseprune.io.checkpoint import load, save
-from sparseprune.kernels import ops
-from sparseprune.kernels.cuda import cuda_info
-from sparseprune.kernels.native import isa, isas_available
-from sparseprune.measure.evaluate import perplexity
-from sparseprune.pruning import prune
-from sparseprune.recovery import recover
-from sparseprune.weights.linear import SparseLinear
-from sparseprune.weights.sparse_weight import Format, SparseWeight
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparseprune import calibration, pruning, recovery, streaming, surgery
+    from sparseprune.convert import sparsify
+    from sparseprune.io.checkpoint import load, save
+    from sparseprune.io.safetensors import CheckpointError
+    from sparseprune.kernels import ops
+    from sparseprune.kernels.cuda import cuda_info
+    from sparseprune.kernels.native import isa, isas_available
+    from sparseprune.measure import tasks
+    from sparseprune.measure.evaluate import perplexity
+    from sparseprune.pruning.prune import prune
+    from sparseprune.recovery.trainer import recover
+    from sparseprune.surgery.cut import cut
+    from sparseprune.weights.linear import SparseLinear
+    from sparseprune.weights.sparse_weight import Format, SparseWeight
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
     "Format",
     "SparseLinear",
     "SparseWeight",
+    "calibration",
     "cuda_info",
+    "cut",
     "isa",
     "isas_available",
     "load",
     "ops",
     "perplexity",
     "prune",
+    "pruning",
     "recover",
+    "recovery",
     "save",
     "sparsify",
+    "streaming",
+    "surgery",
+    "tasks",
 ]
+
+# Where each name is defined, as the imports above say; a module by itself where there is no colon.
+_PLACES = {
+    "CheckpointError": "io.safetensors:",
+    "Format": "weights.sparse_weight:",
+    "SparseLinear": "weights.linear:",
+    "SparseWeight": "weights.sparse_weight:",
+    "calibration": "calibration",
+    "cuda_info": "kernels.cuda:",
+    "cut": "surgery.cut:",
+    "isa": "kernels.native:",
+    "isas_available": "kernels.native:",
+    "load": "io.checkpoint:",
+    "ops": "kernels.ops",
+    "perplexity": "measure.evaluate:",
+    "prune": "pruning.prune:",
+    "pruning": "pruning",
+    "recover": "recovery.trainer:",
+    "recovery": "recovery",
+    "save": "io.checkpoint:",
+    "sparsify": "convert:",
+    "streaming": "streaming",
+    "surgery": "surgery",
+    "tasks": "measure.tasks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'sparseprune' has no attribute {name!r}")
+    path, colon, _ = _PLACES[name].partition(":")
+    module = import_module(f"sparseprune.{path}")
+    globals()[name] = getattr(module, name) if colon else module
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -64,6 +64,7 @@ def token_ids(text: str | Tensor | Sequence[int], tokenizer: Any = None) -> Tens
 def windows(
     text: str | Tensor | Sequence[int],
     tokenizer: Any = None,
+    *,
     length: int = 1024,
     count: int = 32,
     seed: int = 0,

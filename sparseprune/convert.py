@@ -131,6 +131,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def sparsify(
     model: nn.Module,
     format: str | Format = "auto",
+    *,
     policy: str = "auto",
     batch: int | Iterable[int] = 1,
     include: str | Sequence[str] | None = None,
@@ -165,7 +166,7 @@ def sparsify(
         raise ValueError(f'policy: must be "auto" or "always", got {policy!r}')
     if not seconds > 0:
         raise ValueError(f"seconds: must be above 0, got {seconds}")
-    layers = find_sites(model, include, exclude, lm_head)
+    layers = find_sites(model, include=include, exclude=exclude, lm_head=lm_head)
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no linear layer to convert under include={include!r}, "
@@ -242,8 +243,8 @@ class _Measured:
                 layer.module,
                 kind[0],
                 batches,
-                min(share, 0.5 * len(batches)),
-                min(model_bytes, bytes_past_caches(layer.weight.device)),
+                seconds=min(share, 0.5 * len(batches)),
+                rotated_bytes=min(model_bytes, bytes_past_caches(layer.weight.device)),
             )
             self.known[kind] = _fastest(kind[0], timings)
 

@@ -180,7 +180,10 @@ def run(
         say(f"Loading {source.name} ({human_bytes(source.stat().st_size)}) in bfloat16")
         dense, tokenizer = load_dense(source, torch.bfloat16)
         calibration = windows(
-            calibration_text, tokenizer, protocol.calibration_length, protocol.calibration_windows
+            calibration_text,
+            tokenizer,
+            length=protocol.calibration_length,
+            count=protocol.calibration_windows,
         )
         folders = {"dense": save(dense, folder / "dense", tokenizer)}
         models = {"dense": dense}
@@ -189,7 +192,7 @@ def run(
             say(f"Pruning to {recipe.name}, calibrated on {calibration.source}")
             model = copy.deepcopy(dense)
             pruned = prune(
-                model, recipe.pattern, recipe.method, recipe.sparsity, calibration, minutes=recipe.minutes,
+                model, recipe.pattern, recipe.method, sparsity=recipe.sparsity, calibration=calibration, minutes=recipe.minutes,
                 progress=progress,
             )  # fmt: skip
             assert isinstance(pruned, PruneReport)
@@ -207,7 +210,7 @@ def run(
         for name, model in models.items():
             say(f"Perplexity and a sentence: {name}")
             quality = perplexity(
-                model, tokenizer, evaluation_text, protocol.evaluation_length, protocol.evaluation_windows,
+                model, tokenizer, evaluation_text, window=protocol.evaluation_length, max_windows=protocol.evaluation_windows,
                 text_name="CPython's language reference (pydoc_data.topics, paragraphs not used to calibrate)",
                 progress=progress,
             )  # fmt: skip
@@ -221,7 +224,7 @@ def run(
                     quality.value,
                     decode[name],
                     prompt[name],
-                    generate(model, tokenizer, QUESTION, protocol.sentence_tokens, chat=True),
+                    generate(model, tokenizer, QUESTION, max_new_tokens=protocol.sentence_tokens, chat=True),
                 )
             )
     return DemoReport(

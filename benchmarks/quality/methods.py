@@ -40,7 +40,7 @@ def cell(protocol: Protocol, pattern: str, method: str, minutes: float | None) -
     reset_peak_memory()
     cpu, wall = time.process_time(), time.perf_counter()
     limit = minutes if method == "auto" else None
-    report = sp.prune(model, kind, method, sparsity, data, minutes=limit, progress=True)
+    report = sp.prune(model, kind, method, sparsity=sparsity, calibration=data, minutes=limit, progress=True)
     return {
         "zeros": report.sparsity_after,
         "windows": count,

@@ -35,7 +35,7 @@ class Protocol:
 
     def perplexity(self, model: Any) -> float:
         model = copy.deepcopy(model).to(self.dtype)
-        return sp.perplexity(model, None, self.evaluation_ids, LENGTH, self.windows).value
+        return sp.perplexity(model, None, self.evaluation_ids, window=LENGTH, max_windows=self.windows).value
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ RECIPES: dict[str, dict[str, float]] = {
 def quick_perplexity(protocol: Protocol, model: Any) -> float:
     """On the first 4 windows, in bfloat16: for the curve, at a tenth of the cost."""
     copied = copy.deepcopy(model).to(torch.bfloat16)
-    return sp.perplexity(copied, None, protocol.evaluation_ids, LENGTH, 4).value
+    return sp.perplexity(copied, None, protocol.evaluation_ids, window=LENGTH, max_windows=4).value
 
 
 def main() -> None:
@@ -52,8 +52,8 @@ def main() -> None:
             model,
             kind,
             "auto",
-            sparsity,
-            protocol.calibration(64),
+            sparsity=sparsity,
+            calibration=protocol.calibration(64),
             minutes=options.prune_minutes,
             progress=True,
         )
@@ -79,7 +79,7 @@ def main() -> None:
             report = recover(
                 student,
                 data,
-                teacher,
+                teacher=teacher,
                 minutes=minutes,
                 distillation=losses,
                 learning_rate=options.learning_rate,
@@ -89,7 +89,12 @@ def main() -> None:
                 progress=True,
             )
             distance = fidelity(
-                copy.deepcopy(student).bfloat16(), dense, None, protocol.evaluation_ids, LENGTH, 8
+                copy.deepcopy(student).bfloat16(),
+                dense,
+                None,
+                text=protocol.evaluation_ids,
+                window=LENGTH,
+                max_windows=8,
             )
             found[name] = {
                 "perplexity": protocol.perplexity(student),

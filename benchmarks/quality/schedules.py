@@ -32,15 +32,15 @@ def language_model(protocol: Protocol, recovery_steps: int) -> dict[str, float]:
 
     def distill(steps: int) -> Callable[[nn.Module], Any]:
         data = TokenStream(protocol.calibration_ids, length=512)
-        return lambda model: recover(model, data, protocol.model, steps=steps, learning_rate=2e-4)
+        return lambda model: recover(model, data, teacher=protocol.model, steps=steps, learning_rate=2e-4)
 
     def pruned(**arguments: Any) -> float:
         model = copy.deepcopy(protocol.model)
-        sp.prune(model, "unstructured", "magnitude", SPARSITY, progress=True, **arguments)
+        sp.prune(model, "unstructured", "magnitude", sparsity=SPARSITY, progress=True, **arguments)
         return protocol.perplexity(model)
 
     once = copy.deepcopy(protocol.model)
-    sp.prune(once, "unstructured", "magnitude", SPARSITY)
+    sp.prune(once, "unstructured", "magnitude", sparsity=SPARSITY)
     found = {"at once": protocol.perplexity(once)}
     distill(recovery_steps)(once)
     found[f"at once, then {recovery_steps} steps of distillation"] = protocol.perplexity(once)

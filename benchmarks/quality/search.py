@@ -48,7 +48,7 @@ def main() -> None:
             # minutes would bound the method as well: only what looks for an allocation is told
             limit = {"minutes": options.minutes} if allocation == "sensitivity" else {}
             report = sp.prune(
-                model, "unstructured", method, options.sparsity, protocol.calibration(), allocation=chosen,
+                model, "unstructured", method, sparsity=options.sparsity, calibration=protocol.calibration(), allocation=chosen,
                 progress=True, **limit,
             )  # fmt: skip
             seconds = time.perf_counter() - begin

@@ -49,7 +49,7 @@ def main() -> None:
             structure, fraction = CASES[case]
             model = copy.deepcopy(dense)
             data = protocol.calibration(32) if criterion != "random" else None
-            report = sp.prune(model, structure, criterion, fraction, data, progress=True)
+            report = sp.cut(model, structure, fraction, criterion=criterion, calibration=data, progress=True)
             found = {
                 "criterion": report.to_dict().get("criterion", criterion),
                 "pruned": protocol.perplexity(model),
@@ -57,7 +57,7 @@ def main() -> None:
             recover(
                 model,
                 TokenStream(protocol.calibration_ids, length=512),
-                dense,
+                teacher=dense,
                 minutes=options.minutes,
                 learning_rate=options.learning_rate,
                 progress=True,

@@ -1,4 +1,4 @@
-"""The command line: `sparseprune demo | prune | recover | eval | bench | inspect`; a command is a file of this folder.
+"""The command line: `sparseprune demo | prune | cut | recover | eval | bench | inspect`; a command is a file of this folder.
 
 Tables and JSON go to stdout, progress and errors to stderr. A mistake of the user's (a file that is missing or damaged,
 an option out of range) is one line on stderr and exit code 2.
@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from sparseprune.cli.bench import bench
+from sparseprune.cli.cut import cut
 from sparseprune.cli.demo import demo
 from sparseprune.cli.evaluate import evaluate
 from sparseprune.cli.inspect import inspect
@@ -43,13 +44,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     help="Prune a Transformer, run it on sparse CPU kernels, save it and load it again.\n\n"
     "MODEL is a Hugging Face folder, a GGUF file, or a folder that `sparseprune prune` wrote.",
     epilog="SPARSEPRUNE_ISA forces an instruction set, SPARSEPRUNE_TRACEBACK=1 shows where an error came from.",
 )
 app.command()(demo)
 app.command()(prune)
+app.command()(cut)
 app.command()(recover)
 app.command(name="eval")(evaluate)
 app.command()(bench)

@@ -19,9 +19,7 @@ def prune(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.")],
     pattern: Annotated[
         str,
-        typer.Option(
-            help='"2:4", any "N:M", blocks such as "16x1", "unstructured"; or "neurons", "heads", "layers": cut out.'
-        ),
+        typer.Option(help='"2:4", any "N:M", blocks such as "16x1", "unstructured".'),
     ] = "2:4",
     method: Annotated[
         str,
@@ -117,7 +115,6 @@ def prune(
     from sparseprune.io.checkpoint import save
     from sparseprune.pruning.prune import prune as prune_model
     from sparseprune.recovery.distributed import processes
-    from sparseprune.surgery import StructuredReport
 
     first = processes(
         torch.device("cpu")
@@ -159,18 +156,24 @@ def prune(
     layers["lm_head"] = lm_head
     asked = {name: value for name, value in asked.items() if value is not None}
     pruned = prune_model(
-        loaded, pattern, method, sparsity, data, seed=seed, progress=first, **layers, **asked
+        loaded,
+        pattern,
+        method,
+        sparsity=sparsity,
+        calibration=data,
+        seed=seed,
+        progress=first,
+        **layers,
+        **asked,
     )
     if not first:
         return
     result: dict[str, Any] = {"pruned": pruned.to_dict(), "saved": str(out)}
-    lines = [str(pruned)]
-    if not isinstance(pruned, StructuredReport):  # what that leaves is dense
-        converted = sparsify(loaded, format, policy.value, batch, progress=True, **layers)
-        result["converted"] = converted.to_dict()
-        footer = "\n".join(pruned.table().footer)
-        steps = [] if pruned.schedule is None else [str(pruned.schedule)]
-        lines = [str(converted), *steps, f"pruned by {pruned.method}: {footer}"]
+    converted = sparsify(loaded, format, policy=policy.value, batch=batch, progress=True, **layers)
+    result["converted"] = converted.to_dict()
+    footer = "\n".join(pruned.table().footer)
+    steps = [] if pruned.schedule is None else [str(pruned.schedule)]
+    lines = [str(converted), *steps, f"pruned by {pruned.method}: {footer}"]
     with console.bar("saving") as update:
         save(loaded, out, tokenizer, progress=update)
     console.out(result, lambda: "\n".join([*lines, f"saved in {out}"]), as_json)
@@ -180,10 +183,7 @@ def _check(pattern: str, method: str, sparsity: float | None) -> None:
     """What can be wrong before a model is loaded."""
     from sparseprune.pruning.methods import find_method
     from sparseprune.pruning.patterns import Pattern
-    from sparseprune.surgery import STRUCTURES
 
-    if pattern in STRUCTURES:
-        return  # their criteria are methods of their own
     Pattern.parse(pattern).resolve_sparsity(sparsity)
     if method != "auto":
         find_method(method)

@@ -93,12 +93,12 @@ def recover(
     report = recover_model(
         to_dense(loaded),
         data,
-        dense,
-        steps,
-        minutes,
-        learning_rate,
-        windows,
-        weights,
+        teacher=dense,
+        steps=steps,
+        minutes=minutes,
+        learning_rate=learning_rate,
+        batch=windows,
+        distillation=weights,
         optimizer=optimizer,
         lora=lora,
         compile=compile,
@@ -111,7 +111,7 @@ def recover(
     )
     if int(os.environ.get("RANK", "0")):
         return  # of several processes, the first writes
-    converted = sparsify(loaded, format, policy.value, batch, progress=True, **layers)
+    converted = sparsify(loaded, format, policy=policy.value, batch=batch, progress=True, **layers)
     with console.bar("saving") as update:
         save(loaded, out, tokenizer, progress=update)
     result = {"recovered": report.to_dict(), "converted": converted.to_dict(), "saved": str(out)}
@@ -123,4 +123,6 @@ def _perplexity(path: Path, tokenizer: Any, limit: int | None) -> Callable[[Any]
 
     content = files.read_text("--dev", path)
     window = 1024 if limit is None else min(1024, limit)
-    return lambda model: perplexity(model, tokenizer, content, window, 16, text_name=path.name).value
+    return lambda model: (
+        perplexity(model, tokenizer, content, window=window, max_windows=16, text_name=path.name).value
+    )

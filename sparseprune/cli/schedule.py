@@ -37,7 +37,7 @@ def callbacks(
     def evaluate(it: Any) -> float:
         from sparseprune.measure.evaluate import perplexity
 
-        return math.log(perplexity(it, None, ids[:held], length).value)
+        return math.log(perplexity(it, None, ids[:held], window=length).value)
 
     given = {"schedule": schedule, "evaluate": evaluate}
     if not recover_steps:
@@ -48,6 +48,6 @@ def callbacks(
     teacher = copy.deepcopy(model)
 
     def train(it: Any) -> Any:
-        return recover(it, stream, teacher, steps=recover_steps, seed=seed, progress=True)
+        return recover(it, stream, teacher=teacher, steps=recover_steps, seed=seed, progress=True)
 
     return {**given, "recover": train}

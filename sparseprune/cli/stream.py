@@ -50,7 +50,7 @@ def calibration_data(
             f"calibration windows have {limit} tokens instead of {length}: the model's positions end there"
         )
         length = limit
-    return windows(files.read_text("--calibration", path), tokenizer, length, samples, seed)
+    return windows(files.read_text("--calibration", path), tokenizer, length=length, count=samples, seed=seed)
 
 
 def prune_streamed(
@@ -96,7 +96,7 @@ def prune_streamed(
     first = rank() == 0
     try:
         report = prune_folder(
-            model, out, pattern, method, calibration=data, tokenizer=tokenizer, progress=first,
+            model, out, pattern, method=method, calibration=data, tokenizer=tokenizer, progress=first,
             dtype=None if dtype is DType.auto else getattr(torch, dtype.value),
             memory=None if memory is None else parse_size(memory), **options,
         )  # fmt: skip

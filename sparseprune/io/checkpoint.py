@@ -47,6 +47,7 @@ def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
     tokenizer: Any = None,
+    *,
     progress: Progress | None = None,
 ) -> Path:
     """Write `model` into the folder `directory` (made if missing) and give the folder back.

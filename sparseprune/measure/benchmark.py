@@ -158,6 +158,7 @@ def time_layer(
     linear: nn.Module,
     formats: Sequence[str | Format],
     batches: Sequence[int] = (1,),
+    *,
     seconds: float = 0.5,
     rotated_bytes: int | None = None,
 ) -> list[LayerTiming]:
@@ -257,6 +258,7 @@ def time_model(
     model: nn.Module,
     batches: Sequence[int] = (1,),
     format: str | Format = "auto",
+    *,
     seconds: float = 20.0,
     tokens: bool = True,
     progress: bool = False,
@@ -276,7 +278,7 @@ def time_model(
         formats, shape, dtype, zeros, _ = kind
         name, module = members[0]
         dense = module.to_dense() if isinstance(module, SparseLinear) else module
-        timings = tuple(time_layer(dense, formats, batches, min(share, 0.5 * len(batches))))
+        timings = tuple(time_layer(dense, formats, batches, seconds=min(share, 0.5 * len(batches))))
         best = max(formats, key=lambda it: math.prod(timing.speedup(it) for timing in timings), default=None)
         dtype_text = str(dtype).removeprefix("torch.")
         kinds.append(KindTiming(name, len(members), shape, dtype_text, zeros, best and str(best), timings))

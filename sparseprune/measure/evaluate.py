@@ -68,6 +68,7 @@ def perplexity(
     model: nn.Module,
     tokenizer: Any,
     text: str | Tensor,
+    *,
     window: int = 1024,
     max_windows: int | None = None,
     stride: int | None = None,
@@ -94,7 +95,7 @@ def perplexity(
     loss = 0.0
     with torch.inference_mode(), evaluation_mode(model):
         for index, piece, first in track(protocol, "perplexity", len(protocol), enabled=progress):
-            loss += window_loss(logits_of(model, piece), piece, first, index)
+            loss += window_loss(logits_of(model, piece), piece, first, start=index)
     return protocol.result(model, loss)
 
 
@@ -170,7 +171,7 @@ def logits_of(model: nn.Module, piece: Tensor) -> Tensor:
     return logits
 
 
-def window_loss(logits: Tensor, piece: Tensor, first: int, start: int) -> float:
+def window_loss(logits: Tensor, piece: Tensor, first: int, *, start: int) -> float:
     """Negative log-likelihood of the window's tokens from `first` on.
 
     Raises:
@@ -191,7 +192,7 @@ def _exp(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 40, chat: bool = False) -> str:
+def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 40, chat: bool = False) -> str:
     """The model's greedy continuation of `prompt`, without the prompt.
 
     Args:
@@ -241,7 +242,9 @@ class SpeedResult:
         return f"{speed} ({self.what}, median of {self.runs}, {self.threads} threads)"
 
 
-def decode_speed(model: Any, prompt_length: int = 16, new_tokens: int = 64, warmup: int = 4) -> SpeedResult:
+def decode_speed(
+    model: Any, prompt_length: int = 16, new_tokens: int = 64, *, warmup: int = 4
+) -> SpeedResult:
     """Greedy decoding at batch 1 with the model's own cache: the median time of `new_tokens` steps."""
     _check_positive(prompt_length=prompt_length, new_tokens=new_tokens)
     _check_length(model, "new_tokens", prompt_length + warmup + new_tokens)
@@ -256,7 +259,7 @@ def decode_speed(model: Any, prompt_length: int = 16, new_tokens: int = 64, warm
     return _speed(model, times[warmup:], 1, f"decode, batch 1, {dtype_name(model)}")
 
 
-def prompt_speed(model: Any, length: int = 512, repeats: int = 5, warmup: int = 1) -> SpeedResult:
+def prompt_speed(model: Any, length: int = 512, repeats: int = 5, *, warmup: int = 1) -> SpeedResult:
     """Reading `length` random tokens at batch 1, logits included: the median of `repeats` passes."""
     _check_positive(length=length, repeats=repeats)
     _check_length(model, "length", length)

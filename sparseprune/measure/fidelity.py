@@ -75,6 +75,7 @@ def fidelity(
     model: nn.Module,
     reference: nn.Module,
     tokenizer: Any,
+    *,
     text: str | Tensor,
     window: int = 1024,
     max_windows: int | None = None,
@@ -101,7 +102,7 @@ def fidelity(
                     "pass the dense model that it was pruned from"
                 )
             for index, logits in enumerate((ours, theirs)):
-                losses[index] += window_loss(logits, piece, first, start)
+                losses[index] += window_loss(logits, piece, first, start=start)
             part, agreed = divergence(theirs[first - 1 : -1], ours[first - 1 : -1].to(theirs.device))
             kl += part
             same += agreed
@@ -154,7 +155,7 @@ class LayerErrors:
 
 
 def layer_errors(
-    model: nn.Module, reference: nn.Module, batches: list[Tensor], progress: bool = False
+    model: nn.Module, reference: nn.Module, batches: list[Tensor], *, progress: bool = False
 ) -> LayerErrors:
     """Runs `reference` (the dense model), and on each layer's and block's inputs its twin in `model` as well.
 

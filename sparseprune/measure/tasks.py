@@ -51,6 +51,7 @@ def zero_shot(
     model: nn.Module,
     tokenizer: Any,
     tasks: str | Sequence[str],
+    *,
     shots: int = 0,
     limit: int | None = None,
     batch_size: int = 1,

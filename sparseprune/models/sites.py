@@ -279,10 +279,10 @@ KINDS: tuple[type[WeightSite], ...] = (LinearSite, Conv1DSite)
 
 def find_sites(
     model: nn.Module,
+    *,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     lm_head: bool = False,
-    *,
     kinds: Sequence[type[WeightSite]] = KINDS,
 ) -> list[WeightSite]:
     """The sites of the model's floating-point weights, in model order.

@@ -57,9 +57,11 @@ class Pattern:
             return cls()
         match = re.fullmatch(r"(\d{1,4})([:x])(\d{1,4})", text) if isinstance(text, str) else None
         if match is None:
+            cut = "; whole neurons, heads and layers are cut out: sparseprune.cut"
+            hint = cut if text in ("neurons", "heads", "layers") else ""
             raise ValueError(
                 'pattern: must be "N:M" such as "2:4", a block of rows x columns such as "16x1", or '
-                f'"unstructured", got {text!r}'
+                f'"unstructured", got {text!r}{hint}'
             )
         first, second = int(match[1]), int(match[3])
         if match[2] == "x":

@@ -32,7 +32,6 @@ from sparseprune.statistics.gradients import WeightGradients, collect_gradients
 from sparseprune.statistics.inputs import Gram, collect
 from sparseprune.statistics.overlap import remember
 from sparseprune.statistics.walk import Walk, WalkError, capture
-from sparseprune.surgery import STRUCTURES, StructuredReport, prune_structured
 
 __all__ = ["prune"]
 
@@ -43,6 +42,7 @@ def prune(
     model: nn.Module,
     pattern: str | Pattern = "2:4",
     method: str | Method = "magnitude",
+    *,
     sparsity: float | None = None,
     calibration: CalibrationData | Iterable[Batch] | None = None,
     include: str | Sequence[str] | None = None,
@@ -58,13 +58,12 @@ def prune(
     minutes: float | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> PruneReport | StructuredReport:
+) -> PruneReport:
     """Prunes the model's linear layers, in place.
 
     Args:
-        pattern: "2:4", "4:8", any "N:M", "unstructured", blocks "RxC" such as "16x1"; or "neurons", "heads" or
-            "layers", which cuts them out and leaves a smaller dense model: see `sparseprune.surgery`, whose
-            criteria `method` then names ("magnitude" is left to them: "l1" without calibration).
+        pattern: "2:4", "4:8", any "N:M", "unstructured", blocks "RxC" such as "16x1". Whole neurons, heads
+            or layers are cut out by `sparseprune.cut`.
         method: a name of `sparseprune.pruning.METHODS`, with "+permute", "+swaps" or "+least-squares" behind it, a
             `Method` of your own, or "auto" for the best recipe in `minutes` (see `sparseprune.pruning.auto`).
         sparsity: fraction of weights to remove, in [0, 1); implied by N:M, needed otherwise.
@@ -94,25 +93,6 @@ def prune(
             Inf in weights or activations; the message names the layer.
     """
     begin = time.perf_counter()
-    if isinstance(pattern, str) and pattern in STRUCTURES:
-        weightwise = {
-            "scope": scope is not None,
-            "allocation": allocation != "uniform",
-            "sequential": sequential is not None,
-            "reconstruction": bool(reconstruction),
-            "lm_head": lm_head,
-        }
-        unfit = next((name for name, used in weightwise.items() if used), None)
-        if unfit is not None:
-            raise ValueError(
-                f"{unfit}: has no meaning for pattern {pattern}, which removes them whole; leave it out"
-            )
-        if not isinstance(method, str):
-            raise ValueError(f"method: pattern {pattern} takes a criterion by name, got {method!r}")
-        criterion = "auto" if method == "magnitude" else method  # the default was not meant for structures
-        return prune_structured(
-            model, pattern, sparsity, criterion, calibration, include, exclude, progress=progress, seed=seed
-        )
     pattern = Pattern.parse(pattern)
     steps = find_schedule(schedule)
     if steps is not None:
@@ -210,7 +190,7 @@ def find_layers(
     Raises:
         ValueError: no layer at all, or a layer that cannot be pruned so, by name.
     """
-    layers = find_sites(model, include, exclude, lm_head)
+    layers = find_sites(model, include=include, exclude=exclude, lm_head=lm_head)
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no linear layer to prune under include={include!r}, "
@@ -384,6 +364,11 @@ class _Job:
             return {}
         if issubclass(statistic, WeightGradients):
             return collect_gradients(
-                self.model, layers, self.data, statistic, self.progress, self.method.loss
+                self.model,
+                layers,
+                self.data,
+                statistic=statistic,
+                progress=self.progress,
+                loss=self.method.loss,
             )
-        return collect(self.model, layers, self.data, statistic, self.progress)
+        return collect(self.model, layers, self.data, statistic=statistic, progress=self.progress)

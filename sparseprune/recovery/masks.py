@@ -73,7 +73,7 @@ class SparsityMasks:
         lm_head: bool = False,
     ) -> SparsityMasks:
         """The zeros of a model's linear layers (see `sparseprune.models.sites.find_sites`)."""
-        return cls(find_sites(model, include, exclude, lm_head))
+        return cls(find_sites(model, include=include, exclude=exclude, lm_head=lm_head))
 
     @property
     def pruned(self) -> dict[str, Tensor]:
@@ -189,6 +189,7 @@ def freeze_zeros(
     model: nn.Module,
     optimizer: Optimizer,
     include: str | Sequence[str] | None = None,
+    *,
     exclude: str | Sequence[str] | None = None,
     lm_head: bool = False,
 ) -> SparsityMasks:

@@ -36,6 +36,7 @@ __all__ = ["recover"]
 def recover(
     model: nn.Module,
     data: Sampler | CalibrationData | Iterable[Batch],
+    *,
     teacher: nn.Module | None = None,
     steps: int | None = None,
     minutes: float | None = None,
@@ -127,7 +128,7 @@ def recover(
     with ExitStack() as stack:
         stack.enter_context(_float32(model))
         stack.enter_context(_mode(model, dropout))
-        layers = find_sites(model, include, exclude, lm_head)
+        layers = find_sites(model, include=include, exclude=exclude, lm_head=lm_head)
         masks = SparsityMasks(layers)
         if lora is None:
             parameters = trained_parameters(model, train)

@@ -117,6 +117,7 @@ def collect_gradients(
     model: nn.Module,
     layers: Sequence[WeightSite],
     batches: Iterable[Batch],
+    *,
     statistic: type[WeightGradients] = GradientSum,
     progress: bool = False,
     loss: Loss | None = None,

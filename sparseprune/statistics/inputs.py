@@ -91,6 +91,7 @@ def collect(
     model: nn.Module,
     layers: Sequence[WeightSite],
     batches: Iterable[Batch],
+    *,
     statistic: type[Statistic] = InputSquares,
     progress: bool = False,
 ) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def prune_folder(
     folder: str | Path,
     out: str | Path,
     pattern: str | Pattern = "2:4",
+    *,
     method: str | Method = "magnitude",
     sparsity: float | None = None,
     calibration: CalibrationData | Iterable[Batch] | None = None,
@@ -125,7 +126,7 @@ def prune_folder(
             notes += [cut] if cut is not None else []
         blocks = find_blocks(streamed.model)
         prefixes = tuple(f"{name}." for name, _ in blocks)
-        found = find_sites(streamed.model, include, exclude)
+        found = find_sites(streamed.model, include=include, exclude=exclude)
         layers = [layer for layer in found if layer.name.startswith(prefixes)]
         context = AllocationContext(streamed.model, layers, method, pattern, removed, ranked, data)
         targets = resolve_allocation(allocation, context)

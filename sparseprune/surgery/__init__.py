@@ -2,7 +2,7 @@
 
 from sparseprune.io.sizes import apply_sizes
 from sparseprune.surgery.criteria import CRITERIA
-from sparseprune.surgery.dispatch import STRUCTURES, prune_structured
+from sparseprune.surgery.cut import STRUCTURES, cut
 from sparseprune.surgery.heads import remove_heads
 from sparseprune.surgery.layers import LAYER_CRITERIA, remove_layers
 from sparseprune.surgery.neurons import remove_neurons
@@ -15,7 +15,7 @@ __all__ = [
     "StructureCut",
     "StructuredReport",
     "apply_sizes",
-    "prune_structured",
+    "cut",
     "remove_heads",
     "remove_layers",
     "remove_neurons",

@@ -249,7 +249,7 @@ def _parts(
     walk = _walk(model, blocks, units, options)
     if walk is None:
         layers = [it.consumer for it in units]
-        found = collect(model, layers, data, statistic, options.progress)
+        found = collect(model, layers, data, statistic=statistic, progress=options.progress)
         yield units, {name: (found[name], totals.get(name)) for name in found}, ""
         return
     described = f"removing {options.structure}, block by block"

@@ -36,6 +36,7 @@ def remove_heads(
     model: nn.Module,
     fraction: float,
     criterion: str = "activation",
+    *,
     calibration: CalibrationData | Iterable[Batch] | None = None,
     unit: Unit | None = None,
     compensate: bool | None = None,

@@ -31,6 +31,7 @@ def remove_layers(
     model: nn.Module,
     count: int | float,
     criterion: str = "influence",
+    *,
     calibration: CalibrationData | Iterable[Batch] | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,

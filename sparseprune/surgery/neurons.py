@@ -36,6 +36,7 @@ def remove_neurons(
     model: nn.Module,
     fraction: float,
     criterion: str = "activation",
+    *,
     calibration: CalibrationData | Iterable[Batch] | None = None,
     multiple_of: int = 8,
     compensate: bool | None = None,
@@ -72,7 +73,9 @@ def remove_neurons(
         raise ValueError(f"multiple_of: must be at least 1, got {multiple_of!r}")
     data = as_data(model, calibration)
     check_criterion(criterion, CRITERIA, CALIBRATED, data)
-    batch, found = _found(model, data, [layer.name for layer in find_sites(model, include, exclude)])
+    batch, found = _found(
+        model, data, [layer.name for layer in find_sites(model, include=include, exclude=exclude)]
+    )
     groups = chosen_groups(found, include, exclude)
     if not groups:
         raise ValueError(

@@ -109,7 +109,9 @@ class SparseLinear(nn.Module):
         return _linear_undispatched(input, packed, bias, self.out_features)
 
     def _check_input(self, input: Tensor) -> None:
-        if input.dim() and input.shape[-1] != self.in_features:
+        if not input.dim():
+            raise ValueError("input: must have at least one dimension [..., in_features], got a scalar")
+        if input.shape[-1] != self.in_features:
             raise ValueError(
                 f"input: must have {self.in_features} columns [..., in_features], got shape {tuple(input.shape)}; "
                 "check the layer before this one"

@@ -85,7 +85,15 @@ def test_prune_passes_on_what_was_asked_for(folders, tmp_path, monkeypatch):
     )
     arguments = ("prune", folders / "dense", tmp_path / "out", "--pattern", "unstructured", "--sparsity", 0.5)
     run(*arguments, "--policy", "always")
-    assert asked.pop()[1].keys() == {"seed", "progress", "include", "exclude", "lm_head"}
+    assert asked.pop()[1].keys() == {
+        "sparsity",
+        "calibration",
+        "seed",
+        "progress",
+        "include",
+        "exclude",
+        "lm_head",
+    }
     text = ("--calibration", folders / "text.txt", "--samples", 4, "--length", 32, "--policy", "always")
     run(
         *arguments, *text, "--method", "wanda+swaps", "--allocation", "search", "--minutes", 0.01, "--max-bytes", 10**6,
@@ -109,9 +117,9 @@ def test_prune_passes_on_what_was_asked_for(folders, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("structure", "parameters"), [("neurons", 0.8), ("heads", 0.9), ("layers", 0.7)])
-def test_prune_structures(folders, tmp_path, structure, parameters):
-    arguments = ("prune", folders / "dense", tmp_path / "out", "--pattern", structure, "--sparsity", 0.5)
-    pruned = run_json(*arguments)["pruned"]
+def test_cut(folders, tmp_path, structure, parameters):
+    arguments = ("cut", folders / "dense", tmp_path / "out", "--structure", structure, "--fraction", 0.5)
+    pruned = run_json(*arguments)["cut"]
     assert pruned["parameters_after"] < parameters * pruned["parameters_before"]
     model = load(tmp_path / "out")
     assert sum(it.numel() for it in model.parameters()) == pruned["parameters_after"]

@@ -45,7 +45,7 @@ class TestPerplexity:
     )
     def test_equals_the_naive_reference(self, build, window, stride, max_windows):
         model = build()
-        result = perplexity(model, None, IDS, window, max_windows, stride)
+        result = perplexity(model, None, IDS, window=window, max_windows=max_windows, stride=stride)
         value, scored = naive_perplexity(model, IDS, window, stride or window, max_windows)
         assert result.value == pytest.approx(value, rel=1e-4)
         assert result.tokens == scored
@@ -53,24 +53,26 @@ class TestPerplexity:
     def test_windows_wider_than_a_slice_of_logits(self):
         model = tiny.llama(max_position_embeddings=300)
         value, scored = naive_perplexity(model, IDS, 300, 300)
-        result = perplexity(model, None, IDS, 300)
+        result = perplexity(model, None, IDS, window=300)
         assert (result.value, result.tokens) == (pytest.approx(value, rel=1e-4), scored)
 
     def test_the_uniform_model_has_the_vocabulary_s_size(self):
         model = tiny.llama()
         with torch.no_grad():
             model.lm_head.weight.zero_()
-        assert perplexity(model, None, IDS, 32).value == pytest.approx(96, rel=1e-5)
+        assert perplexity(model, None, IDS, window=32).value == pytest.approx(96, rel=1e-5)
 
     def test_text_goes_through_the_tokenizer_without_special_tokens(self):
         tokenizer = tiny.WordTokenizer()
         text = "some words of a text that is repeated " * 10
         ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
         model = tiny.llama()
-        assert perplexity(model, tokenizer, text, 16) == perplexity(model, None, ids, 16)
+        assert perplexity(model, tokenizer, text, window=16) == perplexity(model, None, ids, window=16)
 
     def test_protocol_is_printed_with_the_value(self):
-        result = perplexity(tiny.llama().bfloat16(), None, IDS, 32, 4, stride=16, text_name="ids")
+        result = perplexity(
+            tiny.llama().bfloat16(), None, IDS, window=32, max_windows=4, stride=16, text_name="ids"
+        )
         assert str(result).startswith(
             f"perplexity {result.value:.4g} (ids: 79 tokens scored in 4 windows of 32"
         )
@@ -81,7 +83,7 @@ class TestPerplexity:
 
     def test_the_model_keeps_its_mode_and_dropout_is_off(self):
         model = tiny.llama(attention_dropout=0.5).train()
-        first, second = (perplexity(model, None, IDS, 32).value for _ in range(2))
+        first, second = (perplexity(model, None, IDS, window=32).value for _ in range(2))
         assert first == second
         assert model.training
 
@@ -90,7 +92,7 @@ class TestPerplexity:
             def forward(self, input_ids, use_cache):
                 return SimpleNamespace(logits=1e4 * F.one_hot(input_ids % 2, 96).float())
 
-        assert perplexity(Sure(), None, torch.full((8,), 5), 8).value == math.inf
+        assert perplexity(Sure(), None, torch.full((8,), 5), window=8).value == math.inf
 
     def test_errors(self):
         model = tiny.llama()
@@ -102,17 +104,17 @@ class TestPerplexity:
             (65, None, None, "window: the model's positions end at 64, this would take 65"),
         ]:
             with pytest.raises(ValueError, match=match):
-                perplexity(model, None, IDS, window, max_windows, stride)
+                perplexity(model, None, IDS, window=window, max_windows=max_windows, stride=stride)
         with pytest.raises(ValueError, match="text: must hold at least one window of 32 tokens, got 31"):
-            perplexity(model, None, IDS[:31], 32)
+            perplexity(model, None, IDS[:31], window=32)
         with pytest.raises(ValueError, match="tokenizer: must be given"):
-            perplexity(model, None, "a text", 32)
+            perplexity(model, None, "a text", window=32)
         with torch.no_grad():
             model.model.norm.weight[0] = float("nan")
         with pytest.raises(
             ValueError, match="model: logits must not be NaN, got some in the window at token 0"
         ):
-            perplexity(model, None, IDS, 32)
+            perplexity(model, None, IDS, window=32)
 
 
 class EchoTokenizer:
@@ -136,18 +138,18 @@ class TestGenerate:
             with torch.no_grad():
                 ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
         expected = " ".join(str(index) for index in ids[0, 5:].tolist())
-        assert generate(model, EchoTokenizer(), "hello", 6) == expected
+        assert generate(model, EchoTokenizer(), "hello", max_new_tokens=6) == expected
 
     def test_errors(self):
         model = tiny.llama()
         with pytest.raises(ValueError, match="prompt: must not be empty"):
             generate(model, EchoTokenizer(), "")
         with pytest.raises(ValueError, match="max_new_tokens: must be at least 1, got 0"):
-            generate(model, EchoTokenizer(), "a", 0)
+            generate(model, EchoTokenizer(), "a", max_new_tokens=0)
         with pytest.raises(
             ValueError, match="max_new_tokens: the model's positions end at 64, this would take 65"
         ):
-            generate(model, EchoTokenizer(), "abcde", 60)
+            generate(model, EchoTokenizer(), "abcde", max_new_tokens=60)
         with pytest.raises(ValueError, match="chat: the tokenizer has no chat template"):
             generate(model, EchoTokenizer(), "a", chat=True)
 

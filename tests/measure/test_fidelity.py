@@ -29,7 +29,7 @@ def decided(build):
 
 def pruned(reference, sparsity=0.5):
     model = copy.deepcopy(reference)
-    prune(model, "unstructured", "magnitude", sparsity)
+    prune(model, "unstructured", "magnitude", sparsity=sparsity)
     return model
 
 
@@ -55,16 +55,18 @@ class TestFidelity:
     def test_equals_the_naive_reference(self, build, stride, max_windows):
         reference = decided(build)
         model = pruned(reference)
-        result = fidelity(model, reference, None, IDS, 32, max_windows, stride)
+        result = fidelity(model, reference, None, text=IDS, window=32, max_windows=max_windows, stride=stride)
         kl, agreement = naive(model, reference, 32, stride, max_windows)
         assert result.kl == pytest.approx(kl, rel=1e-4)
         assert result.kl > 1e-3
         assert result.agreement == pytest.approx(agreement, abs=1e-9)
-        assert result.model == perplexity(model, None, IDS, 32, max_windows, stride)
-        assert result.reference == perplexity(reference, None, IDS, 32, max_windows, stride)
+        assert result.model == perplexity(model, None, IDS, window=32, max_windows=max_windows, stride=stride)
+        assert result.reference == perplexity(
+            reference, None, IDS, window=32, max_windows=max_windows, stride=stride
+        )
 
     def test_a_model_equals_itself(self):
-        result = fidelity(tiny.llama(), tiny.llama(), None, IDS, 32)
+        result = fidelity(tiny.llama(), tiny.llama(), None, text=IDS, window=32)
         assert (result.kl, result.agreement) == (0, 1)
 
     def test_divergence_is_of_the_reference_from_the_model(self):
@@ -79,7 +81,8 @@ class TestFidelity:
     def test_more_pruning_is_further_away(self):
         reference = tiny.llama()
         found = [
-            fidelity(pruned(reference, sparsity), reference, None, IDS, 32).kl for sparsity in (0.2, 0.5, 0.9)
+            fidelity(pruned(reference, sparsity), reference, None, text=IDS, window=32).kl
+            for sparsity in (0.2, 0.5, 0.9)
         ]
         assert found == sorted(found)
 
@@ -87,7 +90,7 @@ class TestFidelity:
         reference = tiny.llama()
         model = pruned(reference).bfloat16()
         remember(model, [IDS[None]])
-        result = fidelity(model, reference, None, IDS, 32, text_name="ids")
+        result = fidelity(model, reference, None, text=IDS, window=32, text_name="ids")
         assert "ids: 279 tokens scored in 9 windows of 32" in str(result)
         assert "compared with a float32 reference" in str(result)
         assert "WARNING: the model was calibrated on" in str(result)
@@ -99,9 +102,9 @@ class TestFidelity:
         with pytest.raises(
             ValueError, match="reference: must have the model's vocabulary, 96 tokens, got 50"
         ):
-            fidelity(tiny.llama(), tiny.llama(vocab_size=50), None, IDS % 50, 32)
+            fidelity(tiny.llama(), tiny.llama(vocab_size=50), None, text=IDS % 50, window=32)
         with pytest.raises(ValueError, match="text: must hold at least one window of 32 tokens, got 9"):
-            fidelity(tiny.llama(), tiny.llama(), None, IDS[:9], 32)
+            fidelity(tiny.llama(), tiny.llama(), None, text=IDS[:9], window=32)
 
 
 class TestLayerErrors:

@@ -119,7 +119,7 @@ def test_std_is_a_rate_times_the_deviation():
 def test_owl_against_the_formula(method):
     it = context(method=method, sparsity=0.7)
     targets = resolve_allocation("owl", it)
-    statistics = collect(it.model, it.layers, DATA, InputSquares)
+    statistics = collect(it.model, it.layers, DATA, statistic=InputSquares)
     shares = []
     for block in range(3):
         scores = []
@@ -142,7 +142,7 @@ def test_owl_against_the_formula(method):
 def test_scores_of_gradients():
     it = context(method="taylor", sparsity=0.5)
     targets = resolve_allocation("global", it)
-    gradients = collect_gradients(it.model, it.layers, DATA, it.method.statistic)
+    gradients = collect_gradients(it.model, it.layers, DATA, statistic=it.method.statistic)
     scores = {layer.name: it.method.score(layer.weight, gradients[layer.name]) for layer in it.layers}
     threshold = torch.cat([score.flatten() for score in scores.values()]).quantile(0.5)
     for name, score in scores.items():

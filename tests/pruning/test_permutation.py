@@ -166,7 +166,7 @@ class TestErrors:
         with pytest.raises(
             ValueError, match="method: .permute rearranges the groups of N:M, got pattern unst"
         ):
-            prune(tiny.llama(), "unstructured", "wanda+permute", 0.5, calibration=CALIBRATION)
+            prune(tiny.llama(), "unstructured", "wanda+permute", sparsity=0.5, calibration=CALIBRATION)
 
     def test_no_neurons(self):
         with pytest.raises(ValueError, match="needs hidden neurons that a pruned layer reads, found none"):

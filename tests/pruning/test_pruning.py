@@ -183,7 +183,7 @@ def test_wanda_keeps_the_output_better_than_magnitude(pattern, sparsity):
         with torch.no_grad():
             wanted = model(x[200:])
             calibration = [x[:200]] if method == "wanda" else None
-            prune(model, pattern, method, sparsity, calibration=calibration)
+            prune(model, pattern, method, sparsity=sparsity, calibration=calibration)
             errors[method] = (model(x[200:]) - wanted).square().mean().item()
     assert 0 < errors["wanda"] < 0.5 * errors["magnitude"]
 
@@ -202,7 +202,7 @@ def test_prune_keeps_exactly_the_best(build, method, pattern, sparsity, dtype):
     layers = find_sites(model)
     dense = {layer.name: layer.weight.clone() for layer in layers}
     calibration = CALIBRATION if METHODS[method].statistic is not None else None
-    report = prune(model, pattern, method, sparsity, calibration=calibration)
+    report = prune(model, pattern, method, sparsity=sparsity, calibration=calibration)
 
     pruned = {f"{layer.name}.weight" for layer in layers}
     for name, value in model.state_dict().items():
@@ -233,7 +233,7 @@ def test_wanda_ranks_by_weight_times_input_norm():
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
     with torch.no_grad():
         model[0].weight[:] = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
-    prune(model, "unstructured", "wanda", 0.5, calibration=[torch.tensor([[1.0, 1.0, 10.0, 10.0]])])
+    prune(model, "unstructured", "wanda", sparsity=0.5, calibration=[torch.tensor([[1.0, 1.0, 10.0, 10.0]])])
     assert model[0].weight.tolist() == [[0.0, 0.0, 2.0, 1.0]]
 
 
@@ -282,7 +282,13 @@ def test_pruning_twice_changes_nothing_more():
 
 def test_training_mode_and_gradients_survive():
     model = tiny.llama().train()
-    prune(model, "unstructured", "wanda", 0.5, calibration=windows(tiny.ids(1, 64)[0], length=16, count=4))
+    prune(
+        model,
+        "unstructured",
+        "wanda",
+        sparsity=0.5,
+        calibration=windows(tiny.ids(1, 64)[0], length=16, count=4),
+    )
     assert model.training
     model(tiny.ids(), labels=tiny.ids()).loss.backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
@@ -364,7 +370,7 @@ class TestErrorsComeBeforeAnyChange:
 class TestReport:
     def test_table_and_dict(self):
         model = tiny.llama()
-        report = prune(model, "unstructured", "wanda", 0.25, calibration=CALIBRATION)
+        report = prune(model, "unstructured", "wanda", sparsity=0.25, calibration=CALIBRATION)
         text = str(report)
         assert "Pruned by wanda, unstructured 25.0%, ranked per row" in text
         assert "model.layers.1.mlp.down_proj" in text

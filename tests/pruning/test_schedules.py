@@ -25,7 +25,7 @@ def sparsity_of(model):
 
 def magnitude(model):
     return lambda sparsity, include=None: sp.prune(
-        model, "unstructured", "magnitude", sparsity, include=include
+        model, "unstructured", "magnitude", sparsity=sparsity, include=include
     )
 
 
@@ -111,7 +111,7 @@ class TestGradual:
 
         def prune_to(sparsity):
             levels.append(sparsity)
-            sp.prune(model, "unstructured", "magnitude", sparsity)
+            sp.prune(model, "unstructured", "magnitude", sparsity=sparsity)
 
         def recover(model):
             seen.append(zeros_of(model))

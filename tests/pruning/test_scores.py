@@ -47,7 +47,7 @@ class TestRandom:
         pruned = {}
         for key, seed, exclude in (("a", 0, None), ("b", 0, "*.q_proj"), ("c", 1, None)):
             model = tiny.llama()
-            prune(model, "unstructured", "random", 0.5, exclude=exclude, seed=seed)
+            prune(model, "unstructured", "random", sparsity=0.5, exclude=exclude, seed=seed)
             pruned[key] = masks(model)["model.layers.1.mlp.up_proj"]
         assert torch.equal(pruned["a"], pruned["b"]), "the other layers do not matter"
         assert not torch.equal(pruned["a"], pruned["c"])
@@ -120,7 +120,7 @@ class TestGradients:
         expected = autograd_gradients(model, CALIBRATION, shifted_loss)
         layers = find_sites(model)
         total = collect_gradients(model, layers, CALIBRATION)
-        sizes = collect_gradients(model, layers, CALIBRATION, GradientMagnitudes)
+        sizes = collect_gradients(model, layers, CALIBRATION, statistic=GradientMagnitudes)
         for layer in layers:
             gradients = torch.stack(expected[layer.name])
             assert total[layer.name].total.shape == layer.weight.shape
@@ -163,7 +163,11 @@ class TestGradients:
         for layer in layers:
             assert torch.allclose(total[layer.name].total, sum(expected[layer.name]), atol=1e-6)
         report = prune(
-            model, "unstructured", replace(METHODS["taylor"], loss=loss), 0.5, calibration=CALIBRATION
+            model,
+            "unstructured",
+            replace(METHODS["taylor"], loss=loss),
+            sparsity=0.5,
+            calibration=CALIBRATION,
         )
         assert report.sparsity_after == pytest.approx(0.5, abs=0.01)
 
@@ -225,7 +229,7 @@ class TestGradients:
         ]
         for model, batches, options, match in cases:
             with pytest.raises(ValueError, match=match):
-                collect_gradients(model, find_sites(model), batches, GradientSum, **options)
+                collect_gradients(model, find_sites(model), batches, statistic=GradientSum, **options)
 
     def test_gradient_not_finite(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -289,7 +293,11 @@ def test_scores_keep_more_of_a_trained_model_than_chance():
         for method in ("random", "gradient", "taylor", "ria"):
             trained.load_state_dict(state)
             prune(
-                trained, "unstructured", method, 0.5, calibration=None if method == "random" else calibration
+                trained,
+                "unstructured",
+                method,
+                sparsity=0.5,
+                calibration=None if method == "random" else calibration,
             )
             losses[method] = shifted_loss(trained, test).item()
     for method in ("gradient", "taylor", "ria"):
@@ -303,7 +311,7 @@ class TestMethods:
         model = tiny.llama()
         layers = find_sites(model)
         dense = {layer.name: layer.weight.clone() for layer in layers}
-        statistics = collect_gradients(model, layers, CALIBRATION, METHODS[method].statistic)
+        statistics = collect_gradients(model, layers, CALIBRATION, statistic=METHODS[method].statistic)
         prune(model, "2:4", method, calibration=CALIBRATION)
         for layer in layers:
             scores = (dense[layer.name] * statistics[layer.name].total).abs().reshape(-1, 4)

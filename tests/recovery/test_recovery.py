@@ -32,7 +32,7 @@ def test_distillation_halves_the_divergence_to_the_teacher(recipe):
     model, teacher = pruned_pair()
     before, taught = divergence(model, teacher), weights(teacher)
     options = {"learning_rate": 3e-3, "batch": 4, "autocast": None} | RECIPES[recipe]
-    report = recover(model, stream(), teacher, steps=80, **options)
+    report = recover(model, stream(), teacher=teacher, steps=80, **options)
     assert divergence(model, teacher) < 0.5 * before
     assert report.zeros_after == report.zeros_before == 7680
     assert report.steps == 80 and report.losses[-1].total < report.losses[0].total
@@ -47,7 +47,7 @@ def test_compiled_blocks_learn_the_same():
     for compiled in (False, True):
         model, teacher = pruned_pair()
         options = {"autocast": None, "compile": compiled, "distillation": Distillation(hidden=0.3)}
-        results.append(recover(model, stream(), teacher, steps=4, learning_rate=1e-3, **options))
+        results.append(recover(model, stream(), teacher=teacher, steps=4, learning_rate=1e-3, **options))
         assert all("forward" not in vars(module) for it in (model, teacher) for module in it.modules())
     for eager, fused in zip(*(report.losses for report in results), strict=True):
         assert fused.total == pytest.approx(eager.total, rel=1e-3)
@@ -59,7 +59,7 @@ def test_distillation_beats_fine_tuning_on_text_that_says_nothing():
     for name in ("distilled", "fine-tuned"):
         model, teacher = pruned_pair()
         given = teacher if name == "distilled" else None
-        recover(model, stream(), given, steps=60, learning_rate=3e-3, batch=4, autocast=None)
+        recover(model, stream(), teacher=given, steps=60, learning_rate=3e-3, batch=4, autocast=None)
         results[name] = divergence(model, teacher)
     assert results["distilled"] < 0.5 * results["fine-tuned"]
 
@@ -77,7 +77,7 @@ def test_embeddings_and_head_are_trained_only_on_request():
     for train, changes in (("linears", False), ("all", True)):
         model, teacher = pruned_pair()
         before = weights(model)
-        recover(model, stream(), teacher, steps=2, learning_rate=1e-2, train=train, autocast=None)
+        recover(model, stream(), teacher=teacher, steps=2, learning_rate=1e-2, train=train, autocast=None)
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             assert torch.equal(model.state_dict()[name], before[name]) is not changes
         assert not torch.equal(model.state_dict()["model.norm.weight"], before["model.norm.weight"])
@@ -87,7 +87,7 @@ def test_a_bfloat16_model_learns_from_steps_below_its_spacing():
     model, teacher = pruned_pair()
     model = model.to(torch.bfloat16)
     before, flags = weights(model), [it.requires_grad for it in model.parameters()]
-    recover(model, stream(), teacher, steps=30, learning_rate=1e-4, autocast=None)
+    recover(model, stream(), teacher=teacher, steps=30, learning_rate=1e-4, autocast=None)
     assert {it.dtype for it in model.parameters()} == {torch.bfloat16}
     assert [it.requires_grad for it in model.parameters()] == flags and not model.training
     name = "model.layers.0.mlp.up_proj.weight"
@@ -110,7 +110,7 @@ def test_any_torch_model_with_a_loss_of_its_own():
 
     distilled = copy.deepcopy(teacher)
     sp.prune(distilled, "unstructured", sparsity=0.5)
-    report = recover(distilled, batches, teacher, steps=60, learning_rate=1e-2, autocast=None)
+    report = recover(distilled, batches, teacher=teacher, steps=60, learning_rate=1e-2, autocast=None)
     assert report.losses[-1].divergence < 0.3 * report.losses[0].divergence
 
 
@@ -132,7 +132,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, optimizer, dropout):
         "evaluate_every": 2,
     }
     whole, teacher = pruned_pair(make)
-    reference = recover(whole, stream(), teacher, evaluate=lambda it: divergence(it, teacher), **options)
+    reference = recover(
+        whole, stream(), teacher=teacher, evaluate=lambda it: divergence(it, teacher), **options
+    )
 
     def dies(model: nn.Module) -> float:
         dies.calls += 1
@@ -144,12 +146,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, optimizer, dropout):
     model, _ = pruned_pair(make)
     disk = {"checkpoint": tmp_path / "run", "checkpoint_every": 3}
     with pytest.raises(Killed):
-        recover(model, stream(), teacher, evaluate=dies, **options, **disk)
+        recover(model, stream(), teacher=teacher, evaluate=dies, **options, **disk)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["recovery.safetensors"]
 
     torch.rand(7)  # the global generator has no say
     again, _ = pruned_pair(make)
-    report = recover(again, stream(), teacher, evaluate=lambda it: divergence(it, teacher), **options, **disk)
+    report = recover(
+        again, stream(), teacher=teacher, evaluate=lambda it: divergence(it, teacher), **options, **disk
+    )
     assert report.resumed_at == 3
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(again)[name]), name
@@ -160,7 +164,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, optimizer, dropout):
 
     finished, _ = pruned_pair(make)
     report = recover(
-        finished, stream(), teacher, evaluate=lambda it: divergence(it, teacher), **options, **disk
+        finished, stream(), teacher=teacher, evaluate=lambda it: divergence(it, teacher), **options, **disk
     )
     assert report.resumed_at == 9 and torch.equal(
         next(iter(weights(finished).values())), next(iter(weights(whole).values()))
@@ -176,7 +180,7 @@ def test_each_step_reads_the_next_samples(tmp_path):
     drawn: list[tuple[int, int]] = []
     model, teacher = pruned_pair()
     options = {"batch": 3, "seed": 5, "autocast": None, "checkpoint": tmp_path}
-    recover(model, Recording(tiny.ids(1, 500)[0], length=16), teacher, steps=4, **options)
+    recover(model, Recording(tiny.ids(1, 500)[0], length=16), teacher=teacher, steps=4, **options)
     assert drawn == [(index, 5) for index in range(12)]
 
 
@@ -184,17 +188,17 @@ def test_what_a_kill_left_half_written_is_ignored_and_replaced(tmp_path):
     partial = tmp_path / ".recovery.safetensors.partial"
     partial.write_bytes(b"half")
     model, teacher = pruned_pair()
-    report = recover(model, stream(), teacher, steps=1, autocast=None, checkpoint=tmp_path)
+    report = recover(model, stream(), teacher=teacher, steps=1, autocast=None, checkpoint=tmp_path)
     assert report.resumed_at is None and not partial.exists()
 
 
 def test_minutes_count_what_an_earlier_run_used(tmp_path):
     model, teacher = pruned_pair()
     options = {"minutes": 0.02, "autocast": None, "checkpoint": tmp_path}
-    report = recover(model, stream(), teacher, **options)
+    report = recover(model, stream(), teacher=teacher, **options)
     assert 1.2 <= report.seconds < 4 and report.steps > 1
     again, _ = pruned_pair()
-    resumed = recover(again, stream(), teacher, **options)
+    resumed = recover(again, stream(), teacher=teacher, **options)
     assert resumed.steps == report.steps
 
 
@@ -209,27 +213,27 @@ def test_minutes_count_what_an_earlier_run_used(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
     model, teacher = pruned_pair()
     options = {"steps": 2, "learning_rate": 3e-3, "autocast": None, "checkpoint": tmp_path}
-    recover(model, stream(), teacher, **options)
+    recover(model, stream(), teacher=teacher, **options)
     before = weights(model)
     with pytest.raises(ValueError, match=message):
-        recover(model, stream(), teacher, **options | change)
+        recover(model, stream(), teacher=teacher, **options | change)
     for name, tensor in weights(model).items():
         assert torch.equal(tensor, before[name])
-    assert recover(model, stream(), teacher, resume=False, **options | change).resumed_at is None
+    assert recover(model, stream(), teacher=teacher, resume=False, **options | change).resumed_at is None
 
 
 def test_a_checkpoint_with_other_zeros_or_damage_is_refused(tmp_path):
     model, teacher = pruned_pair()
     options = {"steps": 2, "autocast": None, "checkpoint": tmp_path}
-    recover(model, stream(), teacher, **options)
+    recover(model, stream(), teacher=teacher, **options)
     other = peaked()
     sp.prune(other, "unstructured", sparsity=0.5)
     with pytest.raises(ValueError, match="zeros="):
-        recover(other, stream(), teacher, **options)
+        recover(other, stream(), teacher=teacher, **options)
     file = tmp_path / "recovery.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged"):
-        recover(model, stream(), teacher, **options)
+        recover(model, stream(), teacher=teacher, **options)
 
 
 def test_an_epoch_of_a_stream_reads_every_window_once():
@@ -256,7 +260,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_finite_weights():
     teacher.lm_head.weight.data[3] = math.nan
     before = weights(model)
     with pytest.raises(ValueError, match="lower the learning rate"):
-        recover(model, stream(), teacher, steps=3, autocast=None)
+        recover(model, stream(), teacher=teacher, steps=3, autocast=None)
     for name, tensor in weights(model).items():
         assert torch.equal(tensor, before[name])
 
@@ -266,12 +270,12 @@ def test_sparse_layers_must_be_dense_to_be_trained():
     expected = weights(model)
     sp.sparsify(model, policy="always")
     with pytest.raises(ValueError, match="to_dense"):
-        recover(model, stream(), teacher, steps=1)
+        recover(model, stream(), teacher=teacher, steps=1)
     to_dense(model)
     assert weights(model).keys() == expected.keys()
     for name, tensor in weights(model).items():
         assert torch.equal(tensor, expected[name])
-    recover(model, stream(), teacher, steps=2, autocast=None)
+    recover(model, stream(), teacher=teacher, steps=2, autocast=None)
 
 
 BAD = [
@@ -307,20 +311,20 @@ def test_bad_arguments_are_named(arguments, message):
 def test_bad_teachers_and_data_are_named():
     model, teacher = pruned_pair()
     with pytest.raises(ValueError, match="teacher: must be another model"):
-        recover(model, stream(), model, steps=1)
+        recover(model, stream(), teacher=model, steps=1)
     with pytest.raises(ValueError, match="vocabulary of 96, it has 90"):
-        recover(model, stream(), tiny.llama(vocab_size=90), steps=1)
+        recover(model, stream(), teacher=tiny.llama(vocab_size=90), steps=1)
     with pytest.raises(ValueError, match="hidden: needs as many blocks"):
-        recover(model, stream(), tiny.llama(layers=3), steps=1, distillation=Distillation(hidden=1.0))
+        recover(model, stream(), teacher=tiny.llama(layers=3), steps=1, distillation=Distillation(hidden=1.0))
     with pytest.raises(TypeError, match="TokenStream"):
-        recover(model, "some text", teacher, steps=1)
+        recover(model, "some text", teacher=teacher, steps=1)
     with pytest.raises(ValueError, match="positions end at 64"):
-        recover(model, stream(100), teacher, steps=1)
+        recover(model, stream(100), teacher=teacher, steps=1)
     with pytest.raises(ValueError, match="at least one window of 50 tokens, got 10"):
         TokenStream(torch.arange(10), length=50)
     with pytest.raises(ValueError, match="no repeated blocks to compile"):
         batches = CalibrationData([tiny.ids()])
-        recover(tiny.lstm_classifier(), batches, tiny.lstm_classifier(), steps=1, compile=True)
+        recover(tiny.lstm_classifier(), batches, teacher=tiny.lstm_classifier(), steps=1, compile=True)
     with pytest.raises(ValueError, match="must have labels"):
         recover(tiny.bert(head=True), CalibrationData([tiny.ids()]), steps=1)
     with pytest.raises(ValueError, match="temperature: must be above 0"):
@@ -332,7 +336,7 @@ def test_bad_teachers_and_data_are_named():
 def test_report_reads_as_a_table_and_as_json():
     model, teacher = pruned_pair()
     report = recover(
-        model, stream(), teacher, steps=40, autocast=None, evaluate=lambda _: 1.5, evaluate_every=20
+        model, stream(), teacher=teacher, steps=40, autocast=None, evaluate=lambda _: 1.5, evaluate_every=20
     )
     text = str(report)
     assert "40 steps" in text and "7,680 before, 7,680 after, of 15,360" in text and "cross-entropy" in text

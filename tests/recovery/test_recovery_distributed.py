@@ -34,7 +34,7 @@ def results(folder: str | Path) -> dict[str, tuple[dict[str, Tensor], dict]]:
         report: RecoveryReport = recover(
             model,
             stream(),
-            teacher,
+            teacher=teacher,
             steps=12,
             batch=4,
             autocast=None,
@@ -86,7 +86,7 @@ def test_a_wrapped_model_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match="model: must be the plain model in each process"):
-            recover(torch.nn.parallel.DistributedDataParallel(model), stream(), teacher, steps=1)
+            recover(torch.nn.parallel.DistributedDataParallel(model), stream(), teacher=teacher, steps=1)
     finally:
         torch.distributed.destroy_process_group()
 

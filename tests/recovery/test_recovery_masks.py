@@ -189,13 +189,13 @@ def test_recovery_by_adapters(tmp_path):
     model, teacher = pruned_pair()
     before, dense = divergence(model, teacher), weights(model)
     options = {"learning_rate": 1e-2, "batch": 4, "autocast": None, "lora": 8, "steps": 80}
-    report = recover(model, stream(), teacher, checkpoint=tmp_path, **options)
+    report = recover(model, stream(), teacher=teacher, checkpoint=tmp_path, **options)
     assert divergence(model, teacher) < 0.6 * before
     assert report.zeros_after == report.zeros_before == 7680
     assert torch.equal(model.state_dict()["model.norm.weight"], dense["model.norm.weight"])
     resumed, _ = pruned_pair()
-    assert recover(resumed, stream(), teacher, checkpoint=tmp_path, **options).resumed_at == 80
+    assert recover(resumed, stream(), teacher=teacher, checkpoint=tmp_path, **options).resumed_at == 80
     for name, tensor in weights(model).items():
         assert torch.equal(weights(resumed)[name], tensor)
     with pytest.raises(ValueError, match="rank must be at least 1"):
-        recover(model, stream(), teacher, steps=1, lora=0)
+        recover(model, stream(), teacher=teacher, steps=1, lora=0)

@@ -32,7 +32,7 @@ def test_statistics_block_by_block_are_those_of_whole_passes(family, mask):
     blocks = find_blocks(model)
     modules = [block for _, block in blocks]
     layers = [it for it in find_sites(model) if it.name.startswith(tuple(f"{name}." for name, _ in blocks))]
-    whole = collect(model, layers, batches(mask), Gram)
+    whole = collect(model, layers, batches(mask), statistic=Gram)
     walk = capture(model, modules, batches(mask))
     for index, (name, block) in enumerate(blocks):
         inside = [it for it in layers if it.name.startswith(f"{name}.")]
@@ -74,7 +74,7 @@ def test_equal_masks_and_positions_are_kept_once():
 
 def test_layers_that_read_the_same_tensor_share_a_statistic():
     model = tiny.llama()
-    found = collect(model, find_sites(model), batches(), InputSquares)
+    found = collect(model, find_sites(model), batches(), statistic=InputSquares)
     block = "model.layers.0."
     q, k, v, o = (found[f"{block}self_attn.{name}_proj"] for name in "qkvo")
     gate, up, down = (found[f"{block}mlp.{name}_proj"] for name in ("gate", "up", "down"))
@@ -98,7 +98,7 @@ class Unlike(nn.Module):
 def test_layers_that_share_only_at_first_are_counted_apart():
     model = Unlike()
     data = [torch.ones(1, 4), torch.ones(1, 4)]
-    found = collect(model, find_sites(model), CalibrationData(data), InputSquares)
+    found = collect(model, find_sites(model), CalibrationData(data), statistic=InputSquares)
     assert found["a"].sum_squares.tolist() == [2.0] * 4
     # the first attempt was the pass in which they were alike; the second one is the count
     assert found["b"].sum_squares.tolist() == [8.0] * 4

@@ -225,7 +225,7 @@ def test_another_statistic_is_one_small_class():
 
     model = nn.Sequential(nn.Linear(3, 2))
     x = torch.randn(6, 3)
-    torch.testing.assert_close(collect(model, find_sites(model), [x], Gram)["0"].matrix, x.T @ x)
+    torch.testing.assert_close(collect(model, find_sites(model), [x], statistic=Gram)["0"].matrix, x.T @ x)
 
 
 class TestCollectErrors:

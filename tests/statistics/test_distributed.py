@@ -43,7 +43,7 @@ def results():
     """What each process of a run saves: statistics of a model, its weights after pruning by each method."""
     model = tiny.llama()
     layers = find_sites(model)
-    found = collect(model, layers, batches(), Gram)
+    found = collect(model, layers, batches(), statistic=Gram)
     statistics = {name: (it.matrix, it.sum_squares, it.tokens) for name, it in found.items()}
     shared = len({id(it) for it in found.values()})
     weights = {}
@@ -57,7 +57,7 @@ def results():
 def stream(folder):
     """Prunes the checkpoint in `folder` by each method, from file to file."""
     for method in METHODS:
-        prune_folder(f"{folder}/dense", f"{folder}/{method}", "2:4", method, calibration=batches())
+        prune_folder(f"{folder}/dense", f"{folder}/{method}", "2:4", method=method, calibration=batches())
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_pruning_gives_the_same_masks_in_two_processes_as_in_one(runs, method):
 def test_a_share_alone_gives_other_statistics(runs):
     (one, _, _), *_ = runs
     model = tiny.llama()
-    half = collect(model, find_sites(model), batches()[::2], InputSquares)
+    half = collect(model, find_sites(model), batches()[::2], statistic=InputSquares)
     assert all(not torch.allclose(found.sum_squares, one[name][1]) for name, found in half.items())
 
 

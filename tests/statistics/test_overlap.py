@@ -87,38 +87,42 @@ def test_text_in_words():
 class TestModels:
     def test_perplexity_warns(self):
         model, ids = tiny.llama(), text(3000, 0)
-        clean = perplexity(model, None, ids, 64)
+        clean = perplexity(model, None, ids, window=64)
         assert clean.warning is None
-        remember(model, windows(ids, None, 64, 20))
-        result = perplexity(model, None, ids, 64)
+        remember(model, windows(ids, None, length=64, count=20))
+        result = perplexity(model, None, ids, window=64)
         assert result.value == clean.value
         assert "WARNING: the model was calibrated on" in str(result)
         assert result.to_dict()["warning"] in str(result)
-        assert perplexity(model, None, text(3000, 1), 64).warning is None
+        assert perplexity(model, None, text(3000, 1), window=64).warning is None
 
     def test_pruning_leaves_the_note(self):
         model, ids = tiny.llama(), text(3000, 0)
-        prune(model, "2:4", "wanda", calibration=windows(ids, None, 64, 20))
-        assert perplexity(model, None, ids, 64).warning
+        prune(model, "2:4", "wanda", calibration=windows(ids, None, length=64, count=20))
+        assert perplexity(model, None, ids, window=64).warning
 
     @pytest.mark.parametrize("as_stream", [True, False])
     def test_recovery_leaves_the_note(self, as_stream):
         model, ids = tiny.llama(), text(3000, 0)
-        recover(model, TokenStream(ids, length=64) if as_stream else windows(ids, None, 64, 20), steps=1)
-        assert perplexity(model, None, ids, 64).warning
+        recover(
+            model,
+            TokenStream(ids, length=64) if as_stream else windows(ids, None, length=64, count=20),
+            steps=1,
+        )
+        assert perplexity(model, None, ids, window=64).warning
 
     def test_what_is_not_read_is_not_held_against_it(self):
         model, ids = tiny.llama(), text(3000, 0)
         remember(model, [ids[None, 1500:]])
-        assert perplexity(model, None, ids, 64, max_windows=20).warning is None
-        assert perplexity(model, None, ids, 64, max_windows=30).warning is not None
+        assert perplexity(model, None, ids, window=64, max_windows=20).warning is None
+        assert perplexity(model, None, ids, window=64, max_windows=30).warning is not None
 
     def test_several_texts_add_up(self):
         model = tiny.llama()
         remember(model, [text(2000, 0)[None]])
         remember(model, [text(2000, 1)[None]])
-        assert perplexity(model, None, text(2000, 0), 64).warning
-        assert perplexity(model, None, text(2000, 1), 64).warning
+        assert perplexity(model, None, text(2000, 0), window=64).warning
+        assert perplexity(model, None, text(2000, 1), window=64).warning
 
     def test_a_saved_model_remembers(self, tmp_path):
         model, ids = tiny.llama(), text(2000, 0)
@@ -126,8 +130,8 @@ class TestModels:
         assert recall(load(tmp_path / "before")) is None
         remember(model, [ids[None]])
         save(model, tmp_path / "after")
-        assert perplexity(load(tmp_path / "after"), None, ids, 64).warning
-        assert perplexity(load(tmp_path / "after", tiny.llama()), None, ids, 64).warning
+        assert perplexity(load(tmp_path / "after"), None, ids, window=64).warning
+        assert perplexity(load(tmp_path / "after", tiny.llama()), None, ids, window=64).warning
 
     def test_a_damaged_note(self, tmp_path):
         model = tiny.llama()

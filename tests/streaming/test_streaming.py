@@ -86,9 +86,11 @@ def wanda(folder, out, **kwargs):
 def test_the_weights_are_those_of_prune_in_memory(tmp_path, name, method, pattern, sparsity, dtype):
     folder = save(MODELS[name](), tmp_path / "dense", dtype)
     data = None if method == "magnitude" else BATCHES
-    report = prune_folder(folder, tmp_path / "out", pattern, method, sparsity, data)
+    report = prune_folder(
+        folder, tmp_path / "out", pattern, method=method, sparsity=sparsity, calibration=data
+    )
     expected, _ = load_dense(folder)
-    in_memory = prune(expected, pattern, method, sparsity, data)
+    in_memory = prune(expected, pattern, method, sparsity=sparsity, calibration=data)
     streamed = load(tmp_path / "out")
     found = weights(streamed)
     for layer, weight in weights(expected).items():

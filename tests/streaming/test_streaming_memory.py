@@ -89,7 +89,7 @@ def test_a_model_larger_than_the_memory_allowed(tmp_path):
     seed = torch.Generator().manual_seed(1)
     batches = [torch.randint(96, (1, 32), generator=seed) for _ in range(2)]
     with threads(1):
-        prune_folder(tmp_path / "dense", tmp_path / "whole", "2:4", "wanda", calibration=batches)
+        prune_folder(tmp_path / "dense", tmp_path / "whole", "2:4", method="wanda", calibration=batches)
     assert same_files(tmp_path / "whole", tmp_path / "out")
 
 

@@ -215,7 +215,12 @@ class TestNeurons:
             dead[group.consumer.name] = sorted(numbers.tolist())
         expected = logits(model)
         report = remove_neurons(
-            model, 0.25, criterion, None if criterion == "l1" else data, multiple_of=1, compensate=False
+            model,
+            0.25,
+            criterion,
+            calibration=None if criterion == "l1" else data,
+            multiple_of=1,
+            compensate=False,
         )
         assert {cut.name: list(cut.removed) for cut in report.cuts} == dead
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
@@ -261,7 +266,9 @@ class TestNeurons:
         def error(criterion, seed=0):
             cut = copy.deepcopy(model)
             calibration = None if criterion in ("l1", "random") else data
-            remove_neurons(cut, 0.25, criterion, calibration, multiple_of=4, compensate=False, seed=seed)
+            remove_neurons(
+                cut, 0.25, criterion, calibration=calibration, multiple_of=4, compensate=False, seed=seed
+            )
             return float((logits(cut, data.batches[0]) - expected).norm())
 
         assert error(criterion) < 0.8 * sum(error("random", seed) for seed in range(4)) / 4
@@ -277,7 +284,7 @@ class TestNeurons:
         expected, errors = logits(model, data.batches[0]), {}
         for criterion in ("activation", "obs"):
             cut = copy.deepcopy(model)
-            remove_neurons(cut, 0.5, criterion, data, multiple_of=2)
+            remove_neurons(cut, 0.5, criterion, calibration=data, multiple_of=2)
             errors[criterion] = (logits(cut, data.batches[0]) - expected).norm()
         assert errors["obs"] < errors["activation"]
 
@@ -292,7 +299,9 @@ class TestNeurons:
         layer = next(it for it in find_sites(model) if it.name == report.cuts[1].name)
         partly = copy.deepcopy(model)
         partly.model.layers[0] = walked.model.layers[0]
-        gram = collect(partly, [next(it for it in find_sites(partly) if it.name == layer.name)], data, Gram)
+        gram = collect(
+            partly, [next(it for it in find_sites(partly) if it.name == layer.name)], data, statistic=Gram
+        )
         keep = torch.tensor(sorted(set(range(48)) - set(report.cuts[1].removed)))
         exact = compensated(layer.weight, gram[layer.name].matrix, 4 * 48, keep)
         found = next(it for it in find_sites(walked) if it.name == layer.name).weight

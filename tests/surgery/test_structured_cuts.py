@@ -9,7 +9,7 @@ from torch import nn
 import sparseprune as sp
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.blocks import find_blocks
-from sparseprune.surgery import apply_sizes, prune_structured, remove_heads, remove_layers, remove_neurons
+from sparseprune.surgery import apply_sizes, cut, remove_heads, remove_layers, remove_neurons
 from sparseprune.surgery.probe import find_heads, find_neurons, sample_batch
 
 
@@ -25,7 +25,7 @@ class TestHeads:
         model = make()
         if criterion == "taylor" and make in (FAMILIES["bert"], FAMILIES["bert mlm"]):
             with pytest.raises(ValueError, match="loss: must be given for a Bert"):
-                remove_heads(model, 0.5, criterion, data)
+                remove_heads(model, 0.5, criterion, calibration=data)
             return
         dead = {}
         for index, group in enumerate(find_heads(model, sample_batch(model, None), 4)):
@@ -36,7 +36,9 @@ class TestHeads:
                     producer.weight[group.rows(number, heads)] *= 1e-3
             dead[group.consumer.name] = tuple(heads)
         expected = logits(model)
-        report = remove_heads(model, 0.5, criterion, None if criterion == "l1" else data, compensate=False)
+        report = remove_heads(
+            model, 0.5, criterion, calibration=None if criterion == "l1" else data, compensate=False
+        )
         assert {cut.name: cut.removed for cut in report.cuts} == dead
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
@@ -105,11 +107,11 @@ class TestLayers:
         if family == "bert":  # normalised after each block, so that none does nothing
             if criterion == "taylor":
                 with pytest.raises(ValueError, match="loss: must be given for a BertModel"):
-                    remove_layers(model, 1, criterion, data)
+                    remove_layers(model, 1, criterion, calibration=data)
                 return
-            remove_layers(model, 1, criterion, data)
+            remove_layers(model, 1, criterion, calibration=data)
         else:
-            report = remove_layers(model, 1, criterion, data)
+            report = remove_layers(model, 1, criterion, calibration=data)
             assert report.cuts[0].removed == (idle,)
             torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
         assert len(find_blocks(model)) == len(blocks) - 1 == model.config.num_hidden_layers
@@ -131,7 +133,7 @@ class TestLayers:
                 for it, end in zip(states, last, strict=True)
             ]
             exact.append(1 - float(torch.cat(cosines).mean()))
-        report = remove_layers(model, 2, "influence", data)
+        report = remove_layers(model, 2, "influence", calibration=data)
         assert report.cuts[0].removed == tuple(sorted(sorted(range(5), key=lambda index: exact[index])[:2]))
 
     @torch.no_grad()
@@ -149,7 +151,7 @@ class TestLayers:
                 cut.config.num_hidden_layers = len(kept)
                 losses[index] = sum(float(cut(batch, labels=batch, use_cache=False).loss) for batch in data)
             chosen.append(min(losses, key=losses.get))
-        report = remove_layers(model, 2, "loss", data)
+        report = remove_layers(model, 2, "loss", calibration=data)
         assert report.cuts[0].removed == tuple(sorted(chosen))
 
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -164,7 +166,12 @@ class TestLayers:
         for compensate in (False, True):
             cut = copy.deepcopy(model)
             report = remove_layers(
-                cut, 2 if family == "llama" else 1, "influence", data, include=include, compensate=compensate
+                cut,
+                2 if family == "llama" else 1,
+                "influence",
+                calibration=data,
+                include=include,
+                compensate=compensate,
             )
             errors[compensate] = (logits(cut, ids) - expected).norm()
             counted[compensate] = report.parameters_after
@@ -232,7 +239,7 @@ class TestLayers:
             first = min(range(5), key=lambda index: (model(inputs, (index,)) - target).square().mean())
             rest = [index for index in range(5) if index != first]
             second = min(rest, key=lambda index: (model(inputs, (first, index)) - target).square().mean())
-        report = remove_layers(model, 2, "loss", [inputs], loss=loss, shortlist=shortlist)
+        report = remove_layers(model, 2, "loss", calibration=[inputs], loss=loss, shortlist=shortlist)
         if shortlist is None:
             assert set(report.cuts[0].removed) == {first, second}
         assert len(model.blocks) == 3 and all("forward" not in vars(block) for block in model.blocks)
@@ -292,8 +299,12 @@ class TestReload:
     @pytest.mark.parametrize("structure", ["neurons", "heads", "layers"])
     def test_round_trip(self, make, structure, data, tmp_path):
         model = make()
-        report = prune_structured(
-            model, structure, 0.5, "influence" if structure == "layers" else "activation", data
+        report = cut(
+            model,
+            structure,
+            0.5,
+            criterion="influence" if structure == "layers" else "activation",
+            calibration=data,
         )
         expected = logits(model)
         sp.save(model, tmp_path / "ours")
@@ -350,8 +361,8 @@ class TestDispatch:
         [("neurons", "activation", "l1"), ("heads", "obs", "l1"), ("layers", "influence", "l1")],
     )
     def test_auto(self, structure, with_data, without, data):
-        assert prune_structured(tiny.llama(), structure, 0.5, calibration=data).method == with_data
-        report = prune_structured(tiny.llama(), structure, 0.5)
+        assert cut(tiny.llama(), structure, 0.5, calibration=data).method == with_data
+        report = cut(tiny.llama(), structure, 0.5)
         assert report.method == without and not report.compensated and report.calibration is None
 
 
@@ -382,8 +393,8 @@ class TestErrors:
 
     @pytest.mark.parametrize("sparsity", [None, 0, 1.0])
     def test_sparsity(self, sparsity):
-        with pytest.raises(ValueError, match=r"sparsity: must be in \(0, 1\) for neurons, got"):
-            prune_structured(tiny.llama(), "neurons", sparsity)
+        with pytest.raises(ValueError, match=r"fraction: must be in \(0, 1\) for neurons, got"):
+            cut(tiny.llama(), "neurons", sparsity)
 
     @pytest.mark.parametrize("count", [0, 4, 1.0, True, "1", -1])
     def test_count(self, count):
@@ -411,7 +422,10 @@ class TestErrors:
                 lambda: remove_layers(model, 1, "l1", include="nothing"),
                 "count: of 2 layers, 0 of which may go",
             ),
-            (lambda: prune_structured(model, "channels", 0.5), "pattern: structured ones are neurons"),
+            (
+                lambda: cut(model, "channels", 0.5),
+                "structure: must be one of neurons, heads, layers, got .channels",
+            ),
             (
                 lambda: remove_heads(tiny.lstm_classifier(), 0.5, "l1"),
                 "its config must give num_attention_heads",

@@ -70,9 +70,14 @@ class AllocationContext:
         """A statistic of every layer, by name, by the passes that it takes."""
         if issubclass(statistic, WeightGradients):
             return collect_gradients(
-                self.model, self.layers, batches, statistic, self.progress, self.method.loss
+                self.model,
+                self.layers,
+                batches,
+                statistic=statistic,
+                progress=self.progress,
+                loss=self.method.loss,
             )
-        return collect(self.model, self.layers, batches, statistic, self.progress)
+        return collect(self.model, self.layers, batches, statistic=statistic, progress=self.progress)
 
 
 def layer_scores(context: AllocationContext, layer: WeightSite, statistic: Any) -> Tensor:

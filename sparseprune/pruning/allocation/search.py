@@ -231,7 +231,7 @@ def layer_seconds(context: AllocationContext, options: Sequence[float], batch: i
             keep = torch.rand(rows, columns, generator=generator) >= level
             linear.weight.masked_fill_(~keep, 0)
             formats = candidate_formats(linear.weight)
-            timing = time_layer(linear, [] if isinstance(formats, str) else formats, (batch,), 0.3)[0]
+            timing = time_layer(linear, [] if isinstance(formats, str) else formats, (batch,), seconds=0.3)[0]
             found.append(min(timing.dense, *timing.sparse.values(), math.inf))
         seconds.update((name, found) for name in names)
     return seconds

@@ -159,7 +159,9 @@ def permute_neurons(
     assert score is not None
     if calibration is not None:
         few = list(calibration)[:_BATCHES]
-        statistics = collect(model, [group.consumer for group in groups], few, InputSquares, progress)
+        statistics = collect(
+            model, [group.consumer for group in groups], few, statistic=InputSquares, progress=progress
+        )
     elif method.statistic is not None or method.score is None:
         raise ValueError(f"calibration: method {method.name} needs some, got None")
     outputs = _outputs(model, groups, batch)

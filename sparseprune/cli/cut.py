@@ -1,0 +1,62 @@
+"""`sparseprune cut`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparseprune.cli import console, files
+from sparseprune.cli.options import DType, DTypeOption, Exclude, Include, Json, Model
+
+__all__ = ["cut"]
+
+
+def cut(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.")],
+    structure: Annotated[str, typer.Option(help='"neurons", "heads" or "layers".')],
+    fraction: Annotated[float, typer.Option(help="Fraction of them to remove.")],
+    criterion: Annotated[
+        str, typer.Option(help='Which go; "auto": the best with --calibration, "l1" without.')
+    ] = "auto",
+    calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on, UTF-8.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    include: Include = None,
+    exclude: Exclude = None,
+    dtype: DTypeOption = DType.auto,
+    as_json: Json = False,
+) -> None:
+    """Cut whole neurons, heads or layers out of MODEL, and write the smaller dense model to the folder OUT."""
+    from sparseprune.cli.stream import calibration_data
+    from sparseprune.io.checkpoint import save
+    from sparseprune.models.modules import max_length
+    from sparseprune.surgery import STRUCTURES
+    from sparseprune.surgery import cut as cut_model
+
+    if structure not in STRUCTURES:
+        raise ValueError(f"--structure: must be one of {', '.join(STRUCTURES)}, got {structure}")
+    if not 0 < fraction < 1:
+        raise ValueError(f"--fraction: must be in (0, 1), got {fraction}")
+    files.check_out(model, out)
+    loaded, tokenizer = files.load_dense(model, dtype)
+    data = None
+    if calibration is not None:
+        data = calibration_data(calibration, tokenizer, length, samples, seed, max_length(loaded))
+    report = cut_model(
+        loaded,
+        structure,
+        fraction,
+        criterion=criterion,
+        calibration=data,
+        include=include or None,
+        exclude=exclude or None,
+        seed=seed,
+        progress=True,
+    )
+    with console.bar("saving") as update:
+        save(loaded, out, tokenizer, progress=update)
+    console.out({"cut": report.to_dict(), "saved": str(out)}, lambda: f"{report}\nsaved in {out}", as_json)
