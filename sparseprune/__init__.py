@@ -15,6 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sparseprune.version import __version__
+
 if TYPE_CHECKING:
     from sparseprune import calibration, pruning, recovery, streaming, surgery
     from sparseprune.convert import sparsify
@@ -31,12 +33,12 @@ if TYPE_CHECKING:
     from sparseprune.weights.linear import SparseLinear
     from sparseprune.weights.sparse_weight import Format, SparseWeight
 
-__version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "Format",
     "SparseLinear",
     "SparseWeight",
+    "__version__",
     "calibration",
     "cuda_info",
     "cut",

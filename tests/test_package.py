@@ -18,7 +18,7 @@ def test_every_public_name_is_there_and_no_other():
     for name in sp.__all__:
         assert getattr(sp, name) is not None
     assert set(sp.__all__) <= set(dir(sp)) and sp.__all__ == sorted(sp.__all__)
-    assert set(sp._PLACES) == set(sp.__all__)
+    assert set(sp._PLACES) | {"__version__"} == set(sp.__all__)
     with pytest.raises(AttributeError, match="module 'sparseprune' has no attribute 'nothing'"):
         _ = sp.nothing
 

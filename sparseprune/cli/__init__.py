@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from sparseprune.cli.bench import bench
 from sparseprune.cli.cut import cut
 from sparseprune.cli.demo import demo
+from sparseprune.cli.errors import spoken
 from sparseprune.cli.evaluate import evaluate
 from sparseprune.cli.inspect import inspect
 from sparseprune.cli.prune import prune
@@ -35,6 +36,8 @@ class _Group(TyperGroup):
             if os.environ.get("SPARSEPRUNE_TRACEBACK"):
                 raise
             text = " ".join(str(error).split()) or type(error).__name__
+            if ctx.invoked_subcommand in self.commands:
+                text = spoken(text, self.commands[ctx.invoked_subcommand])
             typer.secho(f"error: {text}", fg="red", err=True)
             raise typer.Exit(2) from None
 

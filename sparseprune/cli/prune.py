@@ -116,11 +116,17 @@ def prune(
     from sparseprune.pruning.prune import prune as prune_model
     from sparseprune.recovery.distributed import processes
 
-    first = processes(
-        torch.device("cpu")
-    ).first  # under torchrun: calibration is shared out, one process writes
-    _check(pattern, method, sparsity)
     given = _allocation(allocation, max_bytes, max_ms, batch[0])
+    _check(
+        pattern,
+        method,
+        sparsity,
+        minutes=minutes,
+        schedule=schedule,
+        allocation=given,
+        text=calibration,
+        needs_text=reconstruct or schedule is not None,
+    )
     if recover_steps and schedule is None:
         raise ValueError(
             "--recover-steps: must come with --schedule; or run `sparseprune recover` afterwards"
@@ -136,6 +142,9 @@ def prune(
         )  # fmt: skip
         return
     files.check_out(model, out)
+    first = processes(
+        torch.device("cpu")
+    ).first  # under torchrun: calibration is shared out, one process writes
     asked: dict[str, Any] = {
         "allocation": given,
         "scope": scope,
@@ -179,14 +188,38 @@ def prune(
     console.out(result, lambda: "\n".join([*lines, f"saved in {out}"]), as_json)
 
 
-def _check(pattern: str, method: str, sparsity: float | None) -> None:
+def _check(
+    pattern: str,
+    method: str,
+    sparsity: float | None,
+    *,
+    minutes: float | None,
+    schedule: str | None,
+    allocation: Any,
+    text: Path | None,
+    needs_text: bool,
+) -> None:
     """What can be wrong before a model is loaded."""
+    from sparseprune.pruning.allocation import ALLOCATIONS
     from sparseprune.pruning.methods import find_method
     from sparseprune.pruning.patterns import Pattern
+    from sparseprune.pruning.scheduled import find_schedule
 
     Pattern.parse(pattern).resolve_sparsity(sparsity)
-    if method != "auto":
-        find_method(method)
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes: must be positive, got {minutes}")
+    if schedule is not None:
+        find_schedule(schedule)
+    if isinstance(allocation, str) and allocation != "uniform" and allocation not in ALLOCATIONS:
+        raise ValueError(
+            f"allocation: must be one of uniform, {', '.join(sorted(ALLOCATIONS))}, or LAYERS=VALUE, got {allocation!r}"
+        )
+    if method == "auto" or find_method(method).statistic is not None or needs_text:
+        if text is None:
+            who = f"method {method}" if not needs_text else "--reconstruct or --schedule"
+            raise ValueError(f"calibration: {who} needs a text, got none; pass --calibration FILE")
+        if not text.is_file():
+            raise FileNotFoundError(f"calibration: there is no file {text}; pass a text file, UTF-8")
 
 
 def _allocation(

@@ -29,7 +29,7 @@ def find_schedule(schedule: str | Gradual | Greedy) -> Gradual | Greedy | None:
         return None
     if schedule not in SCHEDULES:
         raise ValueError(
-            f"schedule: must be one of one-shot, {', '.join(SCHEDULES)}, or one of sparseprune.pruning.schedules, "
+            f"schedule: must be one of one-shot, {', '.join(SCHEDULES)}, or a schedule with options, "
             f"got {schedule!r}"
         )
     return SCHEDULES[schedule]()

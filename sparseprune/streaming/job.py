@@ -258,7 +258,7 @@ class Job:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
-                f"OUT: another process is writing to {self.out}; wait for it, or name another folder"
+                f"out: another process is writing to {self.out}; wait for it, or name another folder"
             ) from None
 
     def _entrance(self) -> list[str]:
@@ -289,23 +289,23 @@ class Job:
     def _check_model(self) -> None:
         if not self.blocks:
             raise ValueError(
-                f"MODEL: {type(self.streamed.model).__name__} has no repeated blocks to stream; prune it in memory"
+                f"folder: {type(self.streamed.model).__name__} has no repeated blocks to stream; prune it in memory"
             )
         if not self.layers:
             raise ValueError(
-                "MODEL: has no linear layer to prune in its blocks under these include and exclude"
+                "folder: has no linear layer to prune in its blocks under these include and exclude"
             )
         prefixes = tuple(f"{name}." for name, _ in self.blocks)
         for alias, first in self.streamed.tied.items():
             if alias.startswith(prefixes) or first.startswith(prefixes):
                 raise ValueError(
-                    f"MODEL: {alias} is tied to {first}; blocks that share weights cannot be streamed, prune it in memory"
+                    f"folder: {alias} is tied to {first}; blocks that share weights cannot be streamed, prune it in memory"
                 )
         for layer in self.layers:
             self.targets[layer.name].pattern.check_shape(layer.out_features, layer.in_features, layer.name)
 
     def _settings(self, selection: dict[str, Any]) -> dict[str, Any]:
-        from sparseprune import __version__
+        from sparseprune.version import __version__
 
         settings = {
             "model": self.streamed.source.fingerprint(),

@@ -116,12 +116,12 @@ class StreamedModel:
     def __init__(self, folder: Path, source: Source, dtype: torch.dtype | None = None) -> None:
         if is_checkpoint(folder):
             raise ValueError(
-                f"MODEL: must be dense, {folder} is sparse already; pass the model it was made from"
+                f"folder: must be dense, {folder} is sparse already; pass the model it was made from"
             )
         config = read_config(folder)
         if getattr(config, "quantization_config", None):
             raise ValueError(
-                f"MODEL: {folder} holds quantized weights; pass the model before it was quantized"
+                f"folder: {folder} holds quantized weights; pass the model before it was quantized"
             )
         self.folder, self.source = folder, source
         config.dtype = dtype or _stated_dtype(config) or _first_dtype(source)

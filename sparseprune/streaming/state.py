@@ -46,7 +46,7 @@ class State:
             for name in (WEIGHTS_FILE, INDEX_FILE):
                 if (folder / name).exists():
                     raise ValueError(
-                        f"OUT: {folder} holds a model ({name}); name another folder, or delete it"
+                        f"out: {folder} holds a model ({name}); name another folder, or delete it"
                     )
             return cls(settings)
         try:
@@ -54,10 +54,10 @@ class State:
             found = dict(state.settings)
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"OUT: {path} cannot be read ({error}); delete {folder} and start again"
+                f"out: {path} cannot be read ({error}); delete {folder} and start again"
             ) from error
         if state.version != _VERSION:
-            raise ValueError(f"OUT: {folder} was begun by another version of sparseprune; delete it")
+            raise ValueError(f"out: {folder} was begun by another version of sparseprune; delete it")
         if state.done == 0:
             return cls(settings)
         different = [
@@ -67,7 +67,7 @@ class State:
         ]
         if different:
             raise ValueError(
-                f"OUT: {folder} holds an unfinished run with other settings: {'; '.join(different)}; go on with the "
+                f"out: {folder} holds an unfinished run with other settings: {'; '.join(different)}; go on with the "
                 "same settings, name another folder, or delete it"
             )
         return state

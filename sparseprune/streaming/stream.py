@@ -93,7 +93,7 @@ def prune_folder(
     spare_address_space()
     folder, out = Path(folder), Path(out)
     if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"OUT: must be a folder, got the file {out}; name another")
+        raise NotADirectoryError(f"out: must be a folder, got the file {out}; name another")
     notes = []
     if method == "auto":
         method = AUTO

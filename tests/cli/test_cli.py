@@ -99,7 +99,7 @@ def test_prune_passes_on_what_was_asked_for(folders, tmp_path, monkeypatch):
         *arguments, *text, "--method", "wanda+swaps", "--allocation", "search", "--minutes", 0.01, "--max-bytes", 10**6,
         "--scope", "layer", "--sequential", "--seed", 3,
     )  # fmt: skip
-    (_, method, _), kwargs = asked.pop()
+    (_, method), kwargs = asked.pop()
     assert method == "wanda+swaps"
     assert kwargs["allocation"] == Search(bytes=10**6, batch=1)
     assert (kwargs["minutes"], kwargs["scope"], kwargs["sequential"], kwargs["seed"]) == (
@@ -291,13 +291,13 @@ def bad(folders, tmp_path):
         (("eval", dense, "--text", short, "--window", 64), "text: must hold at least one window"),
         (("eval", sparse, "--text", text, "--dtype", "float16"), "--dtype: .* holds float32, got float16"),
         (("prune", sparse, tmp_path / "out"), "MODEL: must be dense, .* is sparse already"),
-        (("prune", dense, tmp_path / "out", "--pattern", "5:4"), "pattern: "),
-        (("prune", dense, tmp_path / "out", "--pattern", "unstructured"), "sparsity: "),
-        (("prune", dense, tmp_path / "out", "--method", "wanda"), "calibration: method wanda needs some"),
-        (("prune", tmp_path / "nowhere", tmp_path / "out", "--method", "best"), "method: must be one of"),
+        (("prune", dense, tmp_path / "out", "--pattern", "5:4"), "--pattern: "),
+        (("prune", dense, tmp_path / "out", "--pattern", "unstructured"), "--sparsity: "),
+        (("prune", dense, tmp_path / "out", "--method", "wanda"), "--calibration: method wanda needs a text"),
+        (("prune", tmp_path / "nowhere", tmp_path / "out", "--method", "best"), "--method: must be one of"),
         (
             ("prune", dense, tmp_path / "out", "--allocation", "owl"),
-            "allocation: pattern 2:4 removes the same",
+            "--allocation: pattern 2:4 removes the same",
         ),
         (
             ("prune", dense, tmp_path / "out", "--allocation", "owl", "--max-ms", 1),
@@ -307,10 +307,10 @@ def bad(folders, tmp_path):
             ("prune", dense, tmp_path / "out", "--allocation", "a", "--allocation", "b=1"),
             "--allocation: must be one name",
         ),
-        (("prune", dense, tmp_path / "out", "--format", "coo"), "format: must be"),
+        (("prune", dense, tmp_path / "out", "--format", "coo"), "--format: must be"),
         (("prune", dense, dense), "OUT: .* holds a model that is not of sparseprune; name another"),
         (("prune", dense, text), "OUT: must be a folder, got the file"),
-        (("bench", dense, "--format", "coo"), "format: must be"),
+        (("bench", dense, "--format", "coo"), "--format: must be"),
         (("prune", dense, tmp_path / "out", "--include", "nothing"), "has no linear layer to prune"),
     ]
 

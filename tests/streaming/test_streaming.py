@@ -264,7 +264,7 @@ def test_settings_of_an_unfinished_run_must_be_the_same(tmp_path, llama, monkeyp
         ({"dtype": torch.bfloat16}, "dtype was 'torch.float32' and is 'torch.bfloat16'"),
     ):
         with pytest.raises(
-            ValueError, match=f"OUT: .* unfinished run with other settings: .*{named}.*; go on with"
+            ValueError, match=f"out: .* unfinished run with other settings: .*{named}.*; go on with"
         ):
             wanda(llama, tmp_path / "out", **other)
     changed = save(tiny.llama(layers=3), tmp_path / "changed")
@@ -290,7 +290,7 @@ def test_two_streams_do_not_write_to_one_folder(tmp_path, llama, monkeypatch):
     def second(*arguments):
         with monkeypatch.context() as patch:
             patch.setattr(job, "write_block", original)
-            with pytest.raises(ValueError, match="OUT: another process is writing to .*out; wait for it"):
+            with pytest.raises(ValueError, match="out: another process is writing to .*out; wait for it"):
                 wanda(llama, tmp_path / "out")
         return original(*arguments)
 
@@ -305,13 +305,13 @@ def test_a_finished_or_foreign_out_is_left_alone(tmp_path, llama):
     wanda(llama, tmp_path / "out")
     before = files(tmp_path / "out")
     for out in (tmp_path / "out", llama):
-        with pytest.raises(ValueError, match="OUT: .* holds a model .*; name another folder, or delete it"):
+        with pytest.raises(ValueError, match="out: .* holds a model .*; name another folder, or delete it"):
             wanda(llama, out)
     assert files(tmp_path / "out") == before
-    with pytest.raises(ValueError, match="MODEL: must be dense, .* is sparse already"):
+    with pytest.raises(ValueError, match="folder: must be dense, .* is sparse already"):
         wanda(tmp_path / "out", tmp_path / "twice")
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(NotADirectoryError, match="OUT: must be a folder"):
+    with pytest.raises(NotADirectoryError, match="out: must be a folder"):
         wanda(llama, tmp_path / "file")
 
 
@@ -391,7 +391,7 @@ def test_what_cannot_work_is_said_before_it_starts(tmp_path, llama, monkeypatch)
         wanda(llama, out, calibration=None)
     with pytest.raises(ValueError, match="sequential: method magnitude looks at weights only"):
         wanda(llama, out, method="magnitude", calibration=None, sequential=True)
-    with pytest.raises(ValueError, match="MODEL: has no linear layer to prune in its blocks"):
+    with pytest.raises(ValueError, match="folder: has no linear layer to prune in its blocks"):
         wanda(llama, out, include="nothing")
     assert not out.exists()
 

@@ -74,14 +74,14 @@ def test_the_command_refuses_what_cannot_be_streamed(with_tokenizer, tmp_path):
     for arguments, message in (
         (("--lm-head",), "--lm-head: needs the whole model in memory"),
         (("--reconstruct", "--calibration", text), "--reconstruct: needs the whole model in memory"),
-        (("--method", "taylor", "--calibration", text), "method: must do without gradients"),
-        (("--method", "ria+permute", "--calibration", text), "method: must prune each block by itself"),
+        (("--method", "taylor", "--calibration", text), "--method: must do without gradients"),
+        (("--method", "ria+permute", "--calibration", text), "--method: must prune each block by itself"),
         (
             ("--pattern", "unstructured", "--sparsity", "0.5", "--allocation", "owl"),
-            'allocation: must be "uniform" or',
+            '--allocation: must be "uniform" or',
         ),
-        (("--memory", "lots"), "memory: must be a size such as"),
-        (("--memory", "100MB"), "memory: must be at least"),
+        (("--memory", "lots"), "--memory: must be a size such as"),
+        (("--memory", "100MB"), "--memory: must be at least"),
     ):
         line = (
             command(folder, tmp_path / "out", "--stream", *arguments, code=2).stderr.strip().splitlines()[-1]

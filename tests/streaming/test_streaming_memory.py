@@ -33,7 +33,7 @@ batches = [torch.randint(96, (1, 32), generator=seed) for _ in range(windows)]
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # ulimit -d: past it, allocations fail
 if not growth:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # ulimit -v: all that is mapped, the libraries too
-report = prune_folder(folder, out, "2:4", "wanda", calibration=batches, memory=None if growth else limit)
+report = prune_folder(folder, out, "2:4", method="wanda", calibration=batches, memory=None if growth else limit)
 try:
     torch.ones(limit // 4)  # what the limit is there for
 except RuntimeError as error:
