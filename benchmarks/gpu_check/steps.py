@@ -132,7 +132,7 @@ class Check:
         for what, remedy in checks.without(packages):
             self.record.leave_out(what, f"a package is missing: {remedy}")
         if self.dry_run:
-            done, outcomes = checks.collect(self.folder, packages, seconds, statistic=self._run)
+            done, outcomes = checks.collect(self.folder, packages, seconds, self._run)
             self.record.leave_out("op tests on the card", "no card; tests/ runs them on the emulated one")
             if done.state == "done":
                 return {"state": "left out", "summary": f"there are {outcomes.collected} of them"}
