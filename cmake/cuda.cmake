@@ -1,9 +1,12 @@
-# sparseprune_find_cuda(): enables CUDA where a toolkit works here, else says in one line why it is left out.
+# sparseprune_find_cuda(): enables CUDA where it is wanted and a toolkit works here, else says in one line why it is left out.
+#
+# AUTO builds for the cards of this machine and for no others: all architectures take many minutes on two cores, which
+# nobody asked for. ON builds for every architecture, as wheels are; CMAKE_CUDA_ARCHITECTURES names them in either.
 # Sets SPARSEPRUNE_HAS_CUDA, and with it SPARSEPRUNE_CUDA_TOOLKIT (version) and SPARSEPRUNE_CUDA_TARGETS (for people).
 #
 # nvcc is looked for in SPARSEPRUNE_CUDA_ROOT, CMAKE_CUDA_COMPILER, CUDACXX, among NVIDIA's packages from PyPI in the
 # building Python's environment (cmake/nvcc-requirements.txt), in CUDA_HOME and CUDA_PATH, on the PATH, in /usr/local/cuda.
-set(SPARSEPRUNE_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (where nvcc works), ON (an error where it does not), OFF")
+set(SPARSEPRUNE_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (for this machine's cards, where nvcc works), ON (for every card; an error where nvcc does not work), OFF")
 set_property(CACHE SPARSEPRUNE_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(SPARSEPRUNE_CUDA_ROOT "" CACHE PATH "The folder that holds bin/nvcc; empty: it is looked for")
 
@@ -58,12 +61,31 @@ function(sparseprune_try_nvcc nvcc flags out_error)
   endif()
 endfunction()
 
+# The compute capabilities of this machine's cards as CMake takes them ("90-real"), empty where there is none.
+function(sparseprune_find_cards out)
+  find_program(smi nvidia-smi NO_CACHE)
+  set(cards)
+  if(smi)
+    execute_process(COMMAND "${smi}" --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE found ERROR_QUIET)
+    string(REGEX MATCHALL "[0-9]+[.][0-9]+" cards "${found}")
+    list(TRANSFORM cards REPLACE "[.]" "")
+    list(TRANSFORM cards APPEND "-real")
+    list(REMOVE_DUPLICATES cards)
+  endif()
+  set(${out} "${cards}" PARENT_SCOPE)
+endfunction()
+
 macro(sparseprune_find_cuda)
   set(SPARSEPRUNE_HAS_CUDA OFF)
   string(TOUPPER "${SPARSEPRUNE_CUDA}" _cuda_wish)
   if(_cuda_wish STREQUAL "AUTO" OR _cuda_wish)
     sparseprune_locate_nvcc(_nvcc)
-    if(_nvcc)
+    if(_cuda_wish STREQUAL "AUTO" AND NOT CMAKE_CUDA_ARCHITECTURES)
+      sparseprune_find_cards(CMAKE_CUDA_ARCHITECTURES)
+    endif()
+    if(_cuda_wish STREQUAL "AUTO" AND NOT CMAKE_CUDA_ARCHITECTURES)
+      set(_cuda_missing "this machine has no NVIDIA card")
+    elseif(_nvcc)
       # NVIDIA's packages have lib where nvcc and CMake look for lib64.
       cmake_path(GET _nvcc PARENT_PATH _nvcc_bin)
       cmake_path(GET _nvcc_bin PARENT_PATH _cuda_root)
@@ -79,7 +101,7 @@ macro(sparseprune_find_cuda)
       sparseprune_enable_cuda()
     elseif(_cuda_wish STREQUAL "AUTO")
       string(REGEX REPLACE "\n.*" "" _cuda_missing "${_cuda_missing}")
-      message(STATUS "sparseprune: CUDA left out, the build is for CPUs: ${_nvcc} ${_cuda_missing} (SPARSEPRUNE_CUDA=ON shows all)")
+      message(STATUS "sparseprune: CUDA left out, the build is for CPUs: ${_nvcc} ${_cuda_missing} (SPARSEPRUNE_CUDA=ON builds for every card, or shows all that is wrong)")
     else()
       message(FATAL_ERROR "SPARSEPRUNE_CUDA=${SPARSEPRUNE_CUDA}: no CUDA toolkit works here. ${_nvcc} ${_cuda_missing}\n"
         "Install one, or pip install -r cmake/nvcc-requirements.txt into this Python, or name it by "

@@ -21,13 +21,13 @@ from typing import Any
 import fatbin
 
 ROOT = Path(__file__).resolve().parent.parent
-# CUDA's wheel builds as `make test` does, in the same folder. Of two wheels of a version installers take the higher tag.
+# Of two wheels of a version installers take the higher tag.
 SETTINGS = {
     "cpu": {"cmake.define.SPARSEPRUNE_CUDA": "OFF", "build-dir": "build/cpu", "wheel.build-tag": "0cpu"},
     "cuda": {
         "cmake.define.SPARSEPRUNE_CUDA": "ON",
         "cmake.define.SPARSEPRUNE_WERROR": "ON",
-        "build-dir": "build/dev",
+        "build-dir": "build/cuda",
         "wheel.build-tag": "1cuda",
     },
 }

@@ -10,8 +10,7 @@
 //   Global<T>, Shared<T>            pointers: p[i], p + i, p - q, if (p), reinterpret<U>(p)
 //   shared_memory<T>(byte_offset)   into the block's dynamic shared memory, 128-byte aligned
 //   shared_at<T>(a)                 the same, a being shared_base() + byte_offset: nothing is left to add where a kernel
-//   counts
-//                                   with such an a, while the base alone is several instructions, wherever it is needed
+//                                   counts with such an a, while the base alone is several instructions, wherever needed
 //   load<V>(p), store(p, v)         V of 1 to 16 bytes (u32x2, u32x4, ...), p aligned to sizeof(V); one instruction
 //   load_stream<V>(p)               load from global memory what is read once: past L1
 //   cp_async16(dst, src, bytes)     16 bytes, global to shared, of which the first `bytes` (0 to 16) are read and the rest
@@ -28,8 +27,7 @@
 //   popc(u32), popc(u64), to_float(T), from_float<T>(f)    f to nearest even, NaN stays NaN
 //   dot4(a, b, c)                   c plus the sum of the products of the four bytes of a and b, unsigned (dp4a)
 //   byte_perm(a, b, s)              PTX prmt: byte i of the result is byte (s >> 4i) & 7 of a (0 to 3) and b (4 to 7), or,
-//   with
-//                                   bit 3 of that nibble, its sign eight times; bits 16 and up of s do not matter
+//                                   with bit 3 of that nibble, its sign eight times; bits 16 and up of s do not matter
 //   launch(grid, kernel, args...)   0 or the error's code
 #pragma once
 

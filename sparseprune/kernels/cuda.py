@@ -23,8 +23,8 @@ _NO_ERROR = 2**63 - 1  # launchers.h: kNoError
 _ALIGN = 64  # packed.h: kAlign
 _HEADER = 64
 _NOT_BUILT = (
-    "this build of sparseprune has no CUDA kernels; install a wheel that has them, or build it where nvcc is (the "
-    "build's log says what was missing; -C cmake.define.SPARSEPRUNE_CUDA=ON makes it an error), or keep the model on the CPU"
+    "this build of sparseprune has no CUDA kernels; install a wheel that has them, or build with "
+    "-C cmake.define.SPARSEPRUNE_CUDA=ON (a plain build has them only for a card that is there), or keep the model on the CPU"
 )
 
 

@@ -28,12 +28,18 @@ def toolkit(folder: Path, words: str) -> Path:
     return folder
 
 
-def configure(tmp_path: Path, *options: str, python: str = sys.executable) -> tuple[int, str]:
-    """Exit status and output, on one line: CMake breaks the lines of errors."""
+def configure(
+    tmp_path: Path, *options: str, python: str = sys.executable, cards: str = ""
+) -> tuple[int, str]:
+    """Exit status and output, on one line: CMake breaks the lines of errors. `cards`: what nvidia-smi says."""
+    smi = tmp_path / "path" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(f"#!/bin/sh\nprintf '{cards}'\n")
+    smi.chmod(0o755)
     source = tmp_path / "source"
     source.mkdir()
     (source / "CMakeLists.txt").write_text(PROJECT)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(smi.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {
         name: value for name, value in os.environ.items() if name not in ("CUDACXX", "CUDA_HOME", "CUDA_PATH")
     }
@@ -51,9 +57,22 @@ def test_off_needs_nothing(tmp_path):
     assert "has CUDA: OFF" in output
 
 
+def test_auto_builds_for_no_card_that_is_not_there(tmp_path):
+    root = toolkit(tmp_path / "toolkit", "nvcc was called")
+    code, output = configure(tmp_path, f"-DSPARSEPRUNE_CUDA_ROOT={root}")
+    assert code == 0 and "has CUDA: OFF" in output and "nvcc was called" not in output
+    assert "this machine has no NVIDIA card (SPARSEPRUNE_CUDA=ON builds for every card" in output
+
+
+def test_auto_asks_nvcc_where_there_is_a_card(tmp_path):
+    root = toolkit(tmp_path / "toolkit", "nvcc was called")
+    code, output = configure(tmp_path, f"-DSPARSEPRUNE_CUDA_ROOT={root}", cards="9.0\\n8.6\\n9.0\\n")
+    assert code == 0 and "nvcc was called" in output and "no NVIDIA card" not in output
+
+
 def test_auto_leaves_out_a_toolkit_that_does_not_work_and_says_why(tmp_path):
     root = toolkit(tmp_path / "toolkit", "unsupported GNU version")
-    code, output = configure(tmp_path, f"-DSPARSEPRUNE_CUDA_ROOT={root}")
+    code, output = configure(tmp_path, f"-DSPARSEPRUNE_CUDA_ROOT={root}", cards="9.0\\n")
     assert code == 0
     expected = (
         f"CUDA left out, the build is for CPUs: {root}/bin/nvcc unsupported GNU version (SPARSEPRUNE_CUDA=ON"
@@ -85,6 +104,6 @@ def test_the_python_environment_comes_before_the_system(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "site-packages"} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    code, output = configure(tmp_path, python=str(python))
+    code, output = configure(tmp_path, python=str(python), cards="8.6\\n")
     assert code == 0
     assert f"{root}/bin/nvcc from the environment" in output

@@ -4,8 +4,7 @@
 // Operands        partial: float32 [splits][batch][rows]; bias [rows] or null; out [batch][rows].
 // Preconditions   splits, batch, rows >= 1.
 // Partition       A thread takes N neighbouring outputs, a warp 32 N; splits are read one after the other, all independent,
-// so
-//                 that several are under way.
+//                 so that several are under way.
 // Constants       N = 4 makes the reads of partial 16 bytes; small blocks, because a decode's output is 4096 numbers.
 #include <cstring>
 
