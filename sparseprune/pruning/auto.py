@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparseprune.kernels.native import isa
+from sparseprune.hardware import fast_bfloat16
 from sparseprune.models.modules import device_of
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.pruning.reconstruction import Reconstruction
@@ -48,7 +48,8 @@ def choose(pattern: Pattern, chain: bool, minutes: float | None) -> Recipe:
 
 
 def fast_dtype(model: nn.Module) -> torch.dtype | None:
-    """bfloat16 for a float32 model where the device multiplies it several times as fast; None: the model's own."""
+    """bfloat16 for a float32 model where the device multiplies it faster; None: the model's own."""
     first = next((it for it in model.parameters() if it.is_floating_point()), None)
-    fast = device_of(model).type == "cuda" or isa() in ("avx512_bf16", "amx")
-    return torch.bfloat16 if first is not None and first.dtype == torch.float32 and fast else None
+    if first is None or first.dtype != torch.float32 or not fast_bfloat16(device_of(model)):
+        return None
+    return torch.bfloat16

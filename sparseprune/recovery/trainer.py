@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparseprune.calibration import CalibrationData
+from sparseprune.hardware import fast_bfloat16
 from sparseprune.models.batches import Batch
 from sparseprune.models.modules import device_of
 from sparseprune.models.sites import find_sites
@@ -209,8 +210,7 @@ def _check(model: nn.Module, teacher: nn.Module | None, distillation: Distillati
 def _autocast_dtype(autocast: str | None, device: torch.device) -> torch.dtype | None:
     if autocast == "auto":
         # without instructions for it, a CPU is slower in bfloat16 than in float32
-        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else None
+        return torch.bfloat16 if fast_bfloat16(device) else None
     if autocast not in ("bfloat16", None):
         raise ValueError(f"autocast: must be 'auto', 'bfloat16' or None, got {autocast!r}")
     return torch.bfloat16 if autocast else None
