@@ -113,8 +113,8 @@ def prune(
 
     from sparseprune.convert import sparsify
     from sparseprune.io.checkpoint import save
+    from sparseprune.processes import join
     from sparseprune.pruning.prune import prune as prune_model
-    from sparseprune.recovery.distributed import processes
 
     given = _allocation(allocation, max_bytes, max_ms, batch[0])
     _check(
@@ -142,9 +142,7 @@ def prune(
         )  # fmt: skip
         return
     files.check_out(model, out)
-    first = processes(
-        torch.device("cpu")
-    ).first  # under torchrun: calibration is shared out, one process writes
+    first = join(torch.device("cpu")).first  # under torchrun: calibration is shared out, one process writes
     asked: dict[str, Any] = {
         "allocation": given,
         "scope": scope,

@@ -78,7 +78,7 @@ def prune_streamed(
     from sparseprune.io.shards import STREAM_FILE
     from sparseprune.io.skeleton import read_config
     from sparseprune.memory import parse_size, spare_address_space
-    from sparseprune.statistics.processes import rank
+    from sparseprune.processes import rank
     from sparseprune.streaming import prune_folder
 
     given = [name for name, used in unfit.items() if used]

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseprune import processes
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.pruning.report import BlockReconstructed
 from sparseprune.pruning.rewrite import Rewriter
-from sparseprune.statistics import processes
 from sparseprune.statistics.walk import Walk, run_block
 
 __all__ = ["Reconstruction", "reconstruct"]

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from sparseprune.models.batches import Batch, check_lengths, to_device
 from sparseprune.models.modules import device_of, evaluation_mode
+from sparseprune.processes import Processes
 from sparseprune.recovery.data import Sampler, join
 from sparseprune.recovery.distill import Objective
-from sparseprune.recovery.distributed import Processes
 from sparseprune.recovery.report import Evaluation, StepLosses
 from sparseprune.recovery.schedule import Budget, learning_rate_factor
 from sparseprune.recovery.state import load_run, save_run

@@ -18,10 +18,10 @@ from sparseprune.hardware import fast_bfloat16
 from sparseprune.models.batches import Batch
 from sparseprune.models.modules import device_of
 from sparseprune.models.sites import find_sites
+from sparseprune.processes import join
 from sparseprune.recovery.compiled import compiled_blocks
 from sparseprune.recovery.data import Sampler, as_sampler, batches_of
 from sparseprune.recovery.distill import Distillation, LossFunction, Objective
-from sparseprune.recovery.distributed import processes
 from sparseprune.recovery.loop import Loop, Options
 from sparseprune.recovery.lora import adapters
 from sparseprune.recovery.masks import SparsityMasks
@@ -125,7 +125,7 @@ def recover(
     _check(model, teacher, distillation)
     device = device_of(model)
     dtype = _autocast_dtype(autocast, device)
-    group = processes(device)
+    group = join(device)
     with ExitStack() as stack:
         stack.enter_context(_float32(model))
         stack.enter_context(_mode(model, dropout))

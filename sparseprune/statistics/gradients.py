@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseprune import processes
 from sparseprune.models.batches import Batch, call, check_lengths, no_cache, to_device
 from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
-from sparseprune.statistics import processes
-from sparseprune.statistics.inputs import Statistic
+from sparseprune.statistics.inputs import Statistic, over_processes
 
 __all__ = ["GradientMagnitudes", "GradientSum", "Loss", "WeightGradients", "collect_gradients", "model_loss"]
 
@@ -159,7 +159,7 @@ def collect_gradients(
             value = measure(call(model, batch), batch)
             _check_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
-    statistics = processes.all_reduce(layers, statistics, statistic)
+    statistics = over_processes(layers, statistics, statistic)
     unseen = [layer.name for layer in layers if not statistics[layer.name].tokens]
     if unseen:
         raise ValueError(

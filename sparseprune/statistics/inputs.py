@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
+from sparseprune import processes
 from sparseprune.models.batches import (
     Batch,
     attention_mask,
@@ -24,7 +27,6 @@ from sparseprune.models.batches import (
 from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
-from sparseprune.statistics import processes
 
 __all__ = ["Gram", "InputSquares", "Statistic", "collect"]
 
@@ -32,7 +34,7 @@ __all__ = ["Gram", "InputSquares", "Statistic", "collect"]
 class Statistic(ABC):
     """A running summary of one layer's inputs. `in_features` and `device` say what to make room for.
 
-    Every tensor that it keeps is a sum over tokens, so that processes can add theirs up (sparseprune.statistics.processes).
+    Every tensor that it keeps is a sum over tokens, so that processes can add theirs up (`sparseprune.processes`).
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -155,7 +157,7 @@ def _collect_in(
             run()
             if sharing is not None:
                 sharing.end_pass()
-    statistics = processes.all_reduce(layers, statistics, statistic)
+    statistics = over_processes(layers, statistics, statistic)
     unseen = [
         layer.name for layer in layers if layer.name not in statistics or not statistics[layer.name].tokens
     ]
@@ -240,3 +242,42 @@ def _counting(
             ) from None
 
     return see
+
+
+def over_processes(
+    layers: Sequence[WeightSite], statistics: dict[str, Any], statistic: type[Statistic]
+) -> dict[str, Any]:
+    """The statistics over all processes' shares, the same in every process; `statistics` is used up.
+
+    A layer that ran in other processes only (an expert that no token here chose) counts as zeros.
+    """
+    if processes.world_size() == 1:
+        return statistics
+    leaders: dict[int, str] = {}
+    mine = {name: leaders.setdefault(id(found), name) for name, found in statistics.items()}
+    everyone: list[dict[str, str]] = [{} for _ in range(processes.world_size())]
+    dist.all_gather_object(everyone, mine)
+    ran = {name for theirs in everyone for name in theirs}
+    # Layers that read one tensor share a statistic, which must then be added up once. Processes that do not agree on
+    # who shares (an expert ran in some of them) take each layer for itself.
+    agreed = all(theirs == mine for theirs in everyone)
+    agreed = processes.total_integer(int(agreed)) == processes.world_size()
+    reduced: dict[str, Any] = {}
+    for layer in layers:
+        name = layer.name
+        if name not in ran:
+            continue  # the caller reports it
+        if agreed and mine[name] in reduced:
+            reduced[name] = reduced[mine[name]]
+            continue
+        found = statistics.get(name)
+        if found is None:
+            found = statistic(layer.in_features, layer.weight.device)
+        elif not agreed:
+            found = copy.deepcopy(found)
+        for _, value in sorted(vars(found).items()):
+            if isinstance(value, Tensor):
+                dist.all_reduce(value)
+        found.tokens = processes.total_integer(found.tokens)
+        reduced[name] = found
+    return reduced

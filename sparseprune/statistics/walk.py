@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseprune import processes
 from sparseprune.models.batches import Batch, attention_mask, call, check_lengths, no_cache, to_device, trunk
 from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
-from sparseprune.statistics import processes
 from sparseprune.statistics.inputs import Statistic, collect_in
 
 __all__ = ["Call", "Walk", "WalkError", "advance", "block_statistics", "capture", "run_block"]

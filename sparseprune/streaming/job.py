@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from sparseprune import processes
 from sparseprune.calibration import CalibrationData
 from sparseprune.io.checkpoint import header, save_config
 from sparseprune.io.shards import STREAM_FILE
@@ -27,7 +28,7 @@ from sparseprune.pruning.report import LayerPruned
 from sparseprune.pruning.rewrite import Rewriter
 from sparseprune.pruning.sequential import prune_layer
 from sparseprune.report import track
-from sparseprune.statistics import overlap, processes
+from sparseprune.statistics import overlap
 from sparseprune.statistics.inputs import collect_in
 from sparseprune.statistics.walk import Walk, capture, run_block
 from sparseprune.streaming.activations import Activations

@@ -10,8 +10,8 @@ from helpers.recovery import pruned_pair, stream
 from helpers.torchrun import torchrun
 from torch import Tensor
 
+from sparseprune.processes import Processes
 from sparseprune.recovery import Distillation, RecoveryReport, recover
-from sparseprune.recovery.distributed import Processes
 
 KINDS = {"plain": {}, "accumulated": {"accumulate": 2}, "lora": {"lora": 4}}
 

@@ -6,10 +6,10 @@ from helpers import tiny
 from helpers.checkpoints import weights
 from helpers.torchrun import torchrun
 
+from sparseprune import processes
 from sparseprune.io.checkpoint import load
 from sparseprune.models.sites import find_sites
 from sparseprune.pruning.prune import prune
-from sparseprune.statistics import processes
 from sparseprune.statistics.inputs import Gram, InputSquares, collect
 from sparseprune.streaming import prune_folder
 

@@ -13,13 +13,13 @@ from fnmatch import fnmatchcase
 import torch
 
 from sparseprune.models.sites import WeightSite
+from sparseprune.processes import broadcast
 from sparseprune.pruning.allocation.context import AllocationContext, exact_targets, uniform_targets
 from sparseprune.pruning.allocation.curves import sensitivity
 from sparseprune.pruning.allocation.scores import global_threshold, outliers, standard_deviations
 from sparseprune.pruning.allocation.search import Search, default_search
 from sparseprune.pruning.base import Target
 from sparseprune.pruning.patterns import Pattern
-from sparseprune.statistics.processes import broadcast
 
 __all__ = [
     "ALLOCATIONS",
