@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.version import __version__
 
 if TYPE_CHECKING:
-    from sparseprune import calibration, pruning, recovery, streaming, surgery
+    from sparseprune import calibration, models, pruning, recovery, streaming, surgery
     from sparseprune.convert import sparsify
     from sparseprune.io.checkpoint import load, save
     from sparseprune.io.safetensors import CheckpointError
@@ -45,6 +45,7 @@ __all__ = [
     "isa",
     "isas_available",
     "load",
+    "models",
     "ops",
     "perplexity",
     "prune",
@@ -70,6 +71,7 @@ _PLACES = {
     "isa": "kernels.native:",
     "isas_available": "kernels.native:",
     "load": "io.checkpoint:",
+    "models": "models",
     "ops": "kernels.ops",
     "perplexity": "measure.evaluate:",
     "prune": "pruning.prune:",

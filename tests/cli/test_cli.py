@@ -4,15 +4,13 @@ import sys
 
 import pytest
 import torch
+from helpers.words import TEXT, tiny_tokenizer
 from typer.testing import CliRunner
 
 from sparseprune import demo
 from sparseprune.cli import app
 from sparseprune.io.checkpoint import load
 from sparseprune.weights.linear import SparseLinear
-
-TEXT = "the cat sat on the mat and the dog ran to the house of the king " * 40
-WORDS = sorted(set(TEXT.split()))
 
 
 def run(*arguments, code=0):
@@ -23,18 +21,6 @@ def run(*arguments, code=0):
 
 def run_json(*arguments):
     return json.loads(run(*arguments, "--json").stdout)
-
-
-def tiny_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: index for index, word in enumerate(["[UNK]", "[EOS]", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]")
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
-    return tokenizer
 
 
 def tiny_llama(dtype=torch.float32):
