@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,14 @@ from sparseprune.kernels.native import isa
 from sparseprune.measure.benchmark import (
     LayerTiming,
     bytes_past_caches,
-    candidate_formats,
     describe_device,
     time_layer,
 )  # fmt: skip
 from sparseprune.models.sites import WeightSite, find_sites
 from sparseprune.report import Column, Table, human_bytes, track
+from sparseprune.weights.choose import candidates, smallest
 from sparseprune.weights.linear import SparseLinear
-from sparseprune.weights.sparse_weight import Format, SparseWeight
+from sparseprune.weights.sparse_weight import Format
 
 __all__ = ["LayerSparsified", "SparsifyReport", "sparsify"]
 
@@ -205,15 +205,8 @@ class _Smallest:
         self.form = form
 
     def __call__(self, layer: WeightSite, weight: Tensor, sparsity: float) -> _Choice:
-        formats = candidate_formats(weight, self.form)
-        if isinstance(formats, str):
-            return _Choice(None, formats, {})
-        if len(formats) == 1:
-            return _Choice(formats[0], "asked for" if self.form else "found in the weights", {})
-        sizes = {form: SparseWeight.from_dense(weight, form).pack().numel() for form in formats}
-        best = min(sizes, key=lambda form: sizes[form])
-        others = ", ".join(f"{form} {human_bytes(size)}" for form, size in sizes.items() if form != best)
-        return _Choice(best, f"smallest ({others})", {})
+        found = smallest(weight, self.form, layer.pruned_to)
+        return _Choice(next(iter(found.formats), None), found.reason, {})
 
 
 class _Measured:
@@ -233,8 +226,8 @@ class _Measured:
         for layer in track(layers, "looking at the weights", enabled=progress):
             weight = layer.weight
             sparsity = _sparsity(weight)
-            formats = candidate_formats(weight, form)
-            if not isinstance(formats, str):
+            formats = candidates(weight, form, layer.pruned_to).formats
+            if formats:
                 kinds.setdefault(self._kind(layer, weight, formats, sparsity), layer)
         model_bytes = sum(layer.weight.nbytes for layer in layers)
         share = seconds / max(1, len(kinds))
@@ -249,16 +242,17 @@ class _Measured:
             self.known[kind] = _fastest(kind[0], timings)
 
     def __call__(self, layer: WeightSite, weight: Tensor, sparsity: float) -> _Choice:
-        formats = candidate_formats(weight, self.form)
-        if isinstance(formats, str):
-            return _Choice(None, formats, {})
-        return self.known[self._kind(layer, weight, formats, sparsity)]
+        found = candidates(weight, self.form, layer.pruned_to)
+        if not found.formats:
+            return _Choice(None, found.reason, {})
+        known = self.known[self._kind(layer, weight, found.formats, sparsity)]
+        return known if known.format is None else replace(known, reason=f"{known.reason}; {found.reason}")
 
     @staticmethod
-    def _kind(layer: WeightSite, weight: Tensor, formats: list[Format], sparsity: float) -> Any:
+    def _kind(layer: WeightSite, weight: Tensor, formats: tuple[Format, ...], sparsity: float) -> Any:
         bucket = round(sparsity / _BUCKET)
         return (
-            tuple(formats),
+            formats,
             tuple(weight.shape),
             weight.dtype,
             bucket,

@@ -11,8 +11,8 @@ from torch import nn
 
 from sparseprune.models.sites import find_sites
 from sparseprune.report import Column, Table, human_bytes
+from sparseprune.weights.choose import candidates
 from sparseprune.weights.linear import SparseLinear
-from sparseprune.weights.sparse_weight import DTYPES, detect_nm
 
 __all__ = ["LayerFacts", "ModelFacts", "inspect_model", "memory_bytes"]
 
@@ -80,8 +80,8 @@ def inspect_model(model: nn.Module) -> ModelFacts:
             layers.append(LayerFacts(name, shape, _name(module.dtype), form, pattern, sparsity, nbytes))
         elif name in dense:
             weight = dense[name].weight
-            found = detect_nm(weight) if weight.dtype in DTYPES else None
-            pattern = None if found is None else str(found)
+            found = candidates(weight, pruned_to=dense[name].pruned_to).formats
+            pattern = next((str(it) for it in found if it.kind == "nm"), None)
             sparsity = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
             shape = (weight.shape[0], weight.shape[1])
             layers.append(

@@ -19,25 +19,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparseprune.kernels import cuda
 from sparseprune.kernels.native import isa
 from sparseprune.measure.evaluate import SpeedResult, decode_speed, prompt_speed
 from sparseprune.models.sites import find_sites, site_of
 from sparseprune.report import Column, Table, track
+from sparseprune.weights.choose import candidates
 from sparseprune.weights.linear import SparseLinear
-from sparseprune.weights.sparse_weight import DTYPES, Format, detect_nm
+from sparseprune.weights.sparse_weight import Format
 
 __all__ = [
-    "KindTiming", "LayerTiming", "ModelTiming", "alternating_quartiles", "bytes_past_caches", "candidate_formats",
+    "KindTiming", "LayerTiming", "ModelTiming", "alternating_quartiles", "bytes_past_caches",
     "describe_device", "time_layer", "time_model",
 ]  # fmt: skip
 
 ROTATED_BYTES = 64 << 20
 """Copies of a weight are made up to this size in all: more than the caches near a core, less than a model."""
 
-_CSR_DENSITY = 0.35  # above it CSR, a column number for each value, is never the smaller or the faster
 _MAX_COPIES = 64
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 400
@@ -123,34 +122,6 @@ def describe_device(device: torch.device | str) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads, {isa()} kernels"
-
-
-def candidate_formats(weight: Tensor, form: Format | None = None) -> list[Format] | str:
-    """The formats worth a try for `weight` [out, in] (`form`: only this one), or why the layer stays dense."""
-    if weight.is_meta:
-        return "on the meta device: no data"
-    if weight.device.type == "cuda":
-        if missing := cuda.missing():
-            return f"on {weight.device}: {missing}"
-    elif weight.device.type != "cpu":
-        return f"on {weight.device}: there are kernels for the CPU and for CUDA"
-    if weight.dtype not in DTYPES:
-        return f"dtype {weight.dtype} has no kernels"
-    if weight.numel() == 0:
-        return "empty"
-    if form is not None:
-        problem = form.misfit(weight)
-        return [form] if problem is None else problem
-    if (found := detect_nm(weight)) is not None:
-        return [found]
-    density = int(weight.count_nonzero()) / weight.numel()
-    formats = [Format("bitmap")]
-    if density <= _CSR_DENSITY and weight.device.type == "cpu":  # on a GPU one layout serves both
-        formats.append(Format("csr"))
-    bits = weight.dtype.itemsize * 8
-    if 1 - density <= 1 / bits:  # a bitmap spends one bit a weight to save `bits` for each zero
-        return f"too few zeros ({1 - density:.1%}): no sparse format would be smaller"
-    return formats
 
 
 @torch.no_grad()
@@ -310,7 +281,6 @@ def _kind(module: nn.Module, form: Format | None) -> Any:
             module.packed.device,
         )
     weight = site_of(module).weight
-    found = candidate_formats(weight, form)
+    formats = candidates(weight, form, site_of(module).pruned_to).formats
     zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
-    formats = () if isinstance(found, str) else tuple(found)
     return formats, tuple(weight.shape), weight.dtype, round(zeros, 2), weight.device

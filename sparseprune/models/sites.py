@@ -125,6 +125,21 @@ class WeightSite(ABC):
                 stack.callback(module.register_forward_hook(hook).remove)
             yield
 
+    @property
+    def pruned_to(self) -> str | None:
+        """The pattern that the weight was last pruned to, "2:4" or "unstructured"; None where nobody said.
+
+        It stays with the module: through copies, pickles and training. It is a note, not a proof: weights may have
+        changed since, so whoever uses it looks whether they still fit.
+        """
+        return getattr(self.module, _NOTE, {}).get(self.name.rpartition(".")[2])
+
+    @pruned_to.setter
+    def pruned_to(self, pattern: str) -> None:
+        for name, module in ((self.name, self.module), *self.tied):
+            notes = getattr(module, _NOTE, {})
+            setattr(module, _NOTE, {**notes, name.rpartition(".")[2]: pattern})
+
     def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Gives the module a weight [out, in] of perhaps another size, as a new parameter; `bias` [out]: None keeps it.
 
@@ -266,12 +281,29 @@ class ExpertSite(WeightSite):
         finally:
             handle.remove()
 
+    @property
+    def pruned_to(self) -> str | None:
+        """The pattern that the weight was last pruned to, "2:4" or "unstructured"; None where nobody said.
+
+        It stays with the module: through copies, pickles and training. It is a note, not a proof: weights may have
+        changed since, so whoever uses it looks whether they still fit.
+        """
+        return getattr(self.module, _NOTE, {}).get(self.name.rpartition(".")[2])
+
+    @pruned_to.setter
+    def pruned_to(self, pattern: str) -> None:
+        for name, module in ((self.name, self.module), *self.tied):
+            notes = getattr(module, _NOTE, {})
+            setattr(module, _NOTE, {**notes, name.rpartition(".")[2]: pattern})
+
     def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
         raise ValueError(f"{self.name}: one expert cannot change its size, all share a parameter")
 
     def replace(self, model: nn.Module, new: nn.Module) -> None:
         raise ValueError(f"{self.name}: a slice of a parameter; no module can take its place")
 
+
+_NOTE = "_sparseprune_pruned_to"  # the attribute of a module that holds the notes, by the last part of each site's name
 
 KINDS: tuple[type[WeightSite], ...] = (LinearSite, Conv1DSite)
 """The kinds that are pruned and swapped unless others are asked for."""

@@ -159,6 +159,8 @@ def prune(
         job.run(
             BlockRun(walk_sequentially, options, seconds), required=bool(sequential) or bool(reconstruction)
         )
+    for layer in layers:
+        layer.pruned_to = str(targets[layer.name].pattern)
     if data is not None:
         remember(model, data)
     warned = [str(it.message) for it in caught if issubclass(it.category, RuntimeWarning)]

@@ -16,34 +16,12 @@ from sparseprune.io.safetensors import TensorInfo, TensorSource, write
 from sparseprune.io.shards import INDEX_FILE, shard_name
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Target
-from sparseprune.pruning.patterns import Pattern
 from sparseprune.streaming.source import StreamedModel
 from sparseprune.streaming.state import flush_folder, replace_file
-from sparseprune.weights.sparse_weight import DTYPES, SPEC_FIELDS, Format, SparseWeight
+from sparseprune.weights.choose import smallest
+from sparseprune.weights.sparse_weight import SPEC_FIELDS, Format, SparseWeight
 
-__all__ = ["choose_format", "write_block", "write_index", "write_rest"]
-
-# bits a weight on the disk: 1 of mask and `density` values in either; packed, CSR is the smaller one below this
-_CSR_DENSITY = 0.06
-_MAX_M = 32  # of the N:M formats
-
-
-def choose_format(weight: Tensor, pattern: Pattern, form: Format | None) -> Format | None:
-    """The format for `weight` [out, in], pruned to `pattern`; None if it stays dense. Nothing is measured.
-
-    `form`: only this one, where it fits; by default N:M for its pattern, else bitmap or CSR by the density, or dense
-    where neither would be smaller.
-    """
-    if weight.dtype not in DTYPES:
-        return None
-    if form is not None:
-        return form if form.misfit(weight) is None else None
-    if pattern.structured and pattern.m <= _MAX_M:
-        return Format("nm", pattern.n, pattern.m)
-    density = int(weight.count_nonzero()) / max(1, weight.numel())
-    if 1 - density <= 1 / (8 * weight.dtype.itemsize):  # the mask's bit a weight is more than the zeros save
-        return None
-    return Format("csr" if density < _CSR_DENSITY else "bitmap")
+__all__ = ["write_block", "write_index", "write_rest"]
 
 
 def write_block(
@@ -68,7 +46,10 @@ def write_block(
     sources, formats = [], []
     for key in streamed.names(name):
         layer = pruned.get(key)
-        chosen = None if layer is None else choose_format(layer.weight, targets[layer.name].pattern, form)
+        chosen = None
+        if layer is not None:
+            found = smallest(layer.weight, form, str(targets[layer.name].pattern))
+            chosen = next(iter(found.formats), None)
         if layer is not None:
             formats.append("dense" if chosen is None else str(chosen))
         if layer is None or chosen is None:

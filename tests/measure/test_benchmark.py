@@ -15,10 +15,10 @@ from sparseprune.measure.benchmark import (
     ROTATED_BYTES,
     alternating_quartiles,
     bytes_past_caches,
-    candidate_formats,
     describe_device,
     time_model,
 )
+from sparseprune.weights.choose import candidates
 from sparseprune.weights.sparse_weight import Format
 
 
@@ -80,7 +80,7 @@ def test_a_device_is_named(monkeypatch):
 
 
 def on_cuda(weight):
-    """Looks as if it lay on a GPU, as far as `candidate_formats` looks."""
+    """Looks as if it lay on a GPU, as far as `candidates` looks."""
     shown = weight.as_subclass(_OnCuda)
     assert shown.device.type == "cuda"
     return shown
@@ -101,10 +101,10 @@ def test_formats_on_a_gpu(monkeypatch):
     torch.manual_seed(0)
     weight = torch.where(torch.rand(32, 64) < 0.1, torch.randn(32, 64), 0.0)
     monkeypatch.setattr(cuda, "missing", lambda: "")
-    assert candidate_formats(weight) == [Format("bitmap"), Format("csr")]
-    assert candidate_formats(on_cuda(weight)) == [Format("bitmap")]
+    assert candidates(weight).formats == (Format("bitmap"), Format("csr"))
+    assert candidates(on_cuda(weight)).formats == (Format("bitmap"),)
     monkeypatch.setattr(cuda, "missing", lambda: "no driver")
-    assert candidate_formats(on_cuda(weight)) == "on cuda:0: no driver"
+    assert candidates(on_cuda(weight)).reason == "on cuda:0: no driver"
 
 
 def test_a_report_says_what_was_timed_on():

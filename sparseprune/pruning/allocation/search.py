@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from sparseprune.measure.benchmark import candidate_formats, time_layer
+from sparseprune.measure.benchmark import time_layer
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.allocation.candidates import Candidates
 from sparseprune.pruning.allocation.context import AllocationContext, block_of
@@ -27,6 +27,7 @@ from sparseprune.pruning.allocation.curves import (
 )
 from sparseprune.pruning.allocation.judge import Judge, hold_out
 from sparseprune.report import human_bytes, track
+from sparseprune.weights.choose import candidates
 
 __all__ = ["Search", "default_search", "layer_seconds", "packed_bytes"]
 
@@ -230,8 +231,8 @@ def layer_seconds(context: AllocationContext, options: Sequence[float], batch: i
             linear = nn.Linear(columns, rows, bias=bias, dtype=dtype).requires_grad_(False)
             keep = torch.rand(rows, columns, generator=generator) >= level
             linear.weight.masked_fill_(~keep, 0)
-            formats = candidate_formats(linear.weight)
-            timing = time_layer(linear, [] if isinstance(formats, str) else formats, (batch,), seconds=0.3)[0]
+            formats = candidates(linear.weight, pruned_to="unstructured").formats
+            timing = time_layer(linear, formats, (batch,), seconds=0.3)[0]
             found.append(min(timing.dense, *timing.sparse.values(), math.inf))
         seconds.update((name, found) for name in names)
     return seconds
