@@ -173,7 +173,7 @@ def test_auto_keeps_dense_where_dense_wins_at_any_batch(monkeypatch):
     assert type(model.two) is nn.Linear
     assert layers["some"].format == "bitmap"
     assert layers["tenth"].format == "bitmap"
-    assert layers["tenth"].reason == "faster than dense and than csr 1.10/1.20"
+    assert layers["tenth"].reason == "faster than dense and than csr 1.10/1.20; found in the weights"
     assert asked == [((64, 32), ("2:4",)), ((64, 64), ("bitmap",)), ((128, 64), ("bitmap", "csr"))]
     assert report.swapped == 2
 
