@@ -128,7 +128,7 @@ def machine_record(megabytes: int = 800) -> dict[str, Any]:
 
 
 class Watch:
-    """Tells what the rest of the machine did meanwhile: a timing made beside other work is no timing."""
+    """Tells what the rest of the machine did meanwhile: a timing made beside other work is not a timing."""
 
     def __init__(self) -> None:
         self._begin = self._read()

@@ -34,7 +34,7 @@ __all__ = ["DemoReport", "Measured", "Recipe", "demo_texts", "run"]
 
 QUESTION = "What is the capital of France?"
 _EVALUATION_SHARE = 0.4
-_SHORTEST_PARAGRAPH = 80  # characters: headings and one-line examples are no prose
+_SHORTEST_PARAGRAPH = 80  # characters: headings and one-line examples are not prose
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Table:
             numeric = bool(numbers) and all(isinstance(value, (int, float)) for value in numbers)
             table.add_column(Text(column.name), justify="right" if numeric else "left", no_wrap=True)
         for row in self.rows:
-            # Text, not str: a value such as "[out, in]" is no markup
+            # Text, not str: a value such as "[out, in]" is not markup
             table.add_row(*(Text(column.text(value)) for column, value in zip(columns, row, strict=True)))
         # A console cuts cells that do not fit; a table for a file or a pipe must not lose any.
         unlimited = Console(file=io.StringIO(), width=1_000_000)

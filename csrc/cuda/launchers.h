@@ -1,6 +1,6 @@
 // The contract of the CUDA half: pointers to device memory, sizes, a stream; 0 or the CUDA error's code back. A launcher
 // allocates nothing and waits for nothing, so it may be captured into a graph. The caller has set the device, checked the
-// shapes, and seen to it that matrices are contiguous.
+// shapes, and ensured that matrices are contiguous.
 //
 // bits: uint8 [rows, ceil(cols / 8)], lowest bit first, padding zero. counts and offsets: int64. error: int64 [1], which the
 // caller sets to kNoError; the least place where something is wrong is left there.
@@ -37,8 +37,8 @@ int expand_dense(const Matrix& m, const void* values, const std::uint8_t* bits, 
                  void* stream);
 int dense_to_csr(const Matrix& m, const void* dense, const std::int64_t* crow, std::int32_t* col, void* values,
                  void* stream);
-// Validates before it reads or writes by an index; error: the first row that is no sorted CSR of this shape, dense is then
-// unspecified.
+// Validates before it reads or writes by an index; error: the first row that is not a sorted CSR of this shape, dense is
+// then unspecified.
 int csr_to_dense(const Matrix& m, const std::int64_t* crow, const std::int32_t* col, std::int64_t nnz, const void* values,
                  void* dense, std::int64_t* error, void* stream);
 

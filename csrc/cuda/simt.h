@@ -2,7 +2,7 @@
 // names are PTX, and by the host compiler, where tests/simt/simt_host.h emulates them and checks every access.
 //
 // So a kernel touches memory only through Global<T> and Shared<T> (or load and store), asks for its place only by the
-// functions below, and declares no static shared memory. Names that only one side has are no part of the contract.
+// functions below, and declares no static shared memory. Names that only one side has are not part of the contract.
 //
 //   SP_KERNEL                       in the place of __global__ void; SP_THREADS(n, blocks) its launch bounds; before loops:
 //                                   SP_UNROLL, or SP_ROLL where copies of a rarely run body would cost others registers

@@ -58,7 +58,7 @@ def save(
 
     Raises:
         ValueError: a tensor has no data (meta device) or a dtype that safetensors does not know, or a module keeps
-            state that is no tensor.
+            state that is not a tensor.
         OSError: the folder cannot be written.
     """
     folder = Path(directory)
@@ -235,7 +235,7 @@ def load(
     """The model that `save` wrote into `directory`, in evaluation mode.
 
     model: what to fill, for models that are not transformers' own: the dense model, on the CPU or (but for buffers that
-        are no part of a state dict) on the meta device. It is changed in place, takes the file's dtypes, and stays as
+        are not part of a state dict) on the meta device. It is changed in place, takes the file's dtypes, and stays as
         it was if the checkpoint is refused. Without it, the model is built from `config.json` with no memory and
         no time spent on weights that the file brings.
 
@@ -449,7 +449,7 @@ class _Plan:
     def _read_sparse(self, name: str) -> SparseLinear:
         prefix = f"{name}." if name else ""
         expected = linear_shape(self.modules[name])
-        assert expected is not None  # _check_sparse has seen to it
+        assert expected is not None  # _check_sparse ensured it
         parts = {part: self.file.get_tensor(f"{prefix}weight.{part}") for part in ("values", "mask", "spec")}
         try:
             weight = SparseWeight.from_tensors(**parts)

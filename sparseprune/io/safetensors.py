@@ -124,7 +124,7 @@ class Reader:
     """A safetensors file, its header checked against its size, its tensors read by position.
 
     Raises:
-        CheckpointError: no such file, a header that is no safetensors header, or a file shorter or longer than it says.
+        CheckpointError: no such file, a header that is not a safetensors header, or a file shorter or longer than it says.
     """
 
     def __init__(self, path: Path) -> None:
@@ -197,9 +197,9 @@ class Reader:
         try:
             header: Any = json.loads(self._file.read(length))
         except ValueError as error:
-            self._refuse(f"a header that is no JSON ({error})")
+            self._refuse(f"a header that is not JSON ({error})")
         if not isinstance(header, dict):
-            self._refuse("a header that is no JSON object")
+            self._refuse("a header that is not a JSON object")
         metadata = header.pop("__metadata__", {})
         infos, offsets, end = {}, {}, 0
         for name, entry in header.items():

@@ -36,7 +36,7 @@ def apply_sizes(model: nn.Module, sizes: Any) -> None:
             _resize(model.get_submodule(name), *shape)
         for module, attribute, value in attributes:
             if type(getattr(model.get_submodule(module), attribute)) is not int:
-                raise TypeError(f"{module}.{attribute} is no integer")
+                raise TypeError(f"{module}.{attribute} is not an integer")
             setattr(model.get_submodule(module), attribute, value)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"sizes: must be those of a {type(model).__name__}, got: {error}") from error

@@ -151,7 +151,7 @@ def time_layer(
     timings = []
     for batch in batches:
         x = torch.randn(batch, weight.shape[1]).to(weight.device, weight.dtype)
-        # forward(), not the module: hooks of the user's are no part of a layer's price
+        # forward(), not the module: hooks of the user's are not part of a layer's price
         calls = {name: [functools.partial(it.forward, x) for it in its] for name, its in modules.items()}
         quartiles = alternating_quartiles(calls, seconds / len(batches), weight.device)
         timings.append(LayerTiming(batch, quartiles.pop("dense"), quartiles))

@@ -91,7 +91,7 @@ def zero_shot(
     unknown = [name for name in names if name not in known and not manager.match_tasks([name])]
     if unknown:
         raise ValueError(
-            f"tasks: {unknown[0]!r} is no task of lm-eval {lm_eval.__version__}; `lm-eval ls tasks` lists them"
+            f"tasks: {unknown[0]!r} is not a task of lm-eval {lm_eval.__version__}; `lm-eval ls tasks` lists them"
         )
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length(model))
     with evaluation_mode(model):

@@ -92,7 +92,7 @@ def _load_folder(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any | None
             f"path: {path / 'config.json'} must be JSON: {error}; copy the model again"
         ) from error
     if not isinstance(config, Mapping) or "model_type" not in config:
-        raise ValueError(f"path: {path / 'config.json'} has no model_type, so it is no transformers model")
+        raise ValueError(f"path: {path / 'config.json'} has no model_type, so it is not a transformers model")
     if config.get("quantization_config"):
         raise ValueError(f"path: {path} holds quantized weights; pass the model before it was quantized")
 

@@ -41,7 +41,7 @@ def choose(pattern: Pattern, chain: bool, minutes: float | None) -> Recipe:
     method = "admm+permute" if permute else "admm"
     if not chain:
         return Recipe(
-            method, None, f"auto: {method}; the model is no chain of blocks, so none is reconstructed"
+            method, None, f"auto: {method}; the model is not a chain of blocks, so none is reconstructed"
         )
     within = "" if minutes is None else f", as many epochs as fit in {minutes:g} minutes"
     return Recipe(method, Reconstruction(), f"auto: {method}, then each block reconstructed{within}")

@@ -273,7 +273,7 @@ class _Job:
         """Prunes all layers.
 
         Args:
-            required: whether a model that is no chain of blocks is an error, rather than read as a whole.
+            required: whether a model that is not a chain of blocks is an error, rather than read as a whole.
         """
         statistic = self.method.statistic
         if self.data is None or (statistic is None and options.reconstruction is None):

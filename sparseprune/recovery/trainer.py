@@ -78,7 +78,7 @@ def recover(
         learning_rate: its peak: after a linear `warmup` (a fraction of the budget) a half cosine leads down to
             `final` times it.
         distillation: the losses' weights; by default the KL to the teacher, or the cross-entropy without one.
-        loss: stands in for the cross-entropy where a model is no language model: (output, batch) -> mean loss.
+        loss: stands in for the cross-entropy where a model is not a language model: (output, batch) -> mean loss.
         optimizer: "adamw", "adam", "sgd", "adagrad", or a callable from parameters to an optimizer, which brings
             its own learning rate.
         train: "linears": all but embeddings and the output head; "all".

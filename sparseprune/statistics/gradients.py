@@ -75,7 +75,7 @@ def model_loss(model: nn.Module) -> Loss:
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.ndim != 3 or not _is_causal(model):
             raise ValueError(
-                f"loss: {type(model).__name__} gives none for these batches, and is no causal language model; "
+                f"loss: {type(model).__name__} gives none for these batches, and is not a causal language model; "
                 'pass batches with "labels", or a loss (output, batch) -> scalar'
             )
         return next_token_loss(logits, batch)

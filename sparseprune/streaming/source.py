@@ -182,7 +182,9 @@ class StreamedModel:
         handle = embedding.register_forward_pre_hook(hook)
         # empty, but on the CPU, which is where the model's inputs are to go
         embedding.weight = nn.Parameter(torch.empty(0, embedding.embedding_dim), requires_grad=False)
-        embedding.padding_idx = None  # it matters to gradients only, and is no row of the few that are read
+        embedding.padding_idx = (
+            None  # it matters to gradients only, and is not a row of the few that are read
+        )
         try:
             yield
         finally:

@@ -84,7 +84,7 @@ def prune_folder(
     share of a block's layers; the first one writes.
 
     Raises:
-        ValueError: an argument out of range; a model that has no blocks, or is no chain of them; a layer that the pattern
+        ValueError: an argument out of range; a model that has no blocks, or is not a chain of them; a layer that the pattern
             does not fit; a limit on memory too small for a block; an `out` with a model or another run's half.
         CheckpointError: a shard missing or damaged, or a checkpoint that is not that of its config.json.
         OSError: not enough space on the disk.

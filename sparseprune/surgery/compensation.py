@@ -25,7 +25,7 @@ def damped(gram: Tensor, fraction: float = _LEAST) -> tuple[float, Tensor]:
     Added is `fraction` of the diagonal's mean, ten times as much where that is not positive definite.
 
     Raises:
-        ValueError: not finite, or not positive definite whatever is added, so that it is no Gram matrix.
+        ValueError: not finite, or not positive definite whatever is added, so that it is not a Gram matrix.
     """
     if not gram.isfinite().all():
         raise ValueError("gram: must be finite, got NaN or Inf; check the calibration data")

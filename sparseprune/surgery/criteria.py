@@ -117,7 +117,7 @@ def resolve_loss(model: nn.Module, loss: Loss | None) -> Loss:
     """`loss`, or what the model says for a batch with labels, or a causal language model's next-token loss.
 
     Raises:
-        ValueError: none given, and the model is no causal language model of transformers.
+        ValueError: none given, and the model is not a causal language model of transformers.
     """
     if loss is not None:
         return loss

@@ -26,7 +26,7 @@ SPEC_FIELDS = ("version", "kind", "n", "m", "rows", "cols", "dtype", "encoding",
 """What the nine integers of the `spec` tensor mean."""
 
 _VERSION = 1
-_KIND_CODES = {"nm": 1, "bitmap": 2, "csr": 3}  # 0 is no kind: a spec of zeros is refused
+_KIND_CODES = {"nm": 1, "bitmap": 2, "csr": 3}  # 0 is not a kind: a spec of zeros is refused
 _FLOAT_ENCODING = 0  # int8 and int4 values with group scales are to follow
 _GROUP_SIZES = (4, 8, 16, 32)
 _WASTE = (

@@ -55,7 +55,7 @@ if importlib.util.find_spec("lm_eval") is not None:
         assert score.value == pytest.approx(sum(right) / 5)
         assert "0 shots, first 5 of each, float32" in str(result)
         assert json.loads(json.dumps(result.to_dict()))["scores"][0]["value"] == score.value
-        with pytest.raises(ValueError, match="tasks: 'no_such_task' is no task of lm-eval"):
+        with pytest.raises(ValueError, match="tasks: 'no_such_task' is not a task of lm-eval"):
             zero_shot(model, tokenizer, ["no_such_task"])
 
 

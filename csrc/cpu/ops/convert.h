@@ -28,7 +28,7 @@ void expand_dense(const Matrix& m, const void* values, const std::uint8_t* bits,
 
 void dense_to_csr(const Matrix& m, const void* dense, const std::int64_t* crow, std::int32_t* col, void* values,
                   int threads);
-// Throws std::invalid_argument where crow or col is no sorted CSR of this shape.
+// Throws std::invalid_argument where crow or col is not a sorted CSR of this shape.
 void csr_to_dense(const Matrix& m, const std::int64_t* crow, const std::int32_t* col, std::int64_t nnz, const void* values,
                   void* dense, int threads);
 

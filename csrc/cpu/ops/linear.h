@@ -16,7 +16,7 @@ struct PackedView {
   const void* index;
   const void* values;
 };
-// Throws std::invalid_argument where the blob is no packed weight of this version, or its header is damaged.
+// Throws std::invalid_argument where the blob is not a packed weight of this version, or its header is damaged.
 PackedView view_packed(const std::uint8_t* blob, std::int64_t size);
 
 struct LinearCall {

@@ -70,7 +70,7 @@ def damped(matrix: Tensor, damping: float) -> Damped:
     the matrix indefinite, and the solvers then trust it less.
 
     Raises:
-        ValueError: no damping is enough, so that it is no Gram matrix at all.
+        ValueError: no damping is enough, so that it is not a Gram matrix at all.
     """
     matrix = matrix.double()
     mean = float(matrix.diagonal().mean()) or 1.0

@@ -39,7 +39,7 @@ class LotteryTicket:
         rewind: the step to go back to; 0 is the initialisation.
         scope: "model" ranks all weights together, "layer" each parameter for itself.
         include, exclude: shell patterns over parameter names; by default every parameter with two dimensions or more
-            that is no embedding.
+            that is not an embedding.
     """
 
     steps: int

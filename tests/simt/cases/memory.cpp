@@ -148,7 +148,7 @@ void test_pointers() {
   static_assert(std::convertible_to<Reference<Global<int>>, int> && !std::convertible_to<Reference<Global<int>>&, int>,
                 "p[i] is used up where it stands: auto v = p[i] gives no value later");
   static_assert(std::convertible_to<Reference<Global<float>>, float> && !std::convertible_to<Reference<Global<float>>, int>,
-                "c ? p[i] : 0 is no int");
+                "c ? p[i] : 0 is not an int");
   static_assert(std::convertible_to<Global<int>, Global<const int>> && !std::convertible_to<Global<const int>, Global<int>>);
 }
 

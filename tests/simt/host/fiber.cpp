@@ -87,7 +87,7 @@ namespace {
 constexpr std::size_t kStackBytes = 128 * 1024;  // reserved; a kernel touches a few pages of it
 constexpr std::size_t kStacksAtOnce = 128;
 
-// Stacks are kept for the life of the process. The lowest page of each is no memory: an overflow is a segmentation fault.
+// Stacks are kept for the life of the process. The lowest page of each is not memory: an overflow is a segmentation fault.
 char* stack_at(unsigned index) {
   static std::vector<char*> pools;
   while (index >= pools.size() * kStacksAtOnce) {

@@ -2,7 +2,7 @@
 //
 // Of the reads since the last write a record keeps one reader, or that several lanes of one warp read, or several warps:
 // enough to know whether all of them come before a write. Stamps of the clock date everything, so that nothing is reset when
-// a block or a launch begins: an older stamp is no stamp.
+// a block or a launch begins: an older stamp is not a stamp.
 #pragma once
 
 #include <cstddef>
