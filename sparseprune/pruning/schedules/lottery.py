@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sparseprune.models.sites import EmbeddingSite, find_sites
 from sparseprune.pruning.patterns import mask_from_scores
 from sparseprune.pruning.schedules.base import (
     Evaluate,
@@ -113,11 +114,7 @@ class LotteryTicket:
                 fnmatchcase(name, it) for it in ((patterns,) if isinstance(patterns, str) else patterns)
             )
 
-        embeddings = {
-            id(module.weight)
-            for module in model.modules()
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        }
+        embeddings = {id(site.parameter) for site in find_sites(model, kinds=[EmbeddingSite])}
         found = {
             name: parameter
             for name, parameter in model.named_parameters()
