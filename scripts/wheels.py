@@ -69,7 +69,7 @@ def repair(wheel: Path, folder: Path) -> Path:
     repaired = next(iter(set(folder.glob("*.whl")) - before))
     names = zipfile.ZipFile(repaired).namelist()
     libraries = [name for name in names if ".so" in Path(name).name]
-    if [Path(name).parent.name for name in libraries] != ["sparseprune"]:
+    if [str(Path(name).parent) for name in libraries] != ["sparseprune/kernels"]:
         raise RuntimeError(f"{repaired.name}: must hold one library, the extension, got {libraries}")
     return repaired
 
