@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import processes
 
 CMAKE = Path(__file__).resolve().parents[2] / "cmake" / "cuda.cmake"
 PROJECT = f"""
@@ -40,13 +40,9 @@ def configure(
     source.mkdir()
     (source / "CMakeLists.txt").write_text(PROJECT)
     path = os.pathsep.join([str(smi.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {
-        name: value for name, value in os.environ.items() if name not in ("CUDACXX", "CUDA_HOME", "CUDA_PATH")
-    }
+    env = {"CUDACXX": None, "CUDA_HOME": None, "CUDA_PATH": None, "PATH": path}
     command = ["cmake", "-S", str(source), "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={python}"]
-    done = subprocess.run(
-        [*command, *options], env=env | {"PATH": path}, capture_output=True, text=True, timeout=300
-    )
+    done = processes.run([*command, *options], env)
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 

@@ -13,12 +13,13 @@ HANGS = 3600.0
 
 
 def run(
-    command: Sequence[object], env: Mapping[str, str] | None = None, cwd: Path | None = None
+    command: Sequence[object], env: Mapping[str, str | None] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `command` to its end and keeps what it says; `env` comes on top of this process's."""
+    """Runs `command` to its end and keeps what it says; `env` changes this process's, None takes a name out of it."""
+    changed = {**os.environ, **(env or {})}
     return subprocess.run(
         list(map(str, command)),
-        env=os.environ | (env or {}),
+        env={name: value for name, value in changed.items() if value is not None},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -26,7 +27,9 @@ def run(
     )
 
 
-def python(code: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs `code` in a Python of its own, which finds the modules that this one finds."""
+def python(
+    code: str, env: Mapping[str, str | None] | None = None, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    """Runs `code` on `arguments` in a Python of its own, which finds the modules that this one finds."""
     path = os.pathsep.join(place for place in sys.path if place)
-    return run([sys.executable, "-c", code], {"PYTHONPATH": path, **(env or {})})
+    return run([sys.executable, "-c", code, *arguments], {"PYTHONPATH": path, **(env or {})})

@@ -8,10 +8,11 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+
+from helpers import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("csrc/core", "csrc/cuda", "csrc/bindings", "tests/simt")
@@ -50,7 +51,7 @@ def build(target: str) -> Path:
 
 
 def _call(*command: str | Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    done = processes.run(command)
     assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import processes
 
 from sparseprune.kernels import _core
 
@@ -17,7 +17,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "cpp"
 
 
 def call(*command: str | Path, **env: str) -> str:
-    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=900)
+    done = processes.run(command, env)
     assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
     return done.stdout
 

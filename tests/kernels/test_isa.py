@@ -6,12 +6,11 @@ build can be of one level; see test_cpp.py.
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 
 import pytest
 import torch
+from helpers import processes
 from helpers.isa import LEVELS, forced
 
 import sparseprune
@@ -21,10 +20,7 @@ KNOWN = ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 def python(code: str, isa: str | None) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "SPARSEPRUNE_ISA"}
-    if isa is not None:
-        env["SPARSEPRUNE_ISA"] = isa
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    return processes.python(code, {"SPARSEPRUNE_ISA": isa})
 
 
 MULTIPLY = """

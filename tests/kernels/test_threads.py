@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
-from helpers import reference
+from helpers import processes, reference
 from helpers.compare import assert_same_bits
 from helpers.isa import DTYPES, threads
 from helpers.shapes import generator, packed_layer, raw
@@ -104,7 +102,7 @@ def test_the_interpreter_is_free_while_a_kernel_runs():
     values, bits = ops.dense_to_bitmap(torch.randn(2048, 2048, generator=generator(3)))
     blob = ops.pack(values, bits, 2048, "tile")
     x = torch.randn(2000, 2048, generator=generator(4))
-    ticks, done = [], threading.Event()
+    ticks, calls, done = [], [], threading.Event()
 
     def tick():
         while not done.wait(0.001):
@@ -115,22 +113,19 @@ def test_the_interpreter_is_free_while_a_kernel_runs():
         watcher.start()
         while not ticks:  # it runs
             done.wait(0.001)
-        before = len(ticks)
-        ops.linear(x, blob, None, 2048)  # 4 G products: tens of milliseconds at best
-        during = len(ticks) - before
+        # A call that keeps the lock sees one tick at most, between the count and the lock. Where the machine is too busy
+        # or too fast for five during one call, there will be in another.
+        while len(calls) < 1000 and max(calls, default=0) < 5:
+            before = len(ticks)
+            ops.linear(x, blob, None, 2048)  # 4 G products: tens of milliseconds
+            calls.append(len(ticks) - before)
         done.set()
         watcher.join()
-    assert during >= 5, f"{during} ticks"
+    assert max(calls) >= 5, calls
 
 
-def run(code: str, timeout: float = 180) -> str:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=timeout
-        )
-    except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"hangs: {error.stdout}") from None
+def run(code: str) -> str:
+    done = processes.python(code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

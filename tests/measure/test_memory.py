@@ -1,11 +1,10 @@
 """Working within a limit on memory: sizes, checks without temporaries, tensors that wait on the disk."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import processes
 
 from sparseprune import memory
 from sparseprune.memory import all_finite, available_memory, parse_size, peak_memory, resident_memory
@@ -87,7 +86,7 @@ except RuntimeError:
 
 
 def test_the_room_that_ulimit_leaves_is_what_can_be_allocated():
-    done = subprocess.run([sys.executable, "-c", ULIMIT], capture_output=True, text=True, timeout=120)
+    done = processes.python(ULIMIT)
     assert done.stdout == "refused\n", done.stderr
 
 

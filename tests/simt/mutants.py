@@ -18,7 +18,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import simt
+from helpers import processes, simt
 
 CUDA = simt.ROOT / "csrc" / "cuda"
 LIMIT_SECONDS = 120  # of the cases: a mutant may wait for ever
@@ -361,7 +360,7 @@ def sysconfig_suffix() -> str:
 
 
 def _call(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = processes.run(command)
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)}: {done.returncode}\n{done.stderr[-4000:]}")
 

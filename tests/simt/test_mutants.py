@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from helpers import simt
+from helpers import processes, simt
 
 SCRIPT = Path(__file__).with_name("mutants.py")
 _spec = importlib.util.spec_from_file_location("mutants", SCRIPT)
@@ -29,13 +27,7 @@ def outcomes(request: pytest.FixtureRequest) -> dict[str, dict]:
     names = [item.callspec.params["mutant"].name for item in items if hasattr(item, "callspec")]
     pattern = "|".join(f"^{re.escape(name)}$" for name in names)
     simt.build("_simt")
-    done = subprocess.run(
-        [sys.executable, SCRIPT, pattern],
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = processes.run([sys.executable, SCRIPT, pattern], {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-8000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
     return {result["name"]: result for result in results}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import simt
+from helpers import processes, simt
 from simt import traffic
 from torch import Tensor
 
@@ -46,13 +45,7 @@ def operands() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_its_own_tests_under_sanitizers() -> None:
     folder = simt.build("test_simt")
-    done = subprocess.run(
-        [folder / "test_simt"],
-        env=os.environ | {"SIMT_ROUNDS": "8", "UBSAN_OPTIONS": "print_stacktrace=1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = processes.run([folder / "test_simt"], {"SIMT_ROUNDS": "8", "UBSAN_OPTIONS": "print_stacktrace=1"})
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     counts = re.fullmatch(r"(\d+) passed, 0 failed", done.stdout.splitlines()[-1])
     assert counts and int(counts[1]) > 8 * 3800, done.stdout[-4000:]
@@ -113,10 +106,8 @@ def test_a_seed_repeats_a_fault(emulator: ModuleType) -> None:
 
 def start(seed: str) -> subprocess.CompletedProcess[str]:
     """A process that says which seed it has."""
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"SPARSEPRUNE_SIMT_SEED": seed, "PYTHONPATH": path}
     code = "from helpers import simt; print(simt.module().seed())"
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    return processes.python(code, {"SPARSEPRUNE_SIMT_SEED": seed})
 
 
 def test_the_seed_comes_from_the_environment() -> None:
@@ -173,12 +164,8 @@ def test_kernels_have_no_undefined_behaviour(tmp_path: Path) -> None:
         "SPARSEPRUNE_SIMT_LIBRARY": "",
     }
     tests = [TESTS / "kernels" / name for name in ("test_ops.py", "test_linear.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "emulated", *tests],
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        timeout=3600,
+    done = processes.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "emulated", *tests], env
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     counts = re.search(r"(\d+) passed, \d+ deselected", done.stdout)
