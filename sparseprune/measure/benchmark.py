@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparseprune import clock
 from sparseprune.kernels.native import isa
 from sparseprune.measure.evaluate import SpeedResult, decode_speed, prompt_speed
 from sparseprune.models.sites import find_sites, site_of
@@ -66,7 +66,6 @@ def alternating_quartiles(
     One call of each candidate in turn (on a CUDA device several), then the next copy; at least 5 rounds, at most 400,
     else for about `seconds`.
     """
-    clock = time.perf_counter
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     per_turn, measure = (
@@ -76,8 +75,8 @@ def alternating_quartiles(
     for calls in candidates.values():
         for call in calls[:2]:
             call()
-    stop, rounds = clock() + seconds, 0
-    while rounds < _MIN_ROUNDS or (rounds < _MAX_ROUNDS and clock() < stop):
+    stop, rounds = clock.now() + seconds, 0
+    while rounds < _MIN_ROUNDS or (rounds < _MAX_ROUNDS and clock.now() < stop):
         for name, calls in candidates.items():
             first = rounds * per_turn
             times[name].append(measure([calls[(first + i) % len(calls)] for i in range(per_turn)]))
@@ -87,9 +86,9 @@ def alternating_quartiles(
 
 def _host_seconds(calls: Sequence[Callable[[], Any]]) -> float:
     (call,) = calls
-    begin = time.perf_counter()
+    begin = clock.now()
     call()
-    return time.perf_counter() - begin
+    return clock.now() - begin
 
 
 def _event_seconds(device: torch.device, calls: Sequence[Callable[[], Any]]) -> float:

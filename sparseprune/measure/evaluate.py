@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparseprune import clock
 from sparseprune.calibration import token_ids
 from sparseprune.models.modules import device_of, evaluation_mode, max_length
 from sparseprune.report import track
@@ -282,7 +282,7 @@ def _now(model: nn.Module) -> float:
     device = device_of(model)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return clock.now()
 
 
 def _random_ids(model: Any, length: int) -> Tensor:

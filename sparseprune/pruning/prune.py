@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparseprune import clock
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch
 from sparseprune.models.blocks import find_blocks
@@ -92,7 +92,7 @@ def prune(
         ValueError: an argument out of range, no layer to prune, a layer whose shape the pattern cannot divide, NaN or
             Inf in weights or activations; the message names the layer.
     """
-    begin = time.perf_counter()
+    begin = clock.now()
     pattern = Pattern.parse(pattern)
     steps = find_schedule(schedule)
     if steps is not None:
@@ -155,7 +155,7 @@ def prune(
         walk_sequentially = (
             method.changes_weights or options is not None if sequential is None else sequential
         )
-        seconds = None if minutes is None else 60 * minutes - (time.perf_counter() - begin)
+        seconds = None if minutes is None else 60 * minutes - (clock.now() - begin)
         job.run(
             BlockRun(walk_sequentially, options, seconds), required=bool(sequential) or bool(reconstruction)
         )
@@ -176,7 +176,7 @@ def prune(
         allocation=allocation_name(allocation),
         blocks=tuple(job.blocks),
         notes=(*job.notes, *dict.fromkeys(warned)),
-        seconds=time.perf_counter() - begin,
+        seconds=clock.now() - begin,
     )
 
 

@@ -11,7 +11,6 @@ otherwise), and the learning rate is relative to the size of the weights, so tha
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune import processes
+from sparseprune import clock, processes
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.pruning.report import BlockReconstructed
 from sparseprune.pruning.rewrite import Rewriter
@@ -97,12 +96,12 @@ def reconstruct(
             return processes.total(float(sum(loss(batch) for batch in range(len(targets)))))
 
     start = [it.detach().clone() for it in trained]
-    begin = time.perf_counter()
+    begin = clock.now()
     before = total()
     epochs = options.epochs
     if seconds is not None:
         # an epoch takes about 3.5 such passes; the loss and the hidden states afterwards another two
-        took = processes.total(time.perf_counter() - begin) / processes.world_size()
+        took = processes.total(clock.now() - begin) / processes.world_size()
         epochs = min(epochs, int((seconds / max(took, 1e-6) - 3) / 3.5))
         if epochs < 1:
             return BlockReconstructed(name, before, before, 0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
+from sparseprune import clock
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.pruning.report import LayerPruned, PruneReport
@@ -63,7 +63,7 @@ def prune_scheduled(
     def prune_to(to: float, include: Sequence[str] | None = None) -> None:
         last[:] = [once(sparsity=to) if include is None else once(sparsity=to, include=include)]
 
-    begin = time.perf_counter()
+    begin = clock.now()
     if isinstance(schedule, Gradual):
         steps = schedule.run(model, prune_to, sparsity, recover, evaluate, progress)
     elif evaluate is None:
@@ -77,5 +77,5 @@ def prune_scheduled(
         for it, zeros in zip(layers, before, strict=True)
     ]
     return dataclasses.replace(
-        last[0], layers=tuple(rows), sparsity=sparsity, schedule=steps, seconds=time.perf_counter() - begin
+        last[0], layers=tuple(rows), sparsity=sparsity, schedule=steps, seconds=clock.now() - begin
     )

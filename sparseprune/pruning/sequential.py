@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseprune import clock
 from sparseprune.memory import all_finite
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Method, Target
@@ -63,10 +63,10 @@ def prune_blocks(
     reconstructed: list[BlockReconstructed] = []
     # the dense model's hidden states, beside those that the pruned blocks give
     dense = list(walk.hidden) if run.reconstruction is not None else None
-    end = None if run.seconds is None else time.perf_counter() + run.seconds
+    end = None if run.seconds is None else clock.now() + run.seconds
     for index, (name, block) in enumerate(track(blocks, f"pruning ({method.name})", enabled=progress)):
         inside = [layer for layer in layers if layer.name.startswith(f"{name}.")]
-        begin = time.perf_counter()
+        begin = clock.now()
         share = None if end is None else (end - begin) / (len(blocks) - index)
         outputs = None
         if dense is not None:
@@ -89,7 +89,7 @@ def prune_blocks(
                 masks[layer.parameter] = layer.stored(mask)
             statistics.clear()
             if run.reconstruction is not None and outputs is not None:
-                left = None if share is None else begin + share - time.perf_counter()
+                left = None if share is None else begin + share - clock.now()
                 reconstructed.append(
                     reconstruct(
                         name, block, index, masks, walk, outputs.hidden, run.reconstruction, rewriter, left

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sparseprune import clock
 from sparseprune.models.batches import Batch, check_lengths, to_device
 from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.processes import Processes
@@ -93,7 +93,7 @@ class Loop:
         self.tokens = 0
         self.identity: dict[str, Any] = {}
         self._before = 0.0  # seconds of the run that this one resumes
-        self._began = time.perf_counter()
+        self._began = clock.now()
         self._saved = self._began
         share = len(group.share(options.batch))
         if share % options.accumulate:
@@ -104,7 +104,7 @@ class Loop:
 
     @property
     def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._began
+        return self._before + clock.now() - self._began
 
     def restore(self, identity: dict[str, Any], resume: bool) -> int | None:
         """Goes on from the checkpoint, if there is one and it may; gives the steps it had behind it."""
@@ -208,7 +208,7 @@ class Loop:
 
     def _save_if_due(self, step: int) -> None:
         every = self.options.checkpoint_every
-        due = step % every == 0 if every else time.perf_counter() - self._saved > _CHECKPOINT_SECONDS
+        due = step % every == 0 if every else clock.now() - self._saved > _CHECKPOINT_SECONDS
         if due:
             self._save()
 
@@ -223,7 +223,7 @@ class Loop:
             "seconds": self.seconds,
         }
         save_run(self.options.folder, self.parameters, self.optimizer, state)
-        self._saved = time.perf_counter()
+        self._saved = clock.now()
 
     @contextmanager
     def _bar(self) -> Iterator[Callable[[StepLosses, float], None]]:

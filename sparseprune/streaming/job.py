@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from sparseprune import processes
+from sparseprune import clock, processes
 from sparseprune.calibration import CalibrationData
 from sparseprune.io.checkpoint import header, save_config
 from sparseprune.io.shards import STREAM_FILE
@@ -340,7 +339,7 @@ class Job:
         self.state.nbytes += sum(info.nbytes for info in infos)
 
     def _record(self, before: float, begin: float) -> None:
-        self.state.seconds = before + time.perf_counter() - begin
+        self.state.seconds = before + clock.now() - begin
         self.state.peak_memory = max(self.state.peak_memory, peak_memory())
         if self._main:
             self.state.write(self.out)

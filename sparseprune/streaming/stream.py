@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparseprune import clock
 from sparseprune.calibration import CalibrationData
 from sparseprune.memory import spare_address_space
 from sparseprune.models.batches import Batch
@@ -89,7 +89,7 @@ def prune_folder(
         CheckpointError: a shard missing or damaged, or a checkpoint that is not that of its config.json.
         OSError: not enough space on the disk.
     """
-    begin = time.perf_counter()
+    begin = clock.now()
     spare_address_space()
     folder, out = Path(folder), Path(out)
     if out.exists() and not out.is_dir():

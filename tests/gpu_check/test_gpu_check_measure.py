@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import gpu_check
+from helpers.clocks import Ticks
 from helpers.gpu_check import dry
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -183,7 +184,7 @@ def test_a_wrong_result_is_told(monkeypatch):
 
 
 def test_what_no_time_is_left_for_is_named():
-    now = gpu_check.Ticks()
+    now = Ticks()
 
     def slow(cell, seconds):
         now.seconds += 11
@@ -213,7 +214,7 @@ def test_what_a_cell_cannot_do_without_is_named(monkeypatch):
                 raise RuntimeError("no kernel image\nmore")
             return super().turn(name, calls)
 
-    _, emitted = dry(clock=Fails(gpu_check.Ticks()))
+    _, emitted = dry(clock=Fails(Ticks()))
     errors = [it["error"] for it in emitted if it["kind"] == "error"]
     assert errors == ["RuntimeError: ours: no kernel image"] * 3 + ["RuntimeError: copy_: no kernel image"]
 
@@ -228,7 +229,7 @@ def test_a_lost_device_and_a_broken_capture_ask_for_a_fresh_process():
     class Broken(timing.HostClock):
         failed = frozenset({"torch cutlass"})
 
-    code, emitted = dry(clock=Broken(gpu_check.Ticks()))
+    code, emitted = dry(clock=Broken(Ticks()))
     assert (code, emitted[-1]) == (measure.AGAIN_EXIT, {"kind": "eager", "names": ["torch cutlass"]})
     assert (measure.LOST_EXIT, measure.AGAIN_EXIT) == (steps.LOST_EXIT, steps.AGAIN_EXIT)
 

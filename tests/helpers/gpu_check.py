@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers.clocks import Ticks
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -16,17 +17,6 @@ from gpu_check.timing import HostClock
 
 SMI = "NVIDIA H100 80GB HBM3, 570.86, 9.0, 81559 MiB, 700.00 W, 31, 0 %, 1980 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 0x0"
 """What nvidia-smi says of a card."""
-
-
-class Ticks:
-    """A clock that goes on by a millisecond each time it is read, on a fast machine and on a slow one."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        self.seconds += 1e-3
-        return self.seconds
 
 
 def dry(seconds: float = 10.0, **change) -> tuple[int, list[dict]]:

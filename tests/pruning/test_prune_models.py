@@ -138,13 +138,13 @@ class TestBlockByBlock:
         assert "auto: admm+permute, then each block reconstructed" in str(report)
         assert {block.epochs for block in report.blocks} == {Reconstruction().epochs}
 
-    def test_auto_makes_do_with_the_time_it_has(self):
+    def test_auto_makes_do_with_the_time_it_has(self, ticks):
         _, report, _ = self.losses(method="auto", minutes=1e-6)
         assert {block.epochs for block in report.blocks} == {0}
         assert report.method == "admm"
         _, report, _ = self.losses(method="auto", minutes=5, reconstruction=Reconstruction(2))
         assert {block.epochs for block in report.blocks} == {2}
-        assert report.seconds < 60
+        assert report.seconds < 5 * 60
 
     def test_auto_without_a_chain_of_blocks(self):
         report = prune(tiny.lstm_classifier(), "2:4", "auto", calibration=CALIBRATION)

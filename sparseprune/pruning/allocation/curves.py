@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import random
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparseprune import clock
 from sparseprune.calibration import CalibrationData
 from sparseprune.pruning.allocation.candidates import Candidates
 from sparseprune.pruning.allocation.context import AllocationContext, block_of
@@ -65,9 +65,7 @@ def sensitivity(context: AllocationContext) -> dict[str, float]:
     data, pieces = hold_out(context.calibrated("sensitivity"), "sensitivity", TOKENS)
     levels = levels_around(context.sparsity)
     grid = [levels[0], context.sparsity, levels[-1]]
-    deadline = time.monotonic() + 60 * min(
-        _MINUTES, math.inf if context.minutes is None else context.minutes / 2
-    )
+    deadline = clock.now() + 60 * min(_MINUTES, math.inf if context.minutes is None else context.minutes / 2)
     with Candidates(context, grid, statistics_for(context, data)) as candidates:
         curves = measure_curves(context, candidates, Judge(context.model, pieces), grid, deadline)
     context.notes.append(
@@ -109,7 +107,7 @@ def measure_curves(
 ) -> Curves:
     """Prunes one layer at a time to each sparsity of `grid`, all levels of the candidates, and judges the model.
 
-    Layers come in random order; those left when `time.monotonic()` passes the deadline are estimated from the
+    Layers come in random order; those left when `clock.now()` passes the deadline are estimated from the
     measured ones: a factor for the block and a factor for the kind of layer.
     """
     blocks = block_of(context)
@@ -117,7 +115,7 @@ def measure_curves(
     random.Random(context.seed).shuffle(order)
     losses: dict[str, dict[float, float]] = {}
     for layer in track(order, "sensitivity of each layer", enabled=context.progress):
-        if time.monotonic() > deadline and losses:
+        if clock.now() > deadline and losses:
             break
         points = {}
         for level in grid:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from sparseprune import clock
 from sparseprune.measure.benchmark import time_layer
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.allocation.candidates import Candidates
@@ -86,7 +86,7 @@ class Search:
         return self.bytes is None and self.seconds is None
 
     def __call__(self, context: AllocationContext) -> dict[str, float]:
-        begin = time.monotonic()
+        begin = clock.now()
         # half of prune's time at most: the rest is for the pruning itself
         allowed = math.inf if context.minutes is None else context.minutes / 2
         budget_seconds = 60 * min(self.minutes, allowed)
@@ -100,13 +100,13 @@ class Search:
         self.losses = []
         with Candidates(context, levels, statistics_for(context, data)) as candidates:
             few = Judge(context.model, hold_out(context.calibrated("search"), "search", TOKENS)[1])
-            started = time.monotonic()
+            started = clock.now()
             few()
-            trial = time.monotonic() - started
-            until = time.monotonic() + _CURVES_SHARE * (begin + budget_seconds - time.monotonic())
+            trial = clock.now() - started
+            until = clock.now() + _CURVES_SHARE * (begin + budget_seconds - clock.now())
             curves = measure_curves(context, candidates, few, [levels[1], levels[3]], until)
             # on a slow machine more trials tell more than more tokens
-            affordable = int((begin + budget_seconds - time.monotonic()) / (_TRIALS * trial))
+            affordable = int((begin + budget_seconds - clock.now()) / (_TRIALS * trial))
             judge = Judge(context.model, pieces[: max(1, affordable)])
             trials = _Trials(candidates, judge, options, prices, budget, context.progress)
             found = self._search(context, trials, curves, begin + budget_seconds)
@@ -177,7 +177,7 @@ class Search:
     def _more(self, deadline: float, trials: _Trials) -> bool:
         """Whether there is time for another trial, and something new was found to try lately."""
         left = self.trials is None or len(trials.losses) < self.trials
-        return left and time.monotonic() < deadline and trials.repeated < _PATIENCE
+        return left and clock.now() < deadline and trials.repeated < _PATIENCE
 
     def _prices(
         self, context: AllocationContext, options: Sequence[float]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from sparseprune import clock
 from sparseprune.pruning.schedules.base import (
     Evaluate,
     Recover,
@@ -72,7 +72,7 @@ class Gradual:
         zeros = Zeros(model)
         steps = []
         for number, sparsity in enumerate(track(sparsities, "pruning gradually", enabled=progress), 1):
-            start = time.perf_counter()
+            start = clock.now()
             counted = zeros.counts()
             prune_to(sparsity)
             zeros.grow(counted)
@@ -81,7 +81,7 @@ class Gradual:
                 with zeros.held():
                     recover(model)
                 loss = measure(evaluate, model)
-            steps.append(Step(number, "all", zeros.fraction(), pruned, loss, 1, time.perf_counter() - start))
+            steps.append(Step(number, "all", zeros.fraction(), pruned, loss, 1, clock.now() - start))
         return ScheduleReport(
             f"Pruned gradually in {self.steps} steps", target, before, tuple(steps), "target reached"
         )

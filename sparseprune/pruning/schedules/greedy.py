@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from sparseprune import clock
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.sites import find_sites
 from sparseprune.pruning.schedules.base import (
@@ -134,7 +134,7 @@ class _Search:
     def steps(self) -> Iterator[Step]:
         number = 0
         while (missing := self.wanted - self._zeros_in(self.layers)) >= max(0.5, _NEAR * self.total):
-            start = time.perf_counter()
+            start = clock.now()
             best, trials = self._best(missing)
             if best is None:
                 if number == 0:
@@ -160,7 +160,7 @@ class _Search:
             self.snapshot = Snapshot(self.model)
             number += 1
             sparsity = self._zeros_in(self.layers) / self.total
-            yield Step(number, described, sparsity, best.loss, loss, trials, time.perf_counter() - start)
+            yield Step(number, described, sparsity, best.loss, loss, trials, clock.now() - start)
 
     def _zeros_in(self, names: Iterable[str]) -> int:
         layers = [it for name in names for it in self.layers[name]]

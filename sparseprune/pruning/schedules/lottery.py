@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sparseprune import clock
 from sparseprune.models.sites import EmbeddingSite, find_sites
 from sparseprune.pruning.patterns import mask_from_scores
 from sparseprune.pruning.schedules.base import (
@@ -93,7 +93,7 @@ class LotteryTicket:
         zeros = Zeros(model)
         steps = []
         for number, sparsity in enumerate(track(sparsities, "lottery ticket", enabled=progress), 1):
-            start = time.perf_counter()
+            start = clock.now()
             zeros.set(self._smallest(prunable, zeros.masks(), sparsity))
             zeros.apply()
             pruned = measure(evaluate, model)
@@ -102,7 +102,7 @@ class LotteryTicket:
             with zeros.held():
                 train(model, self.rewind, self.steps)
             loss = measure(evaluate, model)
-            steps.append(Step(number, "all", zeros.fraction(), pruned, loss, 1, time.perf_counter() - start))
+            steps.append(Step(number, "all", zeros.fraction(), pruned, loss, 1, clock.now() - start))
         described = f"Lottery ticket, rewound to step {self.rewind} of {self.steps}, pruned"
         return ScheduleReport(described, target, before, tuple(steps), "target reached")
 
