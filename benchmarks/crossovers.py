@@ -21,7 +21,8 @@ from torch import Tensor
 from sparseprune import isa, isas_available
 from sparseprune.kernels import native
 from sparseprune.report import Column, Table, track
-from sparseprune.weights.sparse_weight import Format, SparseWeight
+from sparseprune.weights.format import Format
+from sparseprune.weights.sparse_weight import SparseWeight
 
 STRATEGIES = ("tile_rows", "tile_dense", "tile_batch", "tile_amx", "csr_gather", "csr_batch")
 """In the order of `enum class Strategy`."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparseprune import isa, isas_available
 from sparseprune.pruning.patterns import mask_from_scores
-from sparseprune.weights.sparse_weight import Format
+from sparseprune.weights.format import Format
 
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {
     "LLaMA-7B": {"qkvo": (4096, 4096), "gate/up": (11008, 4096), "down": (4096, 11008)},

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from sparseprune.pruning.prune import prune
     from sparseprune.recovery.trainer import recover
     from sparseprune.surgery.cut import cut
+    from sparseprune.weights.format import Format
     from sparseprune.weights.linear import SparseLinear
-    from sparseprune.weights.sparse_weight import Format, SparseWeight
+    from sparseprune.weights.sparse_weight import SparseWeight
 
 __all__ = [
     "CheckpointError",
@@ -62,7 +63,7 @@ __all__ = [
 # Where each name is defined, as the imports above say; a module by itself where there is no colon.
 _PLACES = {
     "CheckpointError": "io.safetensors:",
-    "Format": "weights.sparse_weight:",
+    "Format": "weights.format:",
     "SparseLinear": "weights.linear:",
     "SparseWeight": "weights.sparse_weight:",
     "calibration": "calibration",

@@ -21,8 +21,8 @@ from sparseprune.measure.benchmark import (
 from sparseprune.models.sites import WeightSite, find_sites
 from sparseprune.report import Column, Table, human_bytes, track
 from sparseprune.weights.choose import candidates, smallest
+from sparseprune.weights.format import Format
 from sparseprune.weights.linear import SparseLinear
-from sparseprune.weights.sparse_weight import Format
 
 __all__ = ["LayerSparsified", "SparsifyReport", "sparsify"]
 

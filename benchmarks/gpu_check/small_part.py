@@ -70,7 +70,7 @@ def _linears(weight: Tensor, form: str) -> bool:
     canonical = SparseWeight.from_dense(weight, form)
     packed = canonical.pack()
     bias = torch.arange(rows, device=weight.device, dtype=weight.dtype) % 7
-    back = SparseWeight.unpack(packed, form, (rows, cols)).dense()
+    back = SparseWeight.unpack(packed, canonical.spec).dense()
     right = torch.equal(back, weight)
     for batch in BATCHES:
         x = (torch.arange(batch * cols, device=weight.device) % 5 - 2).reshape(batch, cols).to(weight.dtype)

@@ -2,8 +2,7 @@
 
 `load` also reads the shards and the index that a streamed pruning writes (sparseprune/streaming).
 
-Sparse layers are stored in canonical form as `<layer>.weight.values`, `.mask` and `.spec` (docs/formats.md), all
-else as it is, tied weights once. There is no pickle anywhere, and nothing from a file reaches a kernel unchecked.
+Sparse layers are stored in canonical form as `<layer>.weight.<part>` (docs/formats.md), all else as it is, tied weights once. There is no pickle anywhere, and nothing from a file reaches a kernel unchecked.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -29,13 +28,14 @@ from sparseprune.io.skeleton import CONFIG_FILE, from_config, read_config
 from sparseprune.models.sites import linear_shape
 from sparseprune.statistics import overlap
 from sparseprune.weights.linear import SparseLinear
-from sparseprune.weights.sparse_weight import SPEC_FIELDS, SparseWeight
+from sparseprune.weights.sparse_weight import SparseWeight
+from sparseprune.weights.spec import SPEC, WeightSpec
 
 __all__ = ["CheckpointError", "is_checkpoint", "load", "load_tokenizer", "save"]
 
 _FORMAT = "sparseprune"
 _VERSION = "1"
-_SPEC = ".weight.spec"
+_SPEC = f".weight.{SPEC}"
 
 _OTHER_MODEL = "config.json, or the model passed, is not that of this file"
 
@@ -177,18 +177,13 @@ def _sparse_source(prefix: str, layer: SparseLinear) -> TensorSource:
         raise ValueError(
             f"model: {prefix}weight is on the meta device and has no data; load its weights first"
         )
-    rows, cols = layer.out_features, layer.in_features
-    infos = [
-        TensorInfo(f"{prefix}weight.values", layer.dtype, (layer.nnz,)),
-        TensorInfo(f"{prefix}weight.mask", torch.uint8, (rows, -(-cols // 8))),
-        TensorInfo(f"{prefix}weight.spec", torch.int64, (len(SPEC_FIELDS),)),
-    ]
+    return weight_source(f"{prefix}weight", layer.spec, layer.nnz, layer.sparse_weight)
 
-    def make() -> list[Tensor]:
-        weight = layer.sparse_weight()
-        return [weight.values, weight.mask, weight.spec]
 
-    return TensorSource(infos, make)
+def weight_source(key: str, spec: WeightSpec, nnz: int, make: Callable[[], SparseWeight]) -> TensorSource:
+    """The parts of a sparse weight that keeps `nnz` entries, as `key`.<part>; the weight is made when it is written."""
+    infos = [TensorInfo(f"{key}.{name}", part.dtype, part.shape) for name, part in spec.parts(nnz).items()]
+    return TensorSource(infos, lambda: list(make().parts().values()))
 
 
 def _own_state(prefix: str, module: nn.Module) -> dict[str, Tensor]:
@@ -319,8 +314,9 @@ class _Plan:
         self.keys = set(file.keys())
         self.modules = dict(skeleton.named_modules(remove_duplicate=False))
         specs = (key for key in self.keys if key.endswith(_SPEC) or key == _SPEC[1:])
-        self.sparse = sorted(key.removesuffix(_SPEC[1:]).removesuffix(".") for key in specs)
-        self._check_sparse()
+        names = sorted(key.removesuffix(_SPEC[1:]).removesuffix(".") for key in specs)
+        self.sparse = {name: self._parts_of(name) for name in names}
+        self._check_tied()
         self.state = self._skeleton_state()
         self.sources = self._find_sources()
         self._check_dense()
@@ -408,21 +404,26 @@ class _Plan:
                 sources[key] = found
         return sources
 
-    def _check_sparse(self) -> None:
-        for name in self.sparse:
-            prefix = f"{name}." if name else ""
-            module = self.modules.get(name)
-            if linear_shape(module) is None:
-                found = "no such module" if module is None else f"a {type(module).__name__}"
-                self._fail(
-                    f"{prefix}weight.spec",
-                    f"the model must have a linear layer here, it has {found}; {_OTHER_MODEL}",
-                )
-            for part in ("values", "mask"):
-                if f"{prefix}weight.{part}" not in self.keys:
-                    self._fail(
-                        f"{prefix}weight.{part}", "missing, though weight.spec is there; save the model again"
-                    )
+    def _parts_of(self, name: str) -> dict[str, str]:
+        """The parts of the sparse weight of module `name`, and what the file calls them; all are there."""
+        key = f"{name}.weight".lstrip(".")
+        module = self.modules.get(name)
+        if linear_shape(module) is None:
+            found = "no such module" if module is None else f"a {type(module).__name__}"
+            self._fail(
+                f"{key}.{SPEC}", f"the model must have a linear layer here, it has {found}; {_OTHER_MODEL}"
+            )
+        try:
+            spec = WeightSpec.from_tensor(self.file.get_tensor(f"{key}.{SPEC}"))
+        except ValueError as error:
+            self._fail(key, f"{error}")
+        parts = {part: f"{key}.{part}" for part in spec.part_names}
+        for stored in parts.values():
+            if stored not in self.keys:
+                self._fail(stored, f"missing, though weight.{SPEC} is there; save the model again")
+        return parts
+
+    def _check_tied(self) -> None:
         for alias, first in self.tied.items():
             if first in self.sparse and alias not in self.modules:
                 self._fail(alias, f"the model must have a layer here, tied to {first}, and has none")
@@ -431,10 +432,8 @@ class _Plan:
         missing = sorted(self.state.keys() - self.sources.keys())
         if missing:
             self._fail(missing[0], f"missing ({len(missing)} missing in all); {_OTHER_MODEL}")
-        parts = {
-            f"{name}.weight.{part}".lstrip(".") for name in self.sparse for part in ("values", "mask", "spec")
-        }
-        unexpected = sorted(self.keys - self.state.keys() - parts)
+        parts = (parts.values() for parts in self.sparse.values())
+        unexpected = sorted(self.keys - self.state.keys() - set(chain.from_iterable(parts)))
         if unexpected:
             self._fail(unexpected[0], f"not in the model ({len(unexpected)} such in all); {_OTHER_MODEL}")
         for key, own in self.state.items():
@@ -447,15 +446,14 @@ class _Plan:
             self._fail(key, f"shape must be {expected}, as in the model, got {shape}; {_OTHER_MODEL}")
 
     def _read_sparse(self, name: str) -> SparseLinear:
-        prefix = f"{name}." if name else ""
+        parts = self.sparse[name]
         expected = linear_shape(self.modules[name])
-        assert expected is not None  # _check_sparse ensured it
-        parts = {part: self.file.get_tensor(f"{prefix}weight.{part}") for part in ("values", "mask", "spec")}
+        assert expected is not None  # _parts_of ensured it
         try:
-            weight = SparseWeight.from_tensors(**parts)
+            weight = SparseWeight.from_parts({part: self.file.get_tensor(key) for part, key in parts.items()})
         except ValueError as error:
-            self._fail(f"{prefix}weight", f"{error}")
-        self._check_shape(f"{prefix}weight.spec", weight.shape, expected)
+            self._fail(parts[SPEC].removesuffix(f".{SPEC}"), f"{error}")
+        self._check_shape(parts[SPEC], weight.shape, expected)
         return SparseLinear.from_weight(weight)
 
     def _fail(self, name: str, problem: str) -> Any:

@@ -26,8 +26,8 @@ from sparseprune.measure.evaluate import SpeedResult, decode_speed, prompt_speed
 from sparseprune.models.sites import find_sites, site_of
 from sparseprune.report import Column, Table, track
 from sparseprune.weights.choose import candidates
+from sparseprune.weights.format import Format
 from sparseprune.weights.linear import SparseLinear
-from sparseprune.weights.sparse_weight import Format
 
 __all__ = [
     "KindTiming", "LayerTiming", "ModelTiming", "alternating_quartiles", "bytes_past_caches",

@@ -36,7 +36,7 @@ from sparseprune.streaming.plan import check_disk, check_memory, needs_of
 from sparseprune.streaming.source import StreamedModel
 from sparseprune.streaming.state import State
 from sparseprune.streaming.writer import write_block, write_index, write_rest
-from sparseprune.weights.sparse_weight import Format
+from sparseprune.weights.format import Format
 
 __all__ = ["Job"]
 

@@ -28,7 +28,7 @@ from sparseprune.streaming.batches import clamp
 from sparseprune.streaming.job import Job
 from sparseprune.streaming.report import StreamReport
 from sparseprune.streaming.source import Source, StreamedModel
-from sparseprune.weights.sparse_weight import Format
+from sparseprune.weights.format import Format
 
 __all__ = ["prune_folder"]
 

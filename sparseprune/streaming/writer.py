@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseprune.io.checkpoint import weight_source
 from sparseprune.io.safetensors import TensorInfo, TensorSource, write
 from sparseprune.io.shards import INDEX_FILE, shard_name
 from sparseprune.models.sites import WeightSite
@@ -19,7 +20,9 @@ from sparseprune.pruning.base import Target
 from sparseprune.streaming.source import StreamedModel
 from sparseprune.streaming.state import flush_folder, replace_file
 from sparseprune.weights.choose import smallest
-from sparseprune.weights.sparse_weight import SPEC_FIELDS, Format, SparseWeight
+from sparseprune.weights.format import Format
+from sparseprune.weights.sparse_weight import SparseWeight
+from sparseprune.weights.spec import WeightSpec
 
 __all__ = ["write_block", "write_index", "write_rest"]
 
@@ -89,19 +92,8 @@ def _copied(streamed: StreamedModel, key: str, dtype: torch.dtype) -> list[Itera
 
 def _sparse_source(key: str, layer: WeightSite, form: Format) -> TensorSource:
     weight = layer.weight
-    rows, cols = weight.shape
-    nnz = rows * (cols // form.m) * form.n if form.kind == "nm" else int(weight.count_nonzero())
-    infos = [
-        TensorInfo(f"{key}.values", weight.dtype, (nnz,)),
-        TensorInfo(f"{key}.mask", torch.uint8, (rows, -(-cols // 8))),
-        TensorInfo(f"{key}.spec", torch.int64, (len(SPEC_FIELDS),)),
-    ]
-
-    def make() -> list[Tensor]:
-        sparse = SparseWeight.from_dense(layer.weight, form)
-        return [sparse.values, sparse.mask, sparse.spec]
-
-    return TensorSource(infos, make)
+    spec = WeightSpec((weight.shape[0], weight.shape[1]), weight.dtype, form)
+    return weight_source(key, spec, form.kept(weight), lambda: SparseWeight.from_dense(layer.weight, form))
 
 
 def _write(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sparseprune.kernels import cuda
-from sparseprune.weights.sparse_weight import DTYPES, Format, detect_nm
+from sparseprune.weights.format import Format, detect_nm
+from sparseprune.weights.spec import DTYPES
 
 __all__ = ["Candidates", "candidates", "packed_bits", "smallest"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from sparseprune.kernels import backend, ops
 from sparseprune.kernels.native import isa
 from sparseprune.models.sites import site_of
-from sparseprune.weights.sparse_weight import DTYPES, Format, SparseWeight
+from sparseprune.weights.format import Format
+from sparseprune.weights.sparse_weight import SparseWeight
+from sparseprune.weights.spec import DTYPES, SPEC, WeightSpec
 
 __all__ = ["SparseLinear"]
 
 _linear = torch.ops.sparseprune.linear.default
 _linear_undispatched = ops._linear
-_PARTS = ("values", "mask", "spec")
 
 
 class SparseLinear(nn.Module):
@@ -28,9 +30,9 @@ class SparseLinear(nn.Module):
     sums are kept in float32. The weight is frozen; gradients reach the input and the bias.
 
     The weight is the non-persistent `uint8` buffer `packed`, in the form that the kernels of its device read (CPU or
-    CUDA); `.to(device)` packs it anew. A state dict holds its canonical form instead, as
-    `weight.values`, `weight.mask` and `weight.spec` (docs/formats.md), and so does a pickle: both move between
-    machines. Loading a state dict takes over the format and casts the values to the module's dtype.
+    CUDA); `.to(device)` packs it anew. A state dict holds the parts of its canonical form instead, as `weight.values`,
+    `weight.mask` and so on (`SparseWeight.parts`, docs/formats.md), and so does a pickle: both move between machines.
+    Loading a state dict takes over the format and casts the values to the module's dtype.
     """
 
     packed: Tensor
@@ -49,18 +51,16 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.format = Format.parse(format)
-        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.spec = WeightSpec((out_features, in_features), dtype, Format.parse(format))
         self.nnz = 0
         if device is not None and torch.device(device).type == "meta":
             blob = torch.empty(0, dtype=torch.uint8, device="meta")
         else:
-            zero = SparseWeight.from_dense(
-                torch.zeros(out_features, in_features, dtype=self.dtype), self.format
-            )
+            zero = SparseWeight.from_dense(torch.zeros(self.spec.shape, dtype=dtype), self.format)
             blob, self.nnz = zero.to(device=device).pack(), zero.nnz
         self.register_buffer("packed", blob, persistent=False)
-        zeros = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device)) if bias else None
+        zeros = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", zeros)
 
     @classmethod
@@ -128,7 +128,15 @@ class SparseLinear(nn.Module):
             raise RuntimeError(
                 "weight: the layer is on the meta device and has no data; load a state dict first"
             )
-        return SparseWeight.unpack(self.packed, self.format, (self.out_features, self.in_features))
+        return SparseWeight.unpack(self.packed, self.spec)
+
+    @property
+    def format(self) -> Format:
+        return self.spec.format
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -162,7 +170,7 @@ class SparseLinear(nn.Module):
         )
 
     def _set_weight(self, weight: SparseWeight) -> None:
-        self.format, self.dtype, self.nnz = weight.format, weight.dtype, weight.nnz
+        self.spec, self.nnz = weight.spec, weight.nnz
         self.register_buffer("packed", weight.pack(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
@@ -177,7 +185,7 @@ class SparseLinear(nn.Module):
             )
         if packed.is_meta or probe.is_meta or (probe.dtype, probe.device) == (self.dtype, packed.device):
             super()._apply(fn, recurse)
-            self.dtype = probe.dtype
+            self.spec = replace(self.spec, dtype=probe.dtype)
             if not probe.is_meta and (packed.is_meta or not torch.equal(probe, sample)):
                 # to_empty(): bytes at random must not pass for a packed weight.
                 self._buffers["packed"] = self.packed.new_empty(0)
@@ -189,9 +197,8 @@ class SparseLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        weight = self.sparse_weight()
-        for part in _PARTS:
-            destination[f"{prefix}weight.{part}"] = getattr(weight, part)
+        for name, part in self.sparse_weight().parts().items():
+            destination[f"{prefix}weight.{name}"] = part
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -204,23 +211,30 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        keys = {part: f"{prefix}weight.{part}" for part in _PARTS}
-        missing_keys += [key for key in keys.values() if key not in state_dict]
-        if all(key in state_dict for key in keys.values()):
-            try:
-                weight = SparseWeight.from_tensors(**{part: state_dict[key] for part, key in keys.items()})
-                expected = (self.out_features, self.in_features)
-                if weight.shape != expected:
-                    raise ValueError(f"spec: the layer is {expected[0]} x {expected[1]}, got {weight.shape}")
-                assign = local_metadata.get("assign_to_params_buffers", False)
-                device = None if assign or self.packed.is_meta else self.packed.device
-                self._set_weight(weight.to(dtype=None if assign else self.dtype, device=device))
-            except ValueError as error:
-                error_msgs.append(f"{prefix}weight.{error}")
-        rest = {key: value for key, value in state_dict.items() if key not in keys.values()}
+        own = f"{prefix}weight."
+        spec = self.spec
+        try:
+            if own + SPEC in state_dict:  # it says which parts its weight has
+                spec = WeightSpec.from_tensor(state_dict[own + SPEC])
+            parts = {name: state_dict[own + name] for name in spec.part_names if own + name in state_dict}
+            missing_keys += [own + name for name in spec.part_names if name not in parts]
+            if len(parts) == len(spec.part_names):
+                self._load_weight(parts, bool(local_metadata.get("assign_to_params_buffers", False)))
+        except ValueError as error:
+            error_msgs.append(f"{own}{error}")
+        known = {own + name for name in spec.part_names}
+        rest = {key: value for key, value in state_dict.items() if key not in known}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _load_weight(self, parts: dict[str, Tensor], assign: bool) -> None:
+        weight = SparseWeight.from_parts(parts)
+        if weight.shape != self.spec.shape:
+            (rows, cols), got = self.spec.shape, weight.shape
+            raise ValueError(f"spec: the layer is {rows} x {cols}, got {got[0]} x {got[1]}")
+        device = None if assign or self.packed.is_meta else self.packed.device
+        self._set_weight(weight.to(dtype=None if assign else self.dtype, device=device))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
         # A copy within the process may keep the packed form; copy would otherwise go through __getstate__.
@@ -233,15 +247,14 @@ class SparseLinear(nn.Module):
         state = self.__dict__.copy()
         if not self.packed.is_meta:
             state["_buffers"] = {name: part for name, part in self._buffers.items() if name != "packed"}
-            state["_canonical"] = self.sparse_weight()
+            state["_parts"] = self.sparse_weight().parts()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        weight = state.pop("_canonical", None)
+        parts = state.pop("_parts", None)
         super().__setstate__(state)
-        if weight is not None:
-            weight.validate()
-            self._set_weight(weight)
+        if parts is not None:
+            self._set_weight(SparseWeight.from_parts(parts))
 
 
 def _needs_dispatcher(

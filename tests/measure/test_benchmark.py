@@ -19,7 +19,7 @@ from sparseprune.measure.benchmark import (
     time_model,
 )
 from sparseprune.weights.choose import candidates
-from sparseprune.weights.sparse_weight import Format
+from sparseprune.weights.format import Format
 
 
 class Device:

@@ -13,7 +13,9 @@ from torch import nn
 import sparseprune as sp
 from sparseprune.models.sites import find_sites
 from sparseprune.weights.choose import candidates, packed_bits, smallest
-from sparseprune.weights.sparse_weight import DTYPES, Format, SparseWeight
+from sparseprune.weights.format import Format
+from sparseprune.weights.sparse_weight import SparseWeight
+from sparseprune.weights.spec import DTYPES
 
 
 def kept(rows, cols, *columns):

@@ -8,8 +8,8 @@ from torch import nn
 from sparseprune import convert
 from sparseprune.convert import sparsify
 from sparseprune.measure.benchmark import LayerTiming, alternating_quartiles, time_layer
+from sparseprune.weights.format import Format, detect_nm
 from sparseprune.weights.linear import SparseLinear
-from sparseprune.weights.sparse_weight import Format, detect_nm
 
 
 def keep(linear, pattern):

@@ -4,7 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseprune.kernels import cuda, native, ops
-from sparseprune.weights.sparse_weight import SPEC_FIELDS, Format, SparseWeight, group_counts
+from sparseprune.weights.encoding import Encoding, Part
+from sparseprune.weights.format import Format, group_counts
+from sparseprune.weights.sparse_weight import SparseWeight
+from sparseprune.weights.spec import SPEC_FIELDS, WeightSpec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = ["2:4", "4:8", "1:4", "bitmap", "csr"]
@@ -62,11 +65,34 @@ def test_dense_and_packed_round_trips(dtype, text, rows, groups, odd, seed):
     assert torch.equal(weight.dense(), dense)
     assert weight.dtype == dtype
     assert weight.nbytes == weight.nnz * dtype.itemsize + rows * -(-cols // 8)
-    again = SparseWeight.unpack(weight.pack(), form, (rows, cols))
+    again = SparseWeight.unpack(weight.pack(), weight.spec)
     assert torch.equal(again.values, weight.values)
     assert torch.equal(again.mask, weight.mask)
-    back = SparseWeight.from_tensors(weight.values, weight.mask, weight.spec)
+    back = SparseWeight.from_parts(weight.parts())
     assert (back.shape, back.format, back.dtype) == (weight.shape, form, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", FORMATS)
+def test_parts_are_known_before_they_are_made(text, dtype):
+    dense = sparse_dense(6, 24, Format.parse(text), dtype)
+    weight = SparseWeight.from_dense(dense, text)
+    made = {name: Part(part.dtype, tuple(part.shape)) for name, part in weight.parts().items()}
+    assert list(made) == list(weight.spec.part_names)
+    assert made == WeightSpec((6, 24), dtype, Format.parse(text)).parts(Format.parse(text).kept(dense))
+
+
+@pytest.mark.parametrize("missing", ["values", "mask", "spec"])
+def test_a_missing_part_is_named(missing):
+    parts = tensors_of()
+    del parts[missing]
+    with pytest.raises(ValueError, match=f"^{missing}: missing"):
+        SparseWeight.from_parts(parts)
+
+
+def test_an_encoding_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="encoding: kind must be one of plain, got 'int3'"):
+        Encoding("int3")
 
 
 def test_nm_keeps_exactly_n_of_every_group_also_of_zeros():
@@ -115,7 +141,7 @@ def test_from_dense_refuses(weight, message):
 
 def tensors_of(text="2:4", rows=6, cols=12):
     weight = SparseWeight.from_dense(sparse_dense(rows, cols, Format.parse(text)), text)
-    return {"values": weight.values, "mask": weight.mask, "spec": weight.spec}
+    return weight.parts()
 
 
 @pytest.mark.parametrize(
@@ -135,26 +161,26 @@ def tensors_of(text="2:4", rows=6, cols=12):
         ("dtype", 1, "values: dtype must be torch.bfloat16, as spec says"),
         ("dtype", 9, "spec: dtype must be one of"),
         ("encoding", 1, "spec: encoding must be one of .0., got 1; upgrade"),
-        ("group_size", 64, "spec: group_size must be one of"),
+        ("group_size", 64, "spec: encoding: plain values have no groups, got a group size of 64"),
     ],
 )
 def test_a_spec_that_lies_is_refused(field, value, message):
     parts = tensors_of()
     parts["spec"][SPEC_FIELDS.index(field)] = value
     with pytest.raises(ValueError, match=message):
-        SparseWeight.from_tensors(**parts)
+        SparseWeight.from_parts(parts)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"values": lambda t: t[:-1]}, "number of 1 bits in mask .36., got 35"),
-        ({"values": lambda t: t.view(2, -1)}, "values: must have 1 dimension"),
+        ({"values": lambda t: t[:-1]}, r"values: shape must be \(36,\) for a weight of 6 x 12 whose mask keeps 36, got \(35,\)"),
+        ({"values": lambda t: t.view(2, -1)}, r"values: shape must be \(36,\) .* got \(2, 18\)"),
         ({"values": lambda t: t.double()}, "values: dtype must be torch.float32, as spec says, got torch.float64"),
-        ({"mask": lambda t: t.to(torch.int16)}, "mask: dtype must be uint8"),
+        ({"mask": lambda t: t.to(torch.int16)}, "mask: dtype must be torch.uint8"),
         ({"mask": lambda t: t[:-1]}, "mask: shape must be"),
         ({"mask": lambda t: t | torch.tensor([0, 128], dtype=torch.uint8)}, "bits past column 11 must be 0, got a 1 in row 0"),
-        ({"mask": lambda t: t.roll(1, 0) ^ torch.tensor([[1, 0]] + [[0, 0]] * 5, dtype=torch.uint8)}, "values: their number"),
+        ({"mask": lambda t: t.roll(1, 0) ^ torch.tensor([[1, 0]] + [[0, 0]] * 5, dtype=torch.uint8)}, "values: shape must be"),
         ({"spec": lambda t: t[:-1]}, "spec: must be int64 of shape"),
         ({"spec": lambda t: t.to(torch.int32)}, "spec: must be int64 of shape"),
     ],
@@ -164,11 +190,11 @@ def test_tensors_that_disagree_are_refused(change, message):
     for name, edit in change.items():
         parts[name] = edit(parts[name])
     with pytest.raises(ValueError, match=message):
-        SparseWeight.from_tensors(**parts)
+        SparseWeight.from_parts(parts)
 
 
 def test_nm_mask_with_the_right_count_in_the_wrong_groups_is_refused():
     parts = tensors_of()
     parts["mask"][4, 0] = 0b01110001  # 3 + 1 instead of 2 + 2
     with pytest.raises(ValueError, match="must keep 2 for 2:4, got 1 in row 4, group 0"):
-        SparseWeight.from_tensors(**parts)
+        SparseWeight.from_parts(parts)
