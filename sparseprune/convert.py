@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparseprune.kernels.native import isa
-from sparseprune.measure.benchmark import (
-    LayerTiming,
-    bytes_past_caches,
-    describe_device,
-    time_layer,
-)  # fmt: skip
+from sparseprune.measure.benchmark import bytes_past_caches, describe_device, speedups_of, time_layer
+from sparseprune.models.notes import recall
 from sparseprune.models.sites import WeightSite, find_sites
 from sparseprune.report import Column, Table, human_bytes, track
-from sparseprune.weights.choose import candidates, smallest
+from sparseprune.weights.choose import Choice, Options, fastest, options_for, smallest
 from sparseprune.weights.format import Format
 from sparseprune.weights.linear import SparseLinear
 
@@ -143,8 +138,8 @@ def sparsify(
     """Swap the pruned linears (`nn.Linear`, transformers' `Conv1D`) of a model for `SparseLinear`, in place.
 
     Args:
-        format: "2:4" (any "N:M"), "bitmap", "csr"; "auto" takes N:M where the weights have it, else bitmap or CSR,
-            whichever is faster (under policy "always": smaller).
+        format: "2:4" (any "N:M"), "bitmap", "csr"; "auto" takes the N:M that `prune` pruned to, or that a model of
+            somebody else has in its weights, else bitmap or CSR, whichever is faster (under policy "always": smaller).
         policy: "auto" times dense against sparse for each distinct shape, dtype, format and sparsity, and leaves a
             layer dense where dense is faster at any of the batch sizes. "always" swaps every layer whose weight
             the format can hold, and measures nothing.
@@ -172,12 +167,20 @@ def sparsify(
             f"model: {type(model).__name__} has no linear layer to convert under include={include!r}, "
             f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.sites.find_sites(model)"
         )
-    choose = _Measured(layers, form, batches, seconds, progress) if policy == "auto" else _Smallest(form)
+    options = {
+        layer.name: options_for(layer.weight, form, recall(layer))
+        for layer in track(layers, "looking at the weights", enabled=progress)
+    }
+    choices = (
+        _measured(layers, options, batches, seconds, progress)
+        if policy == "auto"
+        else {name: smallest(it) for name, it in options.items()}
+    )
     devices = dict.fromkeys(layer.weight.device for layer in layers)
     layers.reverse()
     # Popped, not iterated over: a layer that was swapped must not live on in a list.
     rows = [
-        _convert(model, layers.pop(), choose)
+        _convert(model, layers.pop(), options, choices)
         for _ in track(range(len(layers)), "to sparse layers", enabled=progress)
     ]
     measured_on = ", ".join(map(describe_device, devices))
@@ -191,125 +194,62 @@ def _check_batches(batch: int | Iterable[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(batches))
 
 
-@dataclass(frozen=True)
-class _Choice:
-    format: Format | None
-    reason: str
-    speedups: dict[int, float]
-
-
-class _Smallest:
-    """Takes the smallest format, without measuring."""
-
-    def __init__(self, form: Format | None) -> None:
-        self.form = form
-
-    def __call__(self, layer: WeightSite, weight: Tensor, sparsity: float) -> _Choice:
-        found = smallest(weight, self.form, layer.pruned_to)
-        return _Choice(next(iter(found.formats), None), found.reason, {})
-
-
-class _Measured:
-    """Takes the fastest format, or none, by measuring one layer of each kind."""
-
-    def __init__(
-        self,
-        layers: Sequence[WeightSite],
-        form: Format | None,
-        batches: tuple[int, ...],
-        seconds: float,
-        progress: bool,
-    ) -> None:
-        self.form, self.batches = form, batches
-        self.known: dict[Any, _Choice] = {}
-        kinds: dict[Any, WeightSite] = {}
-        for layer in track(layers, "looking at the weights", enabled=progress):
-            weight = layer.weight
-            sparsity = _sparsity(weight)
-            formats = candidates(weight, form, layer.pruned_to).formats
-            if formats:
-                kinds.setdefault(self._kind(layer, weight, formats, sparsity), layer)
-        model_bytes = sum(layer.weight.nbytes for layer in layers)
-        share = seconds / max(1, len(kinds))
-        for kind, layer in track(list(kinds.items()), "timing dense against sparse", enabled=progress):
-            timings = time_layer(
-                layer.module,
-                kind[0],
-                batches,
-                seconds=min(share, 0.5 * len(batches)),
-                rotated_bytes=min(model_bytes, bytes_past_caches(layer.weight.device)),
-            )
-            self.known[kind] = _fastest(kind[0], timings)
-
-    def __call__(self, layer: WeightSite, weight: Tensor, sparsity: float) -> _Choice:
-        found = candidates(weight, self.form, layer.pruned_to)
-        if not found.formats:
-            return _Choice(None, found.reason, {})
-        known = self.known[self._kind(layer, weight, found.formats, sparsity)]
-        return known if known.format is None else replace(known, reason=f"{known.reason}; {found.reason}")
-
-    @staticmethod
-    def _kind(layer: WeightSite, weight: Tensor, formats: tuple[Format, ...], sparsity: float) -> Any:
-        bucket = round(sparsity / _BUCKET)
-        return (
+def _measured(
+    layers: Sequence[WeightSite],
+    options: Mapping[str, Options],
+    batches: tuple[int, ...],
+    seconds: float,
+    progress: bool,
+) -> dict[str, Choice]:
+    """The fastest form of each layer, or none, by measuring one layer of each kind."""
+    kinds: dict[Any, list[WeightSite]] = {}
+    for layer in layers:
+        kinds.setdefault(_kind(layer, options[layer.name]), []).append(layer)
+    model_bytes = sum(layer.weight.nbytes for layer in layers)
+    timed = [alike for alike in kinds.values() if options[alike[0].name].candidates]
+    share = seconds / max(1, len(timed))
+    speedups: dict[str, Mapping[Format, Mapping[int, float]]] = {}
+    for alike in track(timed, "timing dense against sparse", enabled=progress):
+        formats = options[alike[0].name].formats
+        timings = time_layer(
+            alike[0].module,
             formats,
-            tuple(weight.shape),
-            weight.dtype,
-            bucket,
-            type(layer.module),
-            layer.bias is None,
-            weight.device,
+            batches,
+            seconds=min(share, 0.5 * len(batches)),
+            rotated_bytes=min(model_bytes, bytes_past_caches(alike[0].weight.device)),
         )
+        speedups.update(dict.fromkeys([layer.name for layer in alike], speedups_of(formats, timings)))
+    return {name: fastest(it, speedups.get(name, {})) for name, it in options.items()}
 
 
-def _fastest(formats: Sequence[Format], timings: Sequence[LayerTiming]) -> _Choice:
-    """The fastest on the whole of the formats that lose to dense at no batch size."""
-
-    def speedups(form: Format) -> dict[int, float]:
-        return {timing.batch: timing.speedup(form) for timing in timings}
-
-    def overall(form: Format) -> float:
-        return math.prod(speedups(form).values())
-
-    winners = [form for form in formats if min(speedups(form).values()) >= 1]
-    if winners:
-        best = max(winners, key=overall)
-        others = [f"{form} {_ratios(speedups(form))}" for form in formats if form != best]
-        return _Choice(
-            best, "faster than dense" + (f" and than {', '.join(others)}" if others else ""), speedups(best)
-        )
-    best = max(formats, key=overall)
-    slower = [batch for batch, ratio in speedups(best).items() if ratio < 1]
-    return _Choice(
-        None, f"dense is faster than {best} at batch {', '.join(map(str, slower))}", speedups(best)
+def _kind(layer: WeightSite, options: Options) -> Any:
+    """Layers of one kind are as fast as each other."""
+    bucket = round(options.sparsity / _BUCKET)
+    return (
+        options.formats,
+        options.shape,
+        options.dtype,
+        bucket,
+        type(layer.module),
+        layer.bias is None,
+        layer.weight.device,
     )
 
 
-def _ratios(speedups: dict[int, float]) -> str:
-    return "/".join(f"{ratio:.2f}" for ratio in speedups.values())
-
-
-def _sparsity(weight: Tensor) -> float:
-    if weight.is_meta or weight.numel() == 0:
-        return 0.0
-    return 1.0 - int(weight.count_nonzero()) / weight.numel()
-
-
-def _convert(model: nn.Module, layer: WeightSite, choose: _Smallest | _Measured) -> LayerSparsified:
-    weight = layer.weight
-    sparsity = _sparsity(weight)
+def _convert(
+    model: nn.Module, layer: WeightSite, options: Mapping[str, Options], choices: Mapping[str, Choice]
+) -> LayerSparsified:
+    found, choice = options[layer.name], choices[layer.name]
     sharing = [name for name, module in layer.tied if module is not layer.module]
     if sharing:
-        choice = _Choice(None, f"weight shared with {sharing[0]}", {})
-    else:
-        choice = choose(layer, weight, sparsity)
-    before = after = weight.nbytes
-    shape, dtype = (weight.shape[0], weight.shape[1]), str(weight.dtype).removeprefix("torch.")
+        choice = Choice(None, f"weight shared with {sharing[0]}")
+    before = after = layer.weight.nbytes
     if choice.format is not None:
         sparse = SparseLinear.from_dense(layer.module, choice.format)
         after = sparse.nbytes
         layer.replace(model, sparse)
     form = None if choice.format is None else str(choice.format)
+    dtype = str(found.dtype).removeprefix("torch.")
     return LayerSparsified(
-        layer.name, shape, dtype, sparsity, form, before, after, choice.reason, choice.speedups
+        layer.name, found.shape, dtype, found.sparsity, form, before, after, choice.reason, choice.speedups
     )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sparseprune.io.safetensors import DTYPE_NAMES, CheckpointError, TensorInfo, TensorSource, write
 from sparseprune.io.shards import INDEX_FILE, STREAM_FILE, WEIGHTS_FILE, open_sharded, open_whole
 from sparseprune.io.skeleton import CONFIG_FILE, from_config, read_config
+from sparseprune.models import notes
 from sparseprune.models.sites import linear_shape
 from sparseprune.statistics import overlap
 from sparseprune.weights.linear import SparseLinear
@@ -65,12 +66,7 @@ def save(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"directory: must be a folder, got the file {folder}; name another")
     sources, tied = _sources(model)
-    metadata = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "tied": json.dumps(tied),
-        **overlap.to_metadata(model),
-    }
+    metadata = header(model, tied) | notes.to_metadata(notes.notes_of(model))
     made = _make_folders(folder)
     try:
         aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -246,8 +242,11 @@ def load(
         skeleton: Any = from_config(folder, read_config(folder)) if model is None else model
         plan = _Plan(weights, file, skeleton, tied)
         modules, state = plan.read(progress)
-        fingerprint = _fingerprint(weights, file.metadata() or {})
+        with _refusing(weights):
+            fingerprint = overlap.from_metadata(file.metadata() or {})
+            pruned = notes.from_metadata(file.metadata() or {})
     filled: Any = plan.fill(modules, state)
+    notes.put(filled, pruned)
     if fingerprint is not None:
         overlap.note(filled, fingerprint)
     if model is None and (folder / "generation_config.json").is_file():
@@ -267,9 +266,11 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any | None:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _fingerprint(path: Path, metadata: dict[str, str]) -> overlap.Fingerprint | None:
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """What the file at `path` says wrongly about itself is an error of the checkpoint."""
     try:
-        return overlap.from_metadata(metadata)
+        yield
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

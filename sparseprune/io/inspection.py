@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparseprune.models.notes import noted, recall
 from sparseprune.models.sites import find_sites
 from sparseprune.report import Column, Table, human_bytes
-from sparseprune.weights.choose import candidates
+from sparseprune.weights.choose import recognise
 from sparseprune.weights.linear import SparseLinear
 
 __all__ = ["LayerFacts", "ModelFacts", "inspect_model", "memory_bytes"]
@@ -19,13 +20,15 @@ __all__ = ["LayerFacts", "ModelFacts", "inspect_model", "memory_bytes"]
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One linear. `format` is None where it is dense; `pattern` is the N:M that its zeros follow, None if none."""
+    """One linear. `format` is None where it is dense; `pattern` is the N:M that its zeros follow, None if none, and `why`
+    says how that is known."""
 
     name: str
     shape: tuple[int, int]
     dtype: str
     format: str | None
     pattern: str | None
+    why: str
     sparsity: float
     nbytes: int
 
@@ -41,17 +44,24 @@ class ModelFacts:
     def table(self) -> Table:
         groups: dict[Any, list[LayerFacts]] = {}
         for layer in self.layers:
-            key = re.sub(r"\d+", "*", layer.name), layer.shape, layer.dtype, layer.format, layer.pattern
+            key = (
+                re.sub(r"\d+", "*", layer.name),
+                layer.shape,
+                layer.dtype,
+                layer.format,
+                layer.pattern,
+                layer.why,
+            )
             groups.setdefault(key, []).append(layer)
         rows = []
-        for (pattern_of_names, shape, dtype, format, pattern), group in groups.items():
+        for (pattern_of_names, shape, dtype, format, pattern, why), group in groups.items():
             name = pattern_of_names if len(group) > 1 else group[0].name
             sparsity = sum(layer.sparsity for layer in group) / len(group)
             nbytes = sum(layer.nbytes for layer in group)
-            rows.append((name, len(group), shape, dtype, format or "dense", pattern, sparsity, nbytes))
+            rows.append((name, len(group), shape, dtype, format or "dense", pattern, sparsity, nbytes, why))
         columns: list[Column | str] = [
             "layers", "count", "shape", "dtype", "format", "pattern", Column("sparsity", ".1%"),
-            Column("bytes", human_bytes),
+            Column("bytes", human_bytes), "why",
         ]  # fmt: skip
         sparse = sum(layer.format is not None for layer in self.layers)
         footer = [
@@ -76,16 +86,20 @@ def inspect_model(model: nn.Module) -> ModelFacts:
         if isinstance(module, SparseLinear):
             shape = (module.out_features, module.in_features)
             pattern = str(module.format) if module.format.kind == "nm" else None
+            note = noted(module)
+            why = f"held as {module.format}" if note is None else recognise(module.weight, note).reason
             form, sparsity, nbytes = str(module.format), module.sparsity, module.nbytes
-            layers.append(LayerFacts(name, shape, _name(module.dtype), form, pattern, sparsity, nbytes))
+            layers.append(LayerFacts(name, shape, _name(module.dtype), form, pattern, why, sparsity, nbytes))
         elif name in dense:
             weight = dense[name].weight
-            found = candidates(weight, pruned_to=dense[name].pruned_to).formats
-            pattern = next((str(it) for it in found if it.kind == "nm"), None)
+            found = recognise(weight, recall(dense[name]))
+            pattern = None if found.form is None else str(found.form)
             sparsity = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
             shape = (weight.shape[0], weight.shape[1])
             layers.append(
-                LayerFacts(name, shape, _name(weight.dtype), None, pattern, sparsity, weight.nbytes)
+                LayerFacts(
+                    name, shape, _name(weight.dtype), None, pattern, found.reason, sparsity, weight.nbytes
+                )
             )
     return ModelFacts(type(model).__name__, tuple(layers), memory_bytes(model))
 

@@ -74,7 +74,9 @@ def open_whole(path: Path) -> Iterator[Any]:
 class _Sharded:
     """The files of an index, behind the interface that the library gives one file."""
 
-    def __init__(self, path: Path, weight_map: dict[str, str], files: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, weight_map: dict[str, str], metadata: dict[str, Any], files: dict[str, Any]
+    ) -> None:
         self._files = {key: files[name] for key, name in weight_map.items()}
         found = {key: name for name, file in files.items() for key in file.keys()}  # noqa: SIM118, no mapping
         for key in sorted(set(found) ^ set(weight_map)):
@@ -86,17 +88,18 @@ class _Sharded:
             if found[key] != name:
                 raise CheckpointError(f"{path}: {key} must be in {name}, it is in {found[key]}")
         headers = [file.metadata() or {} for file in files.values()]
-        self._metadata = {
+        agreed = {
             key: value
             for key, value in headers[0].items()
             if all(header.get(key) == value for header in headers)
         }
+        self._metadata = {key: value for key, value in metadata.items() if isinstance(value, str)} | agreed
 
     def keys(self) -> list[str]:
         return list(self._files)
 
     def metadata(self) -> dict[str, str]:
-        """What all headers agree on."""
+        """What all headers agree on, and what the index says of the whole."""
         return self._metadata
 
     def get_tensor(self, key: str) -> Tensor:
@@ -114,7 +117,7 @@ def open_sharded(path: Path) -> Iterator[_Sharded]:
     Raises:
         CheckpointError: as `read_index`; a shard is missing or damaged, or holds other tensors than the index says.
     """
-    weight_map, _ = read_index(path)
+    weight_map, metadata = read_index(path)
     if not weight_map:
         raise CheckpointError(f"{path}: names no tensor; copy it again")
     with ExitStack() as stack:
@@ -123,4 +126,4 @@ def open_sharded(path: Path) -> Iterator[_Sharded]:
             if not (path.parent / name).is_file():
                 raise CheckpointError(f"{path.parent / name}: no such file, though {path.name} names it")
             files[name] = stack.enter_context(open_whole(path.parent / name))
-        yield _Sharded(path, weight_map, files)
+        yield _Sharded(path, weight_map, metadata, files)

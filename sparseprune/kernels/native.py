@@ -176,9 +176,14 @@ def csr_to_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor
     return dense
 
 
+def packed_bytes(rows: int, cols: int, nnz: int, dtype: torch.dtype, layout: str) -> int:
+    """Bytes of a packed weight [rows, cols] that keeps `nnz` values."""
+    return _core.packed_bytes(rows, cols, DTYPES[dtype], LAYOUTS[layout], nnz)
+
+
 def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, layout: str) -> Tensor:
     rows, dtype, code = bits.shape[0], DTYPES[values.dtype], LAYOUTS[layout]
-    packed = torch.empty(_core.packed_bytes(rows, cols, dtype, code, values.numel()), dtype=torch.uint8)
+    packed = torch.empty(packed_bytes(rows, cols, values.numel(), values.dtype, layout), dtype=torch.uint8)
     _core.pack(
         values.data_ptr(),
         bits.data_ptr(),

@@ -23,15 +23,16 @@ from torch import nn
 from sparseprune import clock
 from sparseprune.kernels.native import isa
 from sparseprune.measure.evaluate import SpeedResult, decode_speed, prompt_speed
+from sparseprune.models.notes import recall
 from sparseprune.models.sites import find_sites, site_of
 from sparseprune.report import Column, Table, track
-from sparseprune.weights.choose import candidates
+from sparseprune.weights.choose import best_of, options_for
 from sparseprune.weights.format import Format
 from sparseprune.weights.linear import SparseLinear
 
 __all__ = [
     "KindTiming", "LayerTiming", "ModelTiming", "alternating_quartiles", "bytes_past_caches",
-    "describe_device", "time_layer", "time_model",
+    "describe_device", "speedups_of", "time_layer", "time_model",
 ]  # fmt: skip
 
 ROTATED_BYTES = 64 << 20
@@ -121,6 +122,11 @@ def describe_device(device: torch.device | str) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads, {isa()} kernels"
+
+
+def speedups_of(formats: Sequence[Format], timings: Sequence[LayerTiming]) -> dict[Format, dict[int, float]]:
+    """Dense time over sparse time by format and batch size, as `sparseprune.weights.choose.fastest` takes them."""
+    return {form: {timing.batch: timing.speedup(form) for timing in timings} for form in formats}
 
 
 @torch.no_grad()
@@ -249,9 +255,13 @@ def time_model(
         name, module = members[0]
         dense = module.to_dense() if isinstance(module, SparseLinear) else module
         timings = tuple(time_layer(dense, formats, batches, seconds=min(share, 0.5 * len(batches))))
-        best = max(formats, key=lambda it: math.prod(timing.speedup(it) for timing in timings), default=None)
+        best = best_of(speedups_of(formats, timings)) if formats else None
         dtype_text = str(dtype).removeprefix("torch.")
-        kinds.append(KindTiming(name, len(members), shape, dtype_text, zeros, best and str(best), timings))
+        kinds.append(
+            KindTiming(
+                name, len(members), shape, dtype_text, zeros, None if best is None else str(best), timings
+            )
+        )
     decode = prompt = None
     if tokens:
         measures = track([decode_speed, prompt_speed], "tokens per second", enabled=progress)
@@ -279,7 +289,6 @@ def _kind(module: nn.Module, form: Format | None) -> Any:
             round(module.sparsity, 2),
             module.packed.device,
         )
-    weight = site_of(module).weight
-    formats = candidates(weight, form, site_of(module).pruned_to).formats
-    zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
-    return formats, tuple(weight.shape), weight.dtype, round(zeros, 2), weight.device
+    site = site_of(module)
+    options = options_for(site.weight, form, recall(site))
+    return options.formats, options.shape, options.dtype, round(options.sparsity, 2), site.weight.device

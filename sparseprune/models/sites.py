@@ -57,6 +57,11 @@ class WeightSite(ABC):
     def parameter_name(self) -> str:
         return "weight"
 
+    @property
+    def slot(self) -> str:
+        """Tells the weights of one module from each other."""
+        return self.parameter_name
+
     def stored(self, matrix: Tensor) -> Tensor:
         """A matrix [out, in] (a mask, a gradient) as the parameter has it, a view; its own inverse for these kinds."""
         return matrix
@@ -124,21 +129,6 @@ class WeightSite(ABC):
             for module in self.places:
                 stack.callback(module.register_forward_hook(hook).remove)
             yield
-
-    @property
-    def pruned_to(self) -> str | None:
-        """The pattern that the weight was last pruned to, "2:4" or "unstructured"; None where nobody said.
-
-        It stays with the module: through copies, pickles and training. It is a note, not a proof: weights may have
-        changed since, so whoever uses it looks whether they still fit.
-        """
-        return getattr(self.module, _NOTE, {}).get(self.name.rpartition(".")[2])
-
-    @pruned_to.setter
-    def pruned_to(self, pattern: str) -> None:
-        for name, module in ((self.name, self.module), *self.tied):
-            notes = getattr(module, _NOTE, {})
-            setattr(module, _NOTE, {**notes, name.rpartition(".")[2]: pattern})
 
     def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Gives the module a weight [out, in] of perhaps another size, as a new parameter; `bias` [out]: None keeps it.
@@ -249,6 +239,10 @@ class ExpertSite(WeightSite):
     def parameter_name(self) -> str:
         return self.parameter_of
 
+    @property
+    def slot(self) -> str:
+        return f"{self.parameter_of}[{self.expert}]"
+
     def stored(self, matrix: Tensor) -> Tensor:
         return matrix.t() if self.transposed else matrix
 
@@ -281,29 +275,12 @@ class ExpertSite(WeightSite):
         finally:
             handle.remove()
 
-    @property
-    def pruned_to(self) -> str | None:
-        """The pattern that the weight was last pruned to, "2:4" or "unstructured"; None where nobody said.
-
-        It stays with the module: through copies, pickles and training. It is a note, not a proof: weights may have
-        changed since, so whoever uses it looks whether they still fit.
-        """
-        return getattr(self.module, _NOTE, {}).get(self.name.rpartition(".")[2])
-
-    @pruned_to.setter
-    def pruned_to(self, pattern: str) -> None:
-        for name, module in ((self.name, self.module), *self.tied):
-            notes = getattr(module, _NOTE, {})
-            setattr(module, _NOTE, {**notes, name.rpartition(".")[2]: pattern})
-
     def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
         raise ValueError(f"{self.name}: one expert cannot change its size, all share a parameter")
 
     def replace(self, model: nn.Module, new: nn.Module) -> None:
         raise ValueError(f"{self.name}: a slice of a parameter; no module can take its place")
 
-
-_NOTE = "_sparseprune_pruned_to"  # the attribute of a module that holds the notes, by the last part of each site's name
 
 KINDS: tuple[type[WeightSite], ...] = (LinearSite, Conv1DSite)
 """The kinds that are pruned and swapped unless others are asked for."""

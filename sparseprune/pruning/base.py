@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparseprune.models.notes import note
+from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.patterns import Pattern, Scope, mask_from_scores
 from sparseprune.statistics.gradients import Loss
 from sparseprune.statistics.inputs import Statistic
@@ -27,6 +29,11 @@ class Target:
     def mask(self, scores: Tensor) -> Tensor:
         """bool [out, in], the positions to keep: those of the highest scores."""
         return mask_from_scores(scores, self.pattern, self.sparsity, self.scope)
+
+    def note(self, site: WeightSite) -> None:
+        """Notes on the site that it was pruned so. Where nothing was to go, what was noted before still holds."""
+        if self.sparsity > 0:
+            note(site, str(self.pattern))
 
 
 class Pruned(NamedTuple):

@@ -160,7 +160,7 @@ def prune(
             BlockRun(walk_sequentially, options, seconds), required=bool(sequential) or bool(reconstruction)
         )
     for layer in layers:
-        layer.pruned_to = str(targets[layer.name].pattern)
+        targets[layer.name].note(layer)
     if data is not None:
         remember(model, data)
     warned = [str(it.message) for it in caught if issubclass(it.category, RuntimeWarning)]

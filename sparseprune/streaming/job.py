@@ -20,6 +20,7 @@ from sparseprune.calibration import CalibrationData
 from sparseprune.io.checkpoint import header, save_config
 from sparseprune.io.shards import STREAM_FILE
 from sparseprune.memory import all_finite, peak_memory
+from sparseprune.models import notes
 from sparseprune.models.batches import trunk
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Method, Target
@@ -142,7 +143,9 @@ class Job:
             save_config(model, self.out)
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.out)
-            write_index(self.out, self.state.weight_map, self.state.nbytes)
+            write_index(
+                self.out, self.state.weight_map, self.state.nbytes, notes.to_metadata(self.state.notes)
+            )
             (self.out / STREAM_FILE).unlink()
             (self.out / LOCK_FILE).unlink()
         processes.barrier()
@@ -184,13 +187,16 @@ class Job:
             self._prune_layers(layers, statistics)
             statistics.clear()
             if self._main:
-                shard, infos, formats = write_block(
-                    self.out, (index, self.shards), self.streamed, name, layers, self.targets, self.form,
-                    self._header(),
-                )  # fmt: skip
+                for layer in layers:
+                    self.targets[layer.name].note(layer)
+                shard, infos, choices = write_block(
+                    self.out, (index, self.shards), self.streamed, name, layers, self.form, self._header()
+                )
                 self._add(shard, infos)
-                for form in formats:
-                    self.state.formats[form] = self.state.formats.get(form, 0) + 1
+                self.state.notes |= notes.notes_of(self.streamed.model)
+                for choice in choices:
+                    reasons = self.state.formats.setdefault(str(choice.format or "dense"), {})
+                    reasons[choice.reason] = reasons.get(choice.reason, 0) + 1
             if walk is not None and following is not None:
                 if self.sequential or not layers:
                     for run, _ in _passes(block, walk, index, following):

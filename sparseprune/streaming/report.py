@@ -23,7 +23,7 @@ class StreamReport:
         peak_memory: the most that the process had in memory, over all runs where a kill came between.
         memory: the limit asked for, None if none was.
         activations, spilled: bytes of hidden states between two blocks; how many of them were on the disk only.
-        formats: how many layers are in which format; "dense" where none fits.
+        formats: format ("dense" where none serves) -> why -> how many layers.
     """
 
     pruned: PruneReport
@@ -36,7 +36,7 @@ class StreamReport:
     memory: int | None
     activations: int
     spilled: int
-    formats: dict[str, int]
+    formats: dict[str, dict[str, int]]
     seconds: float
 
     def footer(self) -> list[str]:
@@ -49,8 +49,9 @@ class StreamReport:
             f"{human_bytes(self.bytes_after)} after ({self.bytes_after / max(1, self.bytes_before):.2f})",
             f"peak memory {human_bytes(self.peak_memory)}{limit}; hidden states {human_bytes(self.activations)}, "
             f"{human_bytes(self.spilled)} of them on the disk only; {self.seconds:.0f} s",
-            "formats: " + ", ".join(f"{count} {name}" for name, count in sorted(self.formats.items())),
         ]
+        for form, reasons in sorted(self.formats.items()):
+            lines += [f"{count} layers {form}: {reason}" for reason, count in reasons.items()]
         if self.resumed_at is not None:
             lines.append(f"resumed at block {self.resumed_at} of {self.blocks}")
         return [*lines, *self.pruned.notes]

@@ -19,15 +19,16 @@ _VERSION = 1
 class State:
     """`settings` are all that the result depends on; `done` blocks are written, and their `layers` reported.
 
-    `weight_map`: tensor name -> shard, of the shards that are written, `nbytes` in all; `formats`: how many layers are in
-    which. `peak_memory`, `seconds`: over all runs so far.
+    `weight_map`: tensor name -> shard, of the shards that are written, `nbytes` in all; `formats`: format ->
+    why -> how many layers; `notes`: what they were pruned to (`sparseprune.models.notes`). `peak_memory`, `seconds`: over all runs so far.
     """
 
     settings: dict[str, Any]
     done: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
     weight_map: dict[str, str] = field(default_factory=dict)
-    formats: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     nbytes: int = 0
     peak_memory: int = 0
     spilled: int = 0

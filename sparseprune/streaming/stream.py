@@ -72,8 +72,8 @@ def prune_folder(
             "auto" is ADMM, without the reconstruction of blocks that it does in memory. Methods that rank by gradients
             need the whole model.
         allocation: "uniform", or a mapping from layer names (or shell patterns) to sparsities or patterns.
-        format: of the sparse layers: "auto" takes N:M for its pattern, else bitmap, or CSR below 6 % of weights kept,
-            and leaves a layer dense where none is smaller. Nothing is measured, unlike in `sparsify`.
+        format: of the sparse layers: "auto" is what `sparsify` takes under policy "always": N:M for its pattern, else
+            bitmap or CSR, whichever is smaller when packed; a layer stays dense where neither is. Nothing is measured.
         dtype: of the weights; None keeps what the folder states.
         tokenizer: whose files to save along.
         memory: bytes that the process may take; by default three quarters of what is available now.

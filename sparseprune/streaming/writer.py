@@ -15,11 +15,11 @@ from torch import Tensor
 from sparseprune.io.checkpoint import weight_source
 from sparseprune.io.safetensors import TensorInfo, TensorSource, write
 from sparseprune.io.shards import INDEX_FILE, shard_name
+from sparseprune.models.notes import recall
 from sparseprune.models.sites import WeightSite
-from sparseprune.pruning.base import Target
 from sparseprune.streaming.source import StreamedModel
 from sparseprune.streaming.state import flush_folder, replace_file
-from sparseprune.weights.choose import smallest
+from sparseprune.weights.choose import Candidate, Choice, options_for, smallest
 from sparseprune.weights.format import Format
 from sparseprune.weights.sparse_weight import SparseWeight
 from sparseprune.weights.spec import WeightSpec
@@ -33,33 +33,31 @@ def write_block(
     streamed: StreamedModel,
     name: str,
     layers: Sequence[WeightSite],
-    targets: Mapping[str, Target],
     form: Format | None,
     header: dict[str, str],
-) -> tuple[str, list[TensorInfo], list[str]]:
+) -> tuple[str, list[TensorInfo], list[Choice]]:
     """Writes the block `name`, which is in memory, as shard (number, of so many); `layers` are its pruned ones.
 
     Memory: the canonical form of one layer at a time.
 
     Returns:
-        the file's name, what is in it, and the format of each pruned layer ("dense" where none fits).
+        the file's name, what is in it, and what each pruned layer is held in.
     """
     pruned = {f"{layer.name}.weight": layer for layer in layers}
     state = streamed.model.state_dict(keep_vars=True)
-    sources, formats = [], []
+    sources, choices = [], []
     for key in streamed.names(name):
         layer = pruned.get(key)
-        chosen = None
+        candidate = None
         if layer is not None:
-            found = smallest(layer.weight, form, str(targets[layer.name].pattern))
-            chosen = next(iter(found.formats), None)
-        if layer is not None:
-            formats.append("dense" if chosen is None else str(chosen))
-        if layer is None or chosen is None:
+            choice = smallest(options_for(layer.weight, form, recall(layer)))
+            choices.append(choice)
+            candidate = choice.candidate
+        if layer is None or candidate is None:
             sources.append(TensorSource([streamed.info(key)], partial(list, [state[key]])))
         else:
-            sources.append(_sparse_source(key, layer, chosen))
-    return *_write(folder, shard, sources, header), formats
+            sources.append(_sparse_source(key, layer, candidate))
+    return *_write(folder, shard, sources, header), choices
 
 
 def write_rest(
@@ -80,9 +78,9 @@ def write_rest(
     return _write(folder, shard, sources, header, progress)
 
 
-def write_index(folder: Path, weight_map: dict[str, str], nbytes: int) -> None:
-    """Writes the index, which makes the shards in `folder` a checkpoint."""
-    index: dict[str, Any] = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
+def write_index(folder: Path, weight_map: dict[str, str], nbytes: int, metadata: Mapping[str, str]) -> None:
+    """Writes the index, which makes the shards in `folder` a checkpoint; `metadata` is of all of them together."""
+    index: dict[str, Any] = {"metadata": {"total_size": nbytes, **metadata}, "weight_map": weight_map}
     replace_file(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
 
 
@@ -90,10 +88,11 @@ def _copied(streamed: StreamedModel, key: str, dtype: torch.dtype) -> list[Itera
     return [streamed.source.parts(streamed.keys[key], dtype)]
 
 
-def _sparse_source(key: str, layer: WeightSite, form: Format) -> TensorSource:
+def _sparse_source(key: str, layer: WeightSite, candidate: Candidate) -> TensorSource:
     weight = layer.weight
+    form = candidate.format
     spec = WeightSpec((weight.shape[0], weight.shape[1]), weight.dtype, form)
-    return weight_source(key, spec, form.kept(weight), lambda: SparseWeight.from_dense(layer.weight, form))
+    return weight_source(key, spec, candidate.nnz, lambda: SparseWeight.from_dense(layer.weight, form))
 
 
 def _write(

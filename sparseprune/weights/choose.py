@@ -1,100 +1,251 @@
-"""Which form serves a weight? The one answer: `sparsify`, streaming, `bench`, `inspect` and the searches ask here.
+"""Which form serves a weight: the one answer, for whoever swaps, writes, times or describes weights.
 
-Nothing is measured here: a caller that measures takes the fastest of the candidates, one that does not the smallest.
+`options_for` lists what a weight can be held in here; `smallest` takes one without measuring, `fastest` by times that the
+caller has measured. Where a weight was pruned to N:M it is held so; where nobody has noted what it was pruned to, N:M is
+looked for in its zeros. The reasons that they give stand in every report.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sparseprune.kernels import cuda
-from sparseprune.weights.format import Format, detect_nm
+from sparseprune.kernels import cuda, native
+from sparseprune.models.notes import Note, digest_of, kept_bits
+from sparseprune.report import human_bytes
+from sparseprune.weights.format import Format, group_counts, popcounts
 from sparseprune.weights.spec import DTYPES
 
-__all__ = ["Candidates", "candidates", "packed_bits", "smallest"]
+__all__ = [
+    "Candidate", "Choice", "Options", "Recognised", "best_of", "fastest", "options_for", "packed_bytes", "recognise",
+    "smallest", "smallest_bytes", "unstructured_forms",
+]  # fmt: skip
 
-_CSR_DENSITY = 0.35  # above it CSR, a column number for each value, is never the smaller or the faster
-_MOST_M = 32  # of the N:M formats
+_GROUP_SIZES = (4, 8, 16, 32)
+_WASTE = 0.05
+"""Of the weights: what N:M may keep in explicit zeros and still be taken for the pattern that its zeros follow. A
+checkpoint's own zeros are far fewer. A random half of the weights fits 3:4 in small matrices, where it would waste 0.25."""
+_CSR_DENSITY = 0.35
+"""Above it CSR, with a column number for each value, is never the smaller or the faster."""
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """The formats that can hold a weight and make it smaller, none where it has to stay dense; and why."""
+class Recognised:
+    """What a weight's zeros follow: `form` is N:M, None where they may lie anywhere; `reason` says how that is known."""
 
-    formats: tuple[Format, ...]
+    form: Format | None
     reason: str
 
 
-def candidates(weight: Tensor, asked: Format | None = None, pruned_to: str | None = None) -> Candidates:
-    """The formats worth a try for `weight` [out, in] where it lies.
+@dataclass(frozen=True)
+class Candidate:
+    """One form that a weight can be held in, and how many values it keeps (in N:M: explicit zeros among them)."""
+
+    format: Format
+    nnz: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a weight [out, in] can be held in on its device. No candidates: it stays dense, and `reason` says why."""
+
+    candidates: tuple[Candidate, ...]
+    reason: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    sparsity: float
+    """Zeros as a fraction of the weights; 0 where there is nothing to look at."""
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        return tuple(candidate.format for candidate in self.candidates)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form that serves a weight, None where it stays dense, and why; `speedups` over dense by batch, if measured."""
+
+    candidate: Candidate | None
+    reason: str
+    speedups: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def format(self) -> Format | None:
+        return None if self.candidate is None else self.candidate.format
+
+
+def options_for(weight: Tensor, asked: Format | None = None, note: Note | None = None) -> Options:
+    """What `weight` [out, in] can be held in.
 
     Args:
-        asked: only this one.
-        pruned_to: the pattern that the weight was pruned to ("2:4", "unstructured", "16x1"), if that is known; what is
-            not known is looked for in the weight. A pattern that the weight no longer fits is not believed.
+        asked: only this format, however much it saves.
+        note: what the weight was pruned to, as far as that is known (`sparseprune.models.notes.recall`).
     """
-    missing = _no_kernels(weight)
-    if missing:
-        return Candidates((), missing)
-    if asked is not None:
-        problem = asked.misfit(weight)
-        return Candidates((), problem) if problem is not None else Candidates((asked,), "asked for")
-    stale = ""
-    if pruned_to is not None and (form := _format_of(pruned_to)) is not None:
-        problem = form.misfit(weight)
-        if problem is None:
-            return Candidates((form,), f"pruned to {pruned_to}")
-        stale = f"; was pruned to {pruned_to}, which it no longer fits: {problem}"
-    if (pruned_to is None or stale) and (found := detect_nm(weight)) is not None:
-        return Candidates((found,), f"found in the weights{stale}")
-    density = int(weight.count_nonzero()) / weight.numel()
-    bits = weight.dtype.itemsize * 8
-    if 1 - density <= 1 / bits:  # a bitmap spends one bit a weight to save `bits` for each zero
-        return Candidates((), f"too few zeros ({1 - density:.1%}): no sparse format would be smaller{stale}")
-    formats = [Format("bitmap")]
-    if density <= _CSR_DENSITY and weight.device.type == "cpu":  # on a GPU one layout serves both
-        formats.append(Format("csr"))
-    known = f"pruned to {pruned_to}" if pruned_to is not None and not stale else "found in the weights"
-    return Candidates(tuple(formats), known + stale)
+    shape = (weight.shape[0], weight.shape[1])
+    if weight.is_meta or weight.numel() == 0:
+        return Options(
+            (), "on the meta device: no data" if weight.is_meta else "empty", shape, weight.dtype, 0.0
+        )
+    bits = kept_bits(weight)
+    kept = int(popcounts(bits).sum())
+    sparsity = 1 - kept / weight.numel()
+    forms: tuple[Format, ...] = ()
+    if missing := _missing_kernels(weight):
+        reason = missing
+    elif asked is not None:
+        problem = _misfit(asked, bits, shape[1])
+        forms = () if problem else (asked,)
+        reason = f"{asked} was asked for and does not fit ({problem})" if problem else "asked for"
+    else:
+        found = _recognise(bits, shape[1], note)
+        forms = (found.form,) if found.form else unstructured_forms(1 - sparsity, weight.device)
+        reason = found.reason
+    candidates = tuple(Candidate(form, _values_in(form, shape, kept)) for form in forms)
+    if asked is None and candidates:
+        bits_dense = 8 * weight.dtype.itemsize
+        # canonical or packed, a form spends a bit per weight to save a value for each that it does not keep
+        candidates = tuple(
+            it for it in candidates if it.nnz * bits_dense + weight.numel() < weight.numel() * bits_dense
+        )
+        if not candidates:
+            reason = f"too few zeros ({sparsity:.1%}): no sparse format would be smaller"
+    return Options(candidates, reason, shape, weight.dtype, sparsity)
 
 
-def smallest(weight: Tensor, asked: Format | None = None, pruned_to: str | None = None) -> Candidates:
-    """The one of the candidates that takes the fewest bytes once packed; none where the weight stays dense."""
-    found = candidates(weight, asked, pruned_to)
-    if len(found.formats) < 2:
-        return found
-    density = int(weight.count_nonzero()) / max(1, weight.numel())
-    sizes = {form: packed_bits(form, density, weight.dtype, weight.shape[1]) for form in found.formats}
-    best, *others = sorted(sizes, key=lambda form: sizes[form])
-    compared = ", ".join(f"{form} {sizes[form]:.2f}" for form in others)
-    return Candidates((best,), f"smallest: {sizes[best]:.2f} bits a weight ({compared})")
+def smallest(options: Options) -> Choice:
+    """The candidate of the fewest bytes when packed. Nothing is measured."""
+    if len(options.candidates) <= 1:
+        return Choice(next(iter(options.candidates), None), options.reason)
+    sizes = {it: packed_bytes(it.format, it.nnz, options.shape, options.dtype) for it in options.candidates}
+    best = min(sizes, key=lambda it: sizes[it])
+    others = ", ".join(f"{it.format} {human_bytes(size)}" for it, size in sizes.items() if it != best)
+    return Choice(best, f"{options.reason}; smallest ({others})")
 
 
-def packed_bits(form: Format, density: float, dtype: torch.dtype, cols: int) -> float:
-    """Bits per weight of the packed form on a CPU, values and index, for a density of kept weights."""
-    value = 8 * dtype.itemsize
-    if form.kind == "csr":
-        return density * (value + (16 if cols <= 1 << 16 else 32))
-    return 1 + value * (form.n / form.m if form.kind == "nm" else density)
+def fastest(options: Options, speedups: Mapping[Format, Mapping[int, float]]) -> Choice:
+    """The fastest on the whole of the candidates that lose to dense at no batch size; dense where none is left.
+
+    speedups: of every candidate's format, dense time over sparse time by batch size.
+    """
+    if not options.candidates:
+        return Choice(None, options.reason)
+    winners = [it for it in options.candidates if min(speedups[it.format].values()) >= 1]
+    among = [it.format for it in winners or options.candidates]
+    best = best_of({form: speedups[form] for form in among})
+    chosen = next(it for it in options.candidates if it.format == best)
+    if not winners:
+        slower = ", ".join(str(batch) for batch, ratio in speedups[best].items() if ratio < 1)
+        reason = f"dense is faster than {best} at batch {slower}"
+        return Choice(None, f"{options.reason}; {reason}", dict(speedups[best]))
+    others = [f"{form} {_ratios(speedups[form])}" for form in options.formats if form != best]
+    reason = "faster than dense" + (f" and than {', '.join(others)}" if others else "")
+    return Choice(chosen, f"{options.reason}; {reason}", dict(speedups[best]))
 
 
-def _no_kernels(weight: Tensor) -> str:
-    if weight.is_meta:
-        return "on the meta device: no data"
+def best_of(speedups: Mapping[Format, Mapping[int, float]]) -> Format:
+    """The fastest over all batch sizes together."""
+    return max(speedups, key=lambda form: math.prod(speedups[form].values()))
+
+
+def unstructured_forms(density: float, device: torch.device) -> tuple[Format, ...]:
+    """The formats worth a try on `device` for a weight whose zeros may lie anywhere."""
+    if density <= _CSR_DENSITY and device.type == "cpu":  # on a GPU one layout serves both
+        return Format("bitmap"), Format("csr")
+    return (Format("bitmap"),)
+
+
+def packed_bytes(form: Format, nnz: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of a weight that keeps `nnz` values, packed for the CPU: it follows from these, nothing is packed."""
+    return native.packed_bytes(*shape, nnz, dtype, native.layout_for(form.kind, form.n, form.m, dtype))
+
+
+def smallest_bytes(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> int:
+    """What `smallest` would come to for a weight of this sparsity, packed for the CPU: its bytes, dense if that is less."""
+    numel = shape[0] * shape[1]
+    kept = round(numel * (1 - sparsity))
+    sizes = [numel * dtype.itemsize]
+    if dtype in DTYPES:
+        forms = unstructured_forms(1 - sparsity, torch.device("cpu"))
+        sizes += [packed_bytes(form, kept, shape, dtype) for form in forms]
+    return min(sizes)
+
+
+def recognise(weight: Tensor, note: Note | None = None) -> Recognised:
+    """What the zeros of `weight` [out, in], of any dtype and on any device, follow; `note` as for `options_for`."""
+    return _recognise(kept_bits(weight), weight.shape[1], note)
+
+
+def _recognise(bits: Tensor, cols: int, note: Note | None) -> Recognised:
+    noted = None if note is None else _form_of(note.pattern)
+    problem = None if noted is None else _misfit(noted, bits, cols)
+    if note is not None and problem is None and note.digest == digest_of(bits):
+        return Recognised(noted, str(note))
+    found = _detect(bits, cols)
+    zeros = popcounts(bits).sum() < bits.shape[0] * cols
+    nothing = "no pattern found in the weights" if zeros else "no zeros"
+    text = nothing if found is None else f"{found} found in the weights"
+    if note is None:
+        return Recognised(found, text)
+    if found is not None and found == noted:  # trained since, or cast: a weight or two may have become zero
+        return Recognised(found, str(note))
+    changed = "its zeros are others now" if problem is None else f"no longer fits ({problem})"
+    return Recognised(found, f"was {note}, {changed}" + ("" if found is None else f"; {text}"))
+
+
+def _form_of(pattern: str) -> Format | None:
+    """The format made for a pattern; None for blocks, "unstructured", and an M beyond what a format holds."""
+    try:
+        return Format.parse(pattern)
+    except ValueError:
+        return None
+
+
+def _detect(bits: Tensor, cols: int) -> Format | None:
+    """The N:M that zeros follow, None if there is none to be seen. N is the most that any group of M keeps.
+
+    A pattern that would keep many more zeros than the weight's sparsity asks for is a coincidence, and not taken.
+    """
+    density = int(popcounts(bits).sum()) / max(1, bits.shape[0] * cols)
+    for m in _GROUP_SIZES:
+        if not bits.numel() or cols % m:
+            continue
+        n = int(group_counts(bits, cols, m).max())
+        if 0 < n < m and n / m <= density + _WASTE:
+            return Format("nm", n, m)
+    return None
+
+
+def _misfit(form: Format, bits: Tensor, cols: int) -> str | None:
+    """Why a weight with these non-zeros cannot be held in `form`, and where; None where it can."""
+    if form.kind != "nm":
+        return None
+    if cols % form.m:
+        return f"{cols} columns are not a multiple of {form.m}"
+    counts = group_counts(bits, cols, form.m)
+    over = (counts > form.n).flatten()
+    if not bool(over.any()):
+        return None
+    row, group = divmod(int(over.to(torch.uint8).argmax()), cols // form.m)
+    return f"row {row}, group {group} keeps {int(counts[row, group])}"
+
+
+def _values_in(form: Format, shape: tuple[int, int], kept: int) -> int:
+    return shape[0] * (shape[1] // form.m) * form.n if form.kind == "nm" else kept
+
+
+def _missing_kernels(weight: Tensor) -> str:
+    """Why nothing multiplies by a sparse twin of `weight`; empty where something does."""
     if weight.device.type == "cuda":
         if missing := cuda.missing():
             return f"on {weight.device}: {missing}"
     elif weight.device.type != "cpu":
         return f"on {weight.device}: there are kernels for the CPU and for CUDA"
-    if weight.dtype not in DTYPES:
-        return f"dtype {weight.dtype} has no kernels"
-    return "empty" if weight.numel() == 0 else ""
+    return "" if weight.dtype in DTYPES else f"dtype {weight.dtype} has no kernels"
 
 
-def _format_of(pattern: str) -> Format | None:
-    """The N:M format of a pattern, if it is one that a format can have."""
-    n, colon, m = pattern.partition(":")
-    return Format("nm", int(n), int(m)) if colon and int(m) <= _MOST_M else None
+def _ratios(speedups: Mapping[int, float]) -> str:
+    return "/".join(f"{ratio:.2f}" for ratio in speedups.values())

@@ -1,4 +1,4 @@
-"""How a weight is sparse: N:M, bitmap or CSR; and which N:M pattern a weight shows."""
+"""How a weight is sparse: N:M, bitmap or CSR."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from torch import Tensor
 
 from sparseprune.kernels import ops
 
-__all__ = ["Format", "detect_nm", "group_counts", "popcounts"]
+__all__ = ["Format", "group_counts", "popcounts"]
 
 KINDS = ("nm", "bitmap", "csr")
-
-_GROUP_SIZES = (4, 8, 16, 32)
-_WASTE = (
-    0.05  # of the weights: what N:M may keep in explicit zeros and still be taken for the pattern pruned to
-)
 
 
 @dataclass(frozen=True)
@@ -54,15 +49,6 @@ class Format:
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" if self.kind == "nm" else self.kind
 
-    def misfit(self, weight: Tensor) -> str | None:
-        """Why `weight` [rows, cols] cannot be held in this format, and where; None where it can."""
-        if self.kind == "nm":
-            try:
-                ops.dense_to_nm(weight.detach(), self.n, self.m)
-            except ValueError as error:
-                return str(error)
-        return None
-
     def kept(self, weight: Tensor) -> int:
         """Entries of `weight` [rows, cols], which fits the format, that it keeps: N:M counts explicit zeros too."""
         rows, cols = weight.shape
@@ -85,21 +71,3 @@ def group_counts(mask: Tensor, cols: int, m: int) -> Tensor:
         parts = [popcounts((mask >> shift) & (2**m - 1)) for shift in range(0, 8, m)]
         return torch.stack(parts, -1).view(rows, mask.shape[1] * len(parts))[:, : cols // m]
     return ops.unpack_mask(mask, cols).view(rows, cols // m, m).sum(-1, dtype=torch.int16)
-
-
-def detect_nm(weight: Tensor) -> Format | None:
-    """The N:M pattern that `weight` [out, in] was pruned to (2:4, 4:8, ...), None if there is none to be seen.
-
-    N is the most that any group of M holds. A pattern that would keep many more zeros than the weight's sparsity asks
-    for is a coincidence, and not taken.
-    """
-    rows, cols = weight.shape
-    values, mask = ops.dense_to_bitmap(weight.detach())
-    density = values.numel() / max(1, weight.numel())
-    for m in _GROUP_SIZES:
-        if not rows * cols or cols % m:
-            continue
-        n = int(group_counts(mask, cols, m).max())
-        if 0 < n < m and n / m <= density + _WASTE:
-            return Format("nm", n, m)
-    return None

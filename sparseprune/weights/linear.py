@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparseprune.kernels import backend, ops
 from sparseprune.kernels.native import isa
+from sparseprune.models import notes
 from sparseprune.models.sites import site_of
 from sparseprune.weights.format import Format
 from sparseprune.weights.sparse_weight import SparseWeight
@@ -67,9 +68,11 @@ class SparseLinear(nn.Module):
     def from_dense(cls, linear: nn.Module, format: str | Format = "2:4") -> SparseLinear:
         """Sparse twin of an `nn.Linear` or a transformers `Conv1D`; ValueError where the weight does not fit."""
         bias: Any = linear.bias
-        return cls.from_weight(
+        layer = cls.from_weight(
             SparseWeight.from_dense(site_of(linear).weight, format), bias, training=linear.training
         )
+        notes.carry(linear, layer)
+        return layer
 
     @classmethod
     def from_weight(
@@ -148,6 +151,9 @@ class SparseLinear(nn.Module):
         dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         dense.weight = nn.Parameter(self.weight, requires_grad=False)
         dense.register_parameter("bias", self.bias)
+        if notes.noted(self) is None and self.format.kind == "nm":
+            notes.note(site_of(dense), str(self.format))
+        notes.carry(self, dense)
         return dense.train(self.training)
 
     @property

@@ -18,7 +18,7 @@ from sparseprune.measure.benchmark import (
     describe_device,
     time_model,
 )
-from sparseprune.weights.choose import candidates
+from sparseprune.weights.choose import options_for
 from sparseprune.weights.format import Format
 
 
@@ -80,7 +80,7 @@ def test_a_device_is_named(monkeypatch):
 
 
 def on_cuda(weight):
-    """Looks as if it lay on a GPU, as far as `candidates` looks."""
+    """Looks as if it lay on a GPU, as far as `options_for` looks."""
     shown = weight.as_subclass(_OnCuda)
     assert shown.device.type == "cuda"
     return shown
@@ -101,10 +101,10 @@ def test_formats_on_a_gpu(monkeypatch):
     torch.manual_seed(0)
     weight = torch.where(torch.rand(32, 64) < 0.1, torch.randn(32, 64), 0.0)
     monkeypatch.setattr(cuda, "missing", lambda: "")
-    assert candidates(weight).formats == (Format("bitmap"), Format("csr"))
-    assert candidates(on_cuda(weight)).formats == (Format("bitmap"),)
+    assert options_for(weight).formats == (Format("bitmap"), Format("csr"))
+    assert options_for(on_cuda(weight)).formats == (Format("bitmap"),)
     monkeypatch.setattr(cuda, "missing", lambda: "no driver")
-    assert candidates(on_cuda(weight)).reason == "on cuda:0: no driver"
+    assert options_for(on_cuda(weight)).reason == "on cuda:0: no driver"
 
 
 def test_a_report_says_what_was_timed_on():

@@ -24,8 +24,8 @@ from sparseprune.pruning.allocation.curves import (
     statistics_for,
 )
 from sparseprune.pruning.allocation.judge import Judge, hold_out
-from sparseprune.pruning.allocation.search import packed_bytes
 from sparseprune.pruning.base import Method, Target
+from sparseprune.weights.choose import smallest_bytes
 
 DATA = CalibrationData([tiny.ids(1, 32, seed) for seed in range(12)])
 OTHER = [tiny.ids(8, 32, 1000)]
@@ -335,21 +335,14 @@ class TestAllocations:
 
     def test_bytes(self):
         it = job("magnitude")
-        size = sum(packed_bytes(layer, 0.55) for layer in it.layers)
+
+        def packed(layer, sparsity):
+            return smallest_bytes((layer.out_features, layer.in_features), layer.weight.dtype, sparsity)
+
+        size = sum(packed(layer, 0.55) for layer in it.layers)
         targets = resolve_allocation(Search(trials=20, bytes=int(size)), it)
-        taken = sum(packed_bytes(layer, targets[layer.name].sparsity) for layer in it.layers)
+        taken = sum(packed(layer, targets[layer.name].sparsity) for layer in it.layers)
         assert 0.95 * size < taken <= size
-
-    def test_packed_bytes_are_those_of_the_format(self):
-        from sparseprune.weights.linear import SparseLinear
-
-        layer = find_sites(torch.nn.Sequential(torch.nn.Linear(512, 256, dtype=torch.bfloat16)))[0]
-        assert packed_bytes(layer, 0) == layer.weight.nbytes
-        layer.weight.masked_fill_(torch.rand(256, 512) < 0.5, 0)
-        sparsity = float((layer.weight == 0).double().mean())
-        assert SparseLinear.from_dense(layer.module, "bitmap").nbytes == pytest.approx(
-            packed_bytes(layer, sparsity), rel=0.05
-        )
 
     def test_seconds(self, monkeypatch):
         def fake(linear, formats, batches, seconds):

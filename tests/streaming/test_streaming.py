@@ -233,17 +233,22 @@ def test_windows_are_cut_to_the_models_positions_and_the_report_says_so(tmp_path
     assert "cut to 64 tokens" in wanda(llama, tmp_path / "masked", calibration=masked).pruned.calibration
 
 
-def test_formats_follow_the_density(tmp_path, llama):
-    def formats(name, **kwargs):
-        return prune_folder(llama, tmp_path / name, method="magnitude", **kwargs).formats
+def test_formats_are_those_that_the_weights_allow(tmp_path, llama):
+    def formats(name, folder=llama, **kwargs):
+        return prune_folder(folder, tmp_path / name, method="magnitude", **kwargs).formats
 
-    assert formats("nm", pattern="2:4") == {"2:4": 21}
-    assert formats("bitmap", pattern="unstructured", sparsity=0.7) == {"bitmap": 21}
-    assert formats("csr", pattern="unstructured", sparsity=0.97) == {"csr": 21}
-    assert formats("none", pattern="unstructured", sparsity=0.01) == {"dense": 21}
-    assert formats("asked", pattern="2:4", format="bitmap") == {"bitmap": 21}
+    assert formats("nm", pattern="2:4") == {"2:4": {"pruned to 2:4": 21}}
+    assert formats("bitmap", pattern="unstructured", sparsity=0.6) == {"bitmap": {"pruned unstructured": 21}}
+    wide = save(tiny.llama(hidden_size=256, intermediate_size=256, layers=1), tmp_path / "wide")
+    (csr,) = formats("csr", wide, pattern="unstructured", sparsity=0.97).items()
+    assert csr[0] == "csr" and all(it.startswith("pruned unstructured; smallest (bitmap ") for it in csr[1])
+    few = "too few zeros (1.0%): no sparse format would be smaller"
+    assert formats("none", pattern="unstructured", sparsity=0.01, scope="layer", include="*q_proj") == {
+        "dense": {few: 3}
+    }
+    assert formats("asked", pattern="2:4", format="bitmap") == {"bitmap": {"asked for": 21}}
     assert len(weights(load(tmp_path / "none"))) == 21
-    assert formats("some", pattern="2:4", exclude="*mlp*") == {"2:4": 12}
+    assert formats("some", pattern="2:4", exclude="*mlp*") == {"2:4": {"pruned to 2:4": 12}}
 
 
 def test_settings_of_an_unfinished_run_must_be_the_same(tmp_path, llama, monkeypatch):

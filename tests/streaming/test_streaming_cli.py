@@ -66,7 +66,8 @@ def test_the_command_streams_by_itself_what_takes_half_of_the_memory(with_tokeni
     assert "more than half of the 97.7 KiB available: it is streamed block by block" in result.stderr.replace(
         "\n", ""
     )
-    assert "formats: 18 2:4, 3 dense" in result.stdout
+    assert "18 layers 2:4: pruned to 2:4" in result.stdout
+    assert "3 layers dense: too few zeros (0.0%): no sparse format would be smaller" in result.stdout
 
 
 def test_the_command_refuses_what_cannot_be_streamed(with_tokenizer, tmp_path):

@@ -13,7 +13,8 @@ from torch import nn
 
 from sparseprune import clock
 from sparseprune.measure.benchmark import time_layer
-from sparseprune.models.sites import WeightSite
+from sparseprune.models.notes import note, noted
+from sparseprune.models.sites import WeightSite, site_of
 from sparseprune.pruning.allocation.candidates import Candidates
 from sparseprune.pruning.allocation.context import AllocationContext, block_of
 from sparseprune.pruning.allocation.curves import (
@@ -27,9 +28,9 @@ from sparseprune.pruning.allocation.curves import (
 )
 from sparseprune.pruning.allocation.judge import Judge, hold_out
 from sparseprune.report import human_bytes, track
-from sparseprune.weights.choose import candidates
+from sparseprune.weights.choose import options_for, smallest_bytes
 
-__all__ = ["Search", "default_search", "layer_seconds", "packed_bytes"]
+__all__ = ["Search", "default_search", "layer_seconds"]
 
 _TOKENS = 4096
 """Held-out tokens that each trial is judged on."""
@@ -58,7 +59,7 @@ class Search:
     Attributes:
         minutes: to spend, about; at most half of the minutes that `prune` is told.
         trials: to end after so many; the same seed then gives the same allocation, given time enough.
-        bytes: the layers' weights may take together, packed as bitmaps (dense where a layer stays whole). The
+        bytes: the layers' weights may take together, packed for the CPU, each in its smallest form, dense among them. The
             `sparsity` of `prune` is then no target; the search looks around it.
         seconds: one pass through all layers may take at batch size `batch`, as measured on this machine, each layer in
             its fastest format, dense among them. `sparsity` as for `bytes`.
@@ -185,7 +186,7 @@ class Search:
         """(price of each layer at each option, budget) in weights that stay, bytes or seconds."""
         if self.seconds is not None:
             return layer_seconds(context, options, self.batch), self.seconds
-        price: Callable[[WeightSite, float], float] = packed_bytes if self.bytes is not None else _kept
+        price: Callable[[WeightSite, float], float] = _bytes if self.bytes is not None else _kept
         prices = {layer.name: [price(layer, level) for level in options] for layer in context.layers}
         if self.bytes is not None:
             return prices, self.bytes
@@ -204,11 +205,8 @@ def default_search(context: AllocationContext) -> dict[str, float]:
     return Search()(context)
 
 
-def packed_bytes(layer: WeightSite, sparsity: float) -> float:
-    """Bytes of a layer's weight as a bitmap and the values that stay; dense at sparsity 0."""
-    weight = layer.weight
-    values = weight.numel() * (1 - sparsity) * weight.dtype.itemsize
-    return values if sparsity == 0 else values + weight.shape[0] * -(-weight.shape[1] // 8)
+def _bytes(layer: WeightSite, sparsity: float) -> float:
+    return smallest_bytes((layer.out_features, layer.in_features), layer.weight.dtype, sparsity)
 
 
 def _kept(layer: WeightSite, sparsity: float) -> float:
@@ -231,7 +229,8 @@ def layer_seconds(context: AllocationContext, options: Sequence[float], batch: i
             linear = nn.Linear(columns, rows, bias=bias, dtype=dtype).requires_grad_(False)
             keep = torch.rand(rows, columns, generator=generator) >= level
             linear.weight.masked_fill_(~keep, 0)
-            formats = candidates(linear.weight, pruned_to="unstructured").formats
+            note(site_of(linear), "unstructured")
+            formats = options_for(linear.weight, note=noted(linear)).formats
             timing = time_layer(linear, formats, (batch,), seconds=0.3)[0]
             found.append(min(timing.dense, *timing.sparse.values(), math.inf))
         seconds.update((name, found) for name in names)
