@@ -68,11 +68,12 @@ def test_nm_is_found_in_the_weights(pattern):
         torch.randn(48, 64),
         scattered(48, 64, 0.5),
         scattered(48, 64, 0.02),  # fits 2:4, and would keep half of the zeros
+        scattered(128, 128, 0.001),  # fits 1:32 by chance, which would keep 30 times the values
         torch.zeros(8, 8),
         torch.zeros(0, 8),
         torch.ones(8, 7),
     ],
-    ids=["dense", "half", "few", "zeros", "empty", "odd"],
+    ids=["dense", "half", "few", "hardly any", "zeros", "empty", "odd"],
 )
 def test_what_only_happens_to_fit_is_not_taken_for_nm(weight):
     assert recognise(weight).form is None
@@ -203,6 +204,11 @@ def test_explicit_zeros_count_in_the_size_of_nm():
     (candidate,) = options_for(weight, note=noted(weight, "2:4")).candidates
     packed = SparseWeight.from_dense(weight, "2:4").pack().numel()
     assert packed_bytes(candidate.format, candidate.nnz, (32, 64), weight.dtype) == packed
+
+
+def test_csr_is_tried_where_it_may_be_the_faster():
+    for density, formats in ((0.05, (BITMAP, CSR)), (0.42, (BITMAP, CSR)), (0.5, (BITMAP,))):
+        assert options_for(scattered(64, 64, density)).formats == formats
 
 
 def test_the_fastest_of_those_that_never_lose():
