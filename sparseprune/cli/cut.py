@@ -34,13 +34,17 @@ def cut(
     from sparseprune.cli.stream import calibration_data
     from sparseprune.io.checkpoint import save
     from sparseprune.models.modules import max_length
-    from sparseprune.surgery import STRUCTURES
+    from sparseprune.surgery import CRITERIA, LAYER_CRITERIA, STRUCTURES
     from sparseprune.surgery import cut as cut_model
 
     if structure not in STRUCTURES:
         raise ValueError(f"--structure: must be one of {', '.join(STRUCTURES)}, got {structure}")
     if not 0 < fraction < 1:
         raise ValueError(f"--fraction: must be in (0, 1), got {fraction}")
+    known = ("auto", *(LAYER_CRITERIA if structure == "layers" else CRITERIA))
+    if criterion not in known:
+        raise ValueError(f"--criterion: must be one of {', '.join(known)} for {structure}, got {criterion}")
+    files.check_text("--calibration", calibration)
     files.check_out(model, out)
     loaded, tokenizer = files.load_dense(model, dtype)
     data = None

@@ -12,7 +12,6 @@ _ALIASES = {
     "directory": "out",
     "folder": "model",
     "path": "model",
-    "reference": "reference",
     "linears": "include",
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 from sparseprune.cli.console import bar
 from sparseprune.cli.options import DType
 
-__all__ = ["check_out", "load_any", "load_dense", "read_text"]
+__all__ = ["check_out", "check_text", "load_any", "load_dense", "read_text"]
 
 
 def load_any(path: Path, dtype: DType) -> tuple[Any, Any | None]:
@@ -53,6 +53,12 @@ def check_out(model: Path, out: Path) -> None:
         raise NotADirectoryError(f"OUT: must be a folder, got the file {out}; name another")
     if any((out / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE)) and not is_checkpoint(out):
         raise ValueError(f"OUT: {out} holds a model that is not of sparseprune; name another folder")
+
+
+def check_text(option: str, path: Path | None) -> None:
+    """A text that a command will read after its model: that it is missing is said before."""
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"{option}: there is no file {path}; pass a text file, UTF-8")
 
 
 def read_text(option: str, path: Path) -> str:

@@ -212,12 +212,11 @@ def _check(
         raise ValueError(
             f"allocation: must be one of uniform, {', '.join(sorted(ALLOCATIONS))}, or LAYERS=VALUE, got {allocation!r}"
         )
-    if method == "auto" or find_method(method).statistic is not None or needs_text:
-        if text is None:
-            who = f"method {method}" if not needs_text else "--reconstruct or --schedule"
-            raise ValueError(f"calibration: {who} needs a text, got none; pass --calibration FILE")
-        if not text.is_file():
-            raise FileNotFoundError(f"calibration: there is no file {text}; pass a text file, UTF-8")
+    reads = method == "auto" or find_method(method).statistic is not None
+    if (reads or needs_text) and text is None:
+        who = "--reconstruct or --schedule" if needs_text else f"method {method}"
+        raise ValueError(f"calibration: {who} needs a text, got none; pass --calibration FILE")
+    files.check_text("--calibration", text)
 
 
 def _allocation(

@@ -71,8 +71,12 @@ def recover(
     from sparseprune.models.modules import max_length
     from sparseprune.recovery import Distillation, TokenStream, to_dense
     from sparseprune.recovery import recover as recover_model
+    from sparseprune.recovery.schedule import Budget
 
     files.check_out(model, out)
+    files.check_text("--text", text)
+    files.check_text("--dev", dev)
+    Budget(steps, minutes)
     weights = Distillation(
         cross_entropy=(0.0 if teacher else 1.0) if cross_entropy is None else cross_entropy,
         logits=1.0 if teacher else 0.0,

@@ -2,7 +2,8 @@
 
 `load` also reads the shards and the index that a streamed pruning writes (sparseprune/streaming).
 
-Sparse layers are stored in canonical form as `<layer>.weight.<part>` (docs/formats.md), all else as it is, tied weights once. There is no pickle anywhere, and nothing from a file reaches a kernel unchecked.
+Sparse layers are stored in canonical form as `<layer>.weight.<part>` (docs/formats.md), all else as it is, tied weights
+once. There is no pickle anywhere, and nothing from a file reaches a kernel unchecked.
 """
 
 from __future__ import annotations

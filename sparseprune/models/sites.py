@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -312,7 +312,7 @@ def find_sites(
     """
     included = _patterns("include", "*" if include is None else include)
     excluded = _patterns("exclude", () if exclude is None else exclude)
-    heads = set() if lm_head or EmbeddingSite in kinds else _head_weights(model)
+    heads = set() if lm_head else _head_weights(model)
     places: dict[Any, list[WeightSite]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         kind = next((it for it in kinds if it.holds(module)), None)
@@ -324,15 +324,18 @@ def find_sites(
     sites = []
     for (key, _), (first, *others) in places.items():
         names = [site.name for site in (first, *others)]
-        if key in heads or not _match(names, included) or _match(names, excluded):
+        if (
+            (key in heads and not isinstance(first, EmbeddingSite))
+            or not _match(names, included)
+            or _match(names, excluded)
+        ):
             continue
         if parametrize.is_parametrized(first.module, first.parameter_name):
             raise ValueError(
                 f"model: {first.name}.{first.parameter_name} must be a plain parameter, it is computed by a "
                 "parametrization; call torch.nn.utils.parametrize.remove_parametrizations on it, or exclude the layer"
             )
-        object.__setattr__(first, "tied", tuple((site.name, site.module) for site in others))
-        sites.append(first)
+        sites.append(replace(first, tied=tuple((site.name, site.module) for site in others)))
     return sites
 
 

@@ -38,3 +38,47 @@ def test_it_is_said_before_a_model_is_loaded(options, message, monkeypatch):
     done = run("prune", "no/such/model", "no/such/out", *options, code=2)
     assert message in " ".join(done.stderr.split()), done.stderr
     assert "sparseprune." not in done.stderr and "got None" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        (
+            "cut",
+            ["--structure", "tails", "--fraction", "0.5"],
+            "error: --structure: must be one of neurons, heads",
+        ),
+        (
+            "cut",
+            ["--structure", "heads", "--fraction", "1.5"],
+            "error: --fraction: must be in (0, 1), got 1.5",
+        ),
+        (
+            "cut",
+            ["--structure", "heads", "--fraction", "0.5", "--criterion", "influence"],
+            "error: --criterion: must be one of auto, activation, l1, obs, random, taylor for heads, got influence",
+        ),
+        (
+            "cut",
+            ["--structure", "heads", "--fraction", "0.5", "--calibration", "no/such/file"],
+            "error: --calibration: there is no file no/such/file",
+        ),
+        (
+            "recover",
+            ["--text", "no/such/file", "--steps", "1"],
+            "error: --text: there is no file no/such/file",
+        ),
+        ("recover", ["--text", __file__], "steps"),
+        ("recover", ["--text", __file__, "--minutes", "-1"], "error: --minutes: "),
+    ],
+)
+def test_other_commands_say_it_before_a_model_is_loaded_too(command, options, message, monkeypatch):
+    from sparseprune.cli import files
+
+    def never(*arguments, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(files, "load_dense", never)
+    monkeypatch.setattr(files, "load_any", never)
+    done = run(command, "no/such/model", "no/such/out", *options, code=2)
+    assert message in " ".join(done.stderr.split()), done.stderr

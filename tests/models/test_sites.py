@@ -97,6 +97,8 @@ def test_embeddings_are_found_where_asked_for_and_have_no_inputs():
     assert site.weight.shape == (embedding.num_embeddings, embedding.embedding_dim)
     site.weight[3] = 0.0
     assert not embedding(torch.tensor([3])).any()
+    both = find_sites(model, kinds=[LinearSite, EmbeddingSite])
+    assert [it.name for it in both] == [site.name, *(it.name for it in find_sites(model))]  # and not the head
     with (
         pytest.raises(ValueError, match=f"{site.name}: an embedding has no inputs"),
         site.on_inputs(lambda x: None),
