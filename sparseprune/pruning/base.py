@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparseprune.models.losses import Loss
 from sparseprune.models.notes import note
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.patterns import Pattern, Scope, mask_from_scores
-from sparseprune.statistics.gradients import Loss
 from sparseprune.statistics.inputs import Statistic
 
 __all__ = ["Method", "Pruned", "Target"]
@@ -61,7 +61,7 @@ class Method:
         prepare: changes the whole model before its layers are pruned, so that its outputs stay what they are; as
             `sparseprune.pruning.methods.permutation.permute_neurons`.
         loss: what a statistic of gradients differentiates; None: what the batches imply, see
-            `sparseprune.statistics.gradients.model_loss`.
+            `sparseprune.models.losses.loss_of`.
     """
 
     name: str

@@ -15,6 +15,7 @@ from sparseprune import clock
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch
 from sparseprune.models.blocks import find_blocks
+from sparseprune.models.losses import Evaluate
 from sparseprune.models.sites import WeightSite, find_sites
 from sparseprune.pruning.allocation import Allocation, AllocationContext, allocation_name, resolve_allocation
 from sparseprune.pruning.auto import choose, fast_dtype
@@ -54,7 +55,7 @@ def prune(
     reconstruction: Reconstruction | bool = False,
     schedule: str | Gradual | Greedy = "one-shot",
     recover: Callable[[nn.Module], Any] | None = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     minutes: float | None = None,
     seed: int = 0,
     progress: bool = False,

@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from sparseprune import clock
+from sparseprune.models.losses import Evaluate
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.pruning.report import LayerPruned, PruneReport
 from sparseprune.pruning.rewrite import count_zeros
 from sparseprune.pruning.schedules import Gradual, Greedy
-from sparseprune.pruning.schedules.base import Evaluate, Recover
+from sparseprune.pruning.schedules.base import Recover
 
 __all__ = ["SCHEDULES", "find_schedule", "prune_scheduled"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparseprune.models.batches import Batch, attention_mask, no_cache
+from sparseprune.models.batches import Batch, attention_mask, call, no_cache
 from sparseprune.models.blocks import find_blocks
+from sparseprune.models.losses import IGNORED, Loss, is_causal
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.recovery.attention import FastAttention
-from sparseprune.recovery.losses import IGNORED, Head, head_loss, hidden_loss
+from sparseprune.recovery.losses import Head, head_loss, hidden_loss
 
-__all__ = ["Distillation", "LossFunction", "Losses", "Objective"]
-
-LossFunction = Callable[[Any, Batch], Tensor]
-"""(the model's output, the batch) -> mean loss over the batch, a scalar with a gradient."""
+__all__ = ["Distillation", "Losses", "Objective"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Objective(nn.Module):
         student: nn.Module,
         teacher: nn.Module | None,
         weights: Distillation,
-        loss: LossFunction | None = None,
+        loss: Loss | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -180,7 +178,7 @@ class Objective(nn.Module):
             return None
         given = batch.get("labels") if isinstance(batch, Mapping) else None
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-        causal = _is_causal(self.student)
+        causal = is_causal(self.student)
         if given is None:
             if not (causal and isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()):
                 return None
@@ -204,17 +202,9 @@ class Objective(nn.Module):
             parts = self._splits[id(model)]
             if parts is not None:
                 trunk, head = parts
-                return _Read(_call(trunk, batch)[0], (head.weight, head.bias), None, hidden)
-            output = _call(model, batch)
+                return _Read(call(trunk, batch)[0], (head.weight, head.bias), None, hidden)
+            output = call(model, batch)
         return _Read(_logits(output), None, output, hidden)
-
-
-def _is_causal(model: nn.Module) -> bool:
-    can_generate = getattr(model, "can_generate", None)
-    config = getattr(model, "config", None)
-    return bool(callable(can_generate) and can_generate()) and not getattr(
-        config, "is_encoder_decoder", False
-    )
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
@@ -266,12 +256,6 @@ def _hidden_losses(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: T
             tokens = int(counts.sum())
         total = total + hidden_loss(mine, its, counts) / max(1, tokens)
     return total / len(student)
-
-
-def _call(model: nn.Module, batch: Batch) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
 def _logits(output: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from sparseprune import clock
 from sparseprune.models.batches import Batch, check_lengths, to_device
+from sparseprune.models.losses import Evaluate
 from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.processes import Processes
 from sparseprune.recovery.data import Sampler, join
@@ -39,7 +40,7 @@ class Options:
     final: float
     clip: float | None
     seed: int
-    evaluate: Callable[[nn.Module], float] | None
+    evaluate: Evaluate | None
     evaluate_every: int | None
     folder: Path | None
     checkpoint_every: int | None

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["IGNORED", "Head", "HeadLoss", "head_loss", "hidden_loss"]
+from sparseprune.models.losses import IGNORED
 
-IGNORED = -100
-"""A label that counts for nothing, as in transformers."""
+__all__ = ["Head", "HeadLoss", "head_loss", "hidden_loss"]
 
 Head = tuple[Tensor, Tensor | None]
 """Weight [vocabulary, in] and bias [vocabulary] of an output head."""

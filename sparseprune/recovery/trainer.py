@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 from sparseprune.calibration import CalibrationData
 from sparseprune.hardware import fast_bfloat16
 from sparseprune.models.batches import Batch
+from sparseprune.models.losses import Evaluate, Loss
 from sparseprune.models.modules import device_of
 from sparseprune.models.sites import find_sites
 from sparseprune.processes import join
 from sparseprune.recovery.compiled import compiled_blocks
 from sparseprune.recovery.data import Sampler, as_sampler, batches_of
-from sparseprune.recovery.distill import Distillation, LossFunction, Objective
+from sparseprune.recovery.distill import Distillation, Objective
 from sparseprune.recovery.loop import Loop, Options
 from sparseprune.recovery.lora import adapters
 from sparseprune.recovery.masks import SparsityMasks
@@ -44,7 +45,7 @@ def recover(
     learning_rate: float = 1e-4,
     batch: int = 2,
     distillation: Distillation | None = None,
-    loss: LossFunction | None = None,
+    loss: Loss | None = None,
     optimizer: str | Callable[[Sequence[nn.Parameter]], Optimizer] = "adamw",
     train: Train = "linears",
     lora: int | None = None,
@@ -58,7 +59,7 @@ def recover(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     lm_head: bool = False,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,

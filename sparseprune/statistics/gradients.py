@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sparseprune import processes
-from sparseprune.models.batches import Batch, call, check_lengths, no_cache, to_device
-from sparseprune.models.modules import device_of, evaluation_mode
+from sparseprune.models.batches import Batch, check_lengths, no_cache
+from sparseprune.models.losses import Loss, loss_of
+from sparseprune.models.modules import evaluation_mode
 from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
 from sparseprune.statistics.inputs import Statistic, over_processes
 
-__all__ = ["GradientMagnitudes", "GradientSum", "Loss", "WeightGradients", "collect_gradients", "model_loss"]
-
-Loss = Callable[[Any, Batch], Tensor]
-"""(what the model gives for a batch, the batch) -> a scalar to differentiate."""
+__all__ = ["GradientMagnitudes", "GradientSum", "WeightGradients", "collect_gradients"]
 
 
 class WeightGradients(Statistic):
@@ -63,56 +61,6 @@ class GradientMagnitudes(WeightGradients):
         self.total += gradient.abs()
 
 
-def model_loss(model: nn.Module) -> Loss:
-    """The loss that a model's batches imply: its own where a batch has `labels`, otherwise the cross entropy of
-    the next token, for a transformers causal language model.
-    """
-
-    def loss(output: Any, batch: Batch) -> Tensor:
-        own = getattr(output, "loss", None)
-        if isinstance(own, Tensor):
-            return own
-        logits = getattr(output, "logits", None)
-        if not isinstance(logits, Tensor) or logits.ndim != 3 or not _is_causal(model):
-            raise ValueError(
-                f"loss: {type(model).__name__} gives none for these batches, and is not a causal language model; "
-                'pass batches with "labels", or a loss (output, batch) -> scalar'
-            )
-        return next_token_loss(logits, batch)
-
-    return loss
-
-
-def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean cross entropy of each token after the first, given those before it; padding is left out.
-
-    Args:
-        logits: [batch, tokens, vocabulary].
-        batch: token ids int64 [batch, tokens], alone, first in a tuple, or as `input_ids`.
-    """
-    mask = None
-    ids: Any = batch
-    if isinstance(batch, Mapping):
-        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    elif isinstance(batch, tuple):
-        ids = batch[0]
-    if not isinstance(ids, Tensor) or ids.shape != logits.shape[:2] or ids.shape[1] < 2:
-        raise ValueError(
-            "batches: must hold token ids [batch, tokens] of at least 2 tokens for the next-token loss, got "
-            f"{list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__}; pass such ids, or a loss"
-        )
-    targets = ids[:, 1:].to(logits.device)
-    if mask is not None:
-        targets = targets.masked_fill(mask[:, 1:].to(logits.device) == 0, -100)
-    return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten())
-
-
-def _is_causal(model: nn.Module) -> bool:
-    can_generate = getattr(model, "can_generate", None)
-    config: Any = getattr(model, "config", None)
-    return callable(can_generate) and can_generate() and not getattr(config, "is_encoder_decoder", False)
-
-
 def collect_gradients(
     model: nn.Module,
     layers: Sequence[WeightSite],
@@ -129,7 +77,7 @@ def collect_gradients(
 
     Args:
         batches: as for `sparseprune.statistics.inputs.collect`.
-        loss: by default `model_loss`.
+        loss: by default what the batches imply, see `sparseprune.models.losses.loss_of`.
 
     Returns:
         layer name -> statistic. Memory: one float32 matrix for each layer, one gradient at a time, and the
@@ -147,7 +95,6 @@ def collect_gradients(
     statistics: dict[str, Any] = {
         layer.name: statistic(layer.in_features, layer.weight.device, layer.out_features) for layer in layers
     }
-    measure = model_loss(model) if loss is None else loss
     with (
         torch.enable_grad(),
         evaluation_mode(model),
@@ -155,8 +102,7 @@ def collect_gradients(
         _gradients_to(model, layers, statistics),
     ):
         for batch in track(batches, "gradients", enabled=progress):
-            batch = to_device(batch, device_of(model))
-            value = measure(call(model, batch), batch)
+            value = loss_of(model, batch, loss)
             _check_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
     statistics = over_processes(layers, statistics, statistic)

@@ -20,22 +20,18 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparseprune.calibration import CalibrationData
-from sparseprune.models.batches import Batch, attention_mask, no_cache
+from sparseprune.models.batches import no_cache
+from sparseprune.models.losses import Loss, loss_of
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
 from sparseprune.surgery.compensation import damped
-from sparseprune.surgery.probe import run
 
-__all__ = ["CRITERIA", "Loss", "activation", "l1", "obs_removed", "resolve_loss", "taylor"]
+__all__ = ["CRITERIA", "activation", "l1", "obs_removed", "taylor"]
 
 CRITERIA = ("activation", "l1", "obs", "random", "taylor")
-
-Loss = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch) -> scalar with a graph."""
 
 
 def l1(consumer: Tensor, channels: Tensor, producers: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
@@ -113,36 +109,6 @@ def _cost(weight: Tensor, inverse: Tensor, channels: Tensor, size: int) -> Tenso
     return (torch.linalg.solve(blocks, columns) * columns).sum(dim=(1, 2))
 
 
-def resolve_loss(model: nn.Module, loss: Loss | None) -> Loss:
-    """`loss`, or what the model says for a batch with labels, or a causal language model's next-token loss.
-
-    Raises:
-        ValueError: none given, and the model is not a causal language model of transformers.
-    """
-    if loss is not None:
-        return loss
-    generates = getattr(model, "can_generate", None)
-
-    def default(model: nn.Module, batch: Batch) -> Tensor:
-        output = run(model, batch)
-        found = getattr(output, "loss", None)
-        if isinstance(found, Tensor):
-            return found
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-        if not (callable(generates) and generates() and isinstance(ids, Tensor)):
-            raise ValueError(
-                f"loss: must be given for a {type(model).__name__}, got None; pass a function (model, batch) -> loss, "
-                'or batches as mappings with "labels"'
-            )
-        mask = attention_mask(batch)
-        targets = ids.to(output.logits.device)[:, 1:]
-        if mask is not None:
-            targets = targets.masked_fill(mask.to(targets.device)[:, 1:] == 0, -100)
-        return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), targets.flatten())
-
-    return default
-
-
 def taylor(
     model: nn.Module,
     consumers: Sequence[WeightSite],
@@ -155,7 +121,6 @@ def taylor(
 
     `channels`: int64 [units, size] of each consumer.
     """
-    loss = resolve_loss(model, loss)
     totals = [torch.zeros(len(it)) for it in channels]
     inputs: dict[str, Tensor] = {}
 
@@ -174,7 +139,7 @@ def taylor(
             stack.enter_context(layer.changing_inputs(keep(layer.name)))
         for batch in track(data, "gradients", total=len(data), enabled=progress):
             inputs.clear()
-            value = loss(model, batch)
+            value = loss_of(model, batch, loss)
             missing = next((layer.name for layer in consumers if layer.name not in inputs), None)
             if missing is not None:
                 raise ValueError(

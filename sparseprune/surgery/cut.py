@@ -8,7 +8,7 @@ from torch import nn
 
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch
-from sparseprune.surgery.criteria import Loss
+from sparseprune.models.losses import Loss
 from sparseprune.surgery.heads import remove_heads
 from sparseprune.surgery.layers import remove_layers
 from sparseprune.surgery.neurons import remove_neurons

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch, check_lengths, no_cache
 from sparseprune.models.blocks import find_blocks
+from sparseprune.models.losses import Loss
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
@@ -47,7 +48,7 @@ class Options:
     data: CalibrationData | None
     compensate: bool
     sequential: bool | None
-    loss: criteria.Loss | None
+    loss: Loss | None
     seed: int
     progress: bool
 

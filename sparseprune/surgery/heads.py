@@ -11,7 +11,8 @@ from torch import nn
 from sparseprune.calibration import CalibrationData
 from sparseprune.io.sizes import SIZES
 from sparseprune.models.batches import Batch
-from sparseprune.surgery.criteria import CRITERIA, Loss
+from sparseprune.models.losses import Loss
+from sparseprune.surgery.criteria import CRITERIA
 from sparseprune.surgery.cutting import (
     Options,
     Units,

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch, no_cache
 from sparseprune.models.blocks import find_blocks
+from sparseprune.models.losses import Loss, loss_of
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.report import track
 from sparseprune.surgery.bridging import bridges, hidden_in, hidden_out
-from sparseprune.surgery.criteria import Loss, resolve_loss
 from sparseprune.surgery.cutting import as_data, check_criterion, check_fraction, chosen
 from sparseprune.surgery.edits import Edits, Plan, commit, counts, plan, undo_on_error
 from sparseprune.surgery.probe import run, sample_batch
@@ -192,7 +192,7 @@ def _scores(
         return [sum(float(it.detach().float().abs().sum()) for it in block.parameters()) for block in blocks]
     assert data is not None
     if criterion == "taylor":
-        return _taylor(model, blocks, data, resolve_loss(model, loss), progress)
+        return _taylor(model, blocks, data, loss, progress)
     measure = _influence if criterion == "influence" else _change
     totals = [0.0] * len(blocks)
     tokens = [0] * len(blocks)
@@ -228,7 +228,7 @@ def _change(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _taylor(
-    model: nn.Module, blocks: Sequence[nn.Module], data: CalibrationData, loss: Loss, progress: bool
+    model: nn.Module, blocks: Sequence[nn.Module], data: CalibrationData, loss: Loss | None, progress: bool
 ) -> list[float]:
     totals = [0.0] * len(blocks)
     found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -251,7 +251,7 @@ def _taylor(
             stack.callback(block.register_forward_hook(hook(index), with_kwargs=True).remove)
         for batch in track(data, "gradients", total=len(data), enabled=progress):
             found.clear()
-            value = loss(model, batch)
+            value = loss_of(model, batch, loss)
             gradients = torch.autograd.grad(value, [found[index][1] for index in range(len(blocks))])
             for index, gradient in enumerate(gradients):
                 before, after = found[index]
@@ -269,13 +269,12 @@ def _greedy(
     loss: Loss | None,
     progress: bool,
 ) -> list[int]:
-    measure = resolve_loss(model, loss)
     gone: list[int] = []
     rounds = [(step, batch) for step in range(number) for batch in data]
     losses: dict[int, float] = {}
     with torch.no_grad(), evaluation_mode(model), no_cache(model):
         for done, (_, batch) in enumerate(track(rounds, "layers, by loss", enabled=progress), 1):
-            for index, value in _losses_without(model, blocks, candidates, gone, batch, measure):
+            for index, value in _losses_without(model, blocks, candidates, gone, batch, loss):
                 losses[index] = losses.get(index, 0.0) + (value if value == value else float("inf"))
             if done % len(data) == 0:
                 gone.append(min(losses, key=lambda index: losses[index]))
@@ -289,7 +288,7 @@ def _losses_without(
     candidates: Sequence[int],
     gone: Sequence[int],
     batch: Batch,
-    loss: Loss,
+    loss: Loss | None,
 ) -> Iterator[tuple[int, float]]:
     """The loss on one batch without each candidate, next to those that are gone.
 
@@ -312,17 +311,17 @@ def _losses_without(
             if index not in gone:
                 stack.callback(block.register_forward_hook(record(index), with_kwargs=True).remove)
         stack.enter_context(_skipping(removed))
-        loss(model, batch)
+        loss_of(model, batch, loss)
     for index in candidates:
         if index in gone:
             continue
         skipped = [blocks[it] for it in (*gone, index)]
         if not all(alone):  # a block that returns more than hidden states has to run for the rest
             with _skipping(skipped):
-                yield index, float(loss(model, batch))
+                yield index, float(loss_of(model, batch, loss))
             continue
         with _standing_in(blocks[: index + 1], inputs[index]), _standing_in(skipped, None):
-            yield index, float(loss(model, batch))
+            yield index, float(loss_of(model, batch, loss))
 
 
 @contextmanager

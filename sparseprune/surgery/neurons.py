@@ -11,8 +11,9 @@ from torch import nn
 
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch
+from sparseprune.models.losses import Loss
 from sparseprune.models.sites import find_sites
-from sparseprune.surgery.criteria import CRITERIA, Loss
+from sparseprune.surgery.criteria import CRITERIA
 from sparseprune.surgery.cutting import (
     Options,
     Units,
@@ -59,7 +60,7 @@ def remove_neurons(
         sequential: take a block's statistics on what the already cut blocks before it give. Default: where the
             model is a chain of blocks, and it compensates.
         include, exclude: shell patterns over names of linears; a layer goes by any of its linears.
-        loss: for "taylor", (model, batch) -> scalar; a causal language model's, or one of batches with labels, is
+        loss: for "taylor", (output, batch) -> scalar; a causal language model's, or one of batches with labels, is
             known.
         seed: of "random".
 

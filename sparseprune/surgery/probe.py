@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseprune.calibration import CalibrationData
-from sparseprune.models.batches import Batch, no_cache, to_device
+from sparseprune.models.batches import Batch, call, no_cache, to_device
 from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.models.sites import WeightSite, find_sites
 
@@ -124,10 +124,7 @@ def _shorten(batch: Batch) -> Batch:
 
 def run(model: nn.Module, batch: Batch) -> Any:
     """What the model returns for `batch`."""
-    batch = to_device(batch, device_of(model))
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+    return call(model, to_device(batch, device_of(model)))
 
 
 class _Probe:

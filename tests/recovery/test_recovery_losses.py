@@ -10,10 +10,11 @@ from helpers import tiny
 from helpers.recovery import peaked, pruned_pair
 from torch.nn import functional as F
 
+from sparseprune.models.losses import IGNORED
 from sparseprune.recovery import Distillation
 from sparseprune.recovery.attention import FastAttention
 from sparseprune.recovery.distill import Objective
-from sparseprune.recovery.losses import IGNORED, head_loss, hidden_loss
+from sparseprune.recovery.losses import head_loss, hidden_loss
 
 
 def reference_loss(states, weight, bias, labels, taught, its_weight, ce, kl, temperature):

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from sparseprune.models.losses import Evaluate
 from sparseprune.report import Column, Table
 
 __all__ = [
-    "Evaluate",
     "Recover",
     "ScheduleReport",
     "Step",
@@ -21,7 +21,6 @@ __all__ = [
 ]
 
 Recover = Callable[[nn.Module], Any]
-Evaluate = Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from sparseprune import clock
+from sparseprune.models.losses import Evaluate
 from sparseprune.pruning.schedules.base import (
-    Evaluate,
     Recover,
     ScheduleReport,
     Step,

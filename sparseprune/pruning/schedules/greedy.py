@@ -11,9 +11,9 @@ from torch import nn
 
 from sparseprune import clock
 from sparseprune.models.blocks import find_blocks
+from sparseprune.models.losses import Evaluate
 from sparseprune.models.sites import find_sites
 from sparseprune.pruning.schedules.base import (
-    Evaluate,
     Recover,
     ScheduleReport,
     Step,

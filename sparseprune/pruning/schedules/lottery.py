@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sparseprune import clock
+from sparseprune.models.losses import Evaluate
 from sparseprune.models.sites import EmbeddingSite, find_sites
 from sparseprune.pruning.patterns import mask_from_scores
 from sparseprune.pruning.schedules.base import (
-    Evaluate,
     ScheduleReport,
     Step,
     at_least_one,
