@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparseprune.models.batches import Batch
 from sparseprune.models.losses import Loss
 from sparseprune.models.notes import note
 from sparseprune.models.sites import WeightSite
@@ -82,6 +83,14 @@ class Method:
     def changes_weights(self) -> bool:
         """Whether the weights that stay get new values."""
         return self.solve is not None or self.update is not None
+
+    def collect(
+        self, model: nn.Module, layers: Sequence[WeightSite], batches: Iterable[Batch], progress: bool = False
+    ) -> dict[str, Any]:
+        """layer name -> its statistic over `batches`; empty where the method looks at weights only."""
+        if self.statistic is None:
+            return {}
+        return self.statistic.collect(model, layers, batches, loss=self.loss, progress=progress)
 
     def prune(self, weight: Tensor, statistic: Any, target: Target) -> Pruned:
         """One layer, pruned; `weight` float32 [out, in] stays as it is."""

@@ -29,8 +29,6 @@ from sparseprune.pruning.scheduled import find_schedule, prune_scheduled
 from sparseprune.pruning.schedules import Gradual, Greedy
 from sparseprune.pruning.sequential import BlockRun, prune_blocks, prune_layer
 from sparseprune.report import track
-from sparseprune.statistics.gradients import WeightGradients, collect_gradients
-from sparseprune.statistics.inputs import Gram, collect
 from sparseprune.statistics.overlap import remember
 from sparseprune.statistics.walk import Walk, WalkError, capture
 
@@ -285,11 +283,11 @@ class _Job:
                 self._by_masks({})
             return
         self.inputs = "sequential" if options.sequential else "dense"
-        if statistic is not None and issubclass(statistic, WeightGradients):
-            # a block has no loss of its own: one pass of the dense model, before anything changes
+        if statistic is not None and statistic.whole_model:
+            # taken from the dense model, before anything changes
             if options.sequential and options.reconstruction is None:
                 raise ValueError(
-                    f"sequential: method {self.method.name} ranks by gradients of the dense model, got True; leave it out"
+                    f"sequential: method {self.method.name} takes its statistic from the whole dense model, got True; leave it out"
                 )
             options = replace(options, statistics=self._collect(self.layers))
             if options.reconstruction is None:
@@ -297,7 +295,7 @@ class _Job:
                 self._by_masks(options.statistics or {})
                 return
         score_only = not self.method.changes_weights and not options.sequential
-        if score_only and statistic is not None and not issubclass(statistic, Gram):
+        if score_only and statistic is not None and statistic.light is None:
             self._by_masks(self._collect(self.layers))
             return
         blocks = find_blocks(self.model)
@@ -362,16 +360,4 @@ class _Job:
             self.rows[layer.name] = row
 
     def _collect(self, layers: Sequence[WeightSite]) -> Mapping[str, Any]:
-        statistic = self.method.statistic
-        if statistic is None or self.data is None:
-            return {}
-        if issubclass(statistic, WeightGradients):
-            return collect_gradients(
-                self.model,
-                layers,
-                self.data,
-                statistic=statistic,
-                progress=self.progress,
-                loss=self.method.loss,
-            )
-        return collect(self.model, layers, self.data, statistic=statistic, progress=self.progress)
+        return {} if self.data is None else self.method.collect(self.model, layers, self.data, self.progress)

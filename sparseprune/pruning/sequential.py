@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparseprune import clock
@@ -17,7 +16,7 @@ from sparseprune.pruning.reconstruction import Reconstruction, reconstruct
 from sparseprune.pruning.report import BlockReconstructed, LayerPruned
 from sparseprune.pruning.rewrite import Rewriter, weight_of
 from sparseprune.report import track
-from sparseprune.statistics.inputs import Gram
+from sparseprune.statistics.inputs import Statistic
 from sparseprune.statistics.walk import Walk, advance, block_statistics
 
 __all__ = ["BlockRun", "prune_blocks", "prune_layer"]
@@ -103,7 +102,7 @@ def prune_blocks(
 
 
 def prune_layer(
-    layer: WeightSite, method: Method, statistic: Any, target: Target, rewriter: Rewriter
+    layer: WeightSite, method: Method, statistic: Statistic | None, target: Target, rewriter: Rewriter
 ) -> tuple[LayerPruned, Tensor]:
     """Prunes one layer; its row of the report, and its mask, bool [out, in].
 
@@ -119,16 +118,5 @@ def prune_layer(
         raise ValueError(
             f"{layer.name}: method {method.name} gave NaN or Inf; pass more calibration data, or use wanda"
         )
-    error_ = output_error(weight, pruned.weight, statistic) if isinstance(statistic, Gram) else None
+    error_ = None if statistic is None else statistic.error(weight, pruned.weight)
     return rewriter.write(layer, pruned, error_), pruned.mask
-
-
-def output_error(weight: Tensor, pruned: Tensor, gram: Gram) -> float:
-    """||X (W - W')^T|| / ||X W^T|| (Frobenius norms) from G = X^T X; 0 where the layer gives nothing."""
-    matrix = gram.matrix.to(weight.dtype)
-
-    def energy(of: Tensor) -> float:
-        return max(float(torch.sum((of @ matrix) * of)), 0.0)
-
-    whole = energy(weight)
-    return (energy(weight - pruned) / whole) ** 0.5 if whole > 0 else 0.0

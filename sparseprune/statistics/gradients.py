@@ -24,8 +24,27 @@ __all__ = ["GradientMagnitudes", "GradientSum", "WeightGradients", "collect_grad
 class WeightGradients(Statistic):
     """A sum over batches of something of a layer's gradient: `total` float32 [out, in]. `tokens` counts batches.
 
-    Collected by `collect_gradients`, with backward passes; `sparseprune.statistics.inputs.collect` has none.
+    Collected by `collect_gradients`, with backward passes of the whole model: a block has no loss of its own.
     """
+
+    whole_model = True
+    comparable = True  # what the loss changes by
+
+    @classmethod
+    def of(cls, layer: WeightSite, device: torch.device | None = None) -> WeightGradients:
+        return cls(layer.in_features, layer.weight.device if device is None else device, layer.out_features)
+
+    @classmethod
+    def collect(
+        cls,
+        model: nn.Module,
+        layers: Sequence[WeightSite],
+        batches: Iterable[Batch],
+        *,
+        loss: Loss | None = None,
+        progress: bool = False,
+    ) -> dict[str, Any]:
+        return collect_gradients(model, layers, batches, statistic=cls, progress=progress, loss=loss)
 
     def __init__(self, in_features: int, device: torch.device, out_features: int = 0) -> None:
         super().__init__(in_features, device)
@@ -92,9 +111,7 @@ def collect_gradients(
         raise ValueError("batches: must hold at least one batch, got none")
     check_lengths(model, batches)
     batches = processes.share(batches)
-    statistics: dict[str, Any] = {
-        layer.name: statistic(layer.in_features, layer.weight.device, layer.out_features) for layer in layers
-    }
+    statistics: dict[str, Any] = {layer.name: statistic.of(layer) for layer in layers}
     with (
         torch.enable_grad(),
         evaluation_mode(model),

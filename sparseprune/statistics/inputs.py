@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from sparseprune.models.batches import (
     to_device,
     trunk,
 )
+from sparseprune.models.losses import Loss
 from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
@@ -32,10 +33,51 @@ __all__ = ["Gram", "InputSquares", "Statistic", "collect"]
 
 
 class Statistic(ABC):
-    """A running summary of one layer's inputs. `in_features` and `device` say what to make room for.
+    """A running summary of what passes a layer: of its inputs, or of what a subclass collects instead.
 
     Every tensor that it keeps is a sum over tokens, so that processes can add theirs up (`sparseprune.processes`).
+    `in_features` and `device` say what to make room for. How it is collected, it says itself:
+
+    Attributes:
+        whole_model: only passes of the whole model give it: a block by itself does not.
+        comparable: scores by it mean the same in every layer, so that they can be ranked across layers.
+        light: a smaller statistic that scores by this one can do with; None where there is none. A statistic that has
+            one is too large to be held for all layers of a model at once where that can be helped.
     """
+
+    whole_model: ClassVar[bool] = False
+    comparable: ClassVar[bool] = False
+    light: ClassVar[type[Statistic] | None] = None
+
+    @classmethod
+    def of(cls, layer: WeightSite, device: torch.device | None = None) -> Statistic:
+        """An empty one for `layer`, by default on the device of its weight. Layers that read the same tensor share one."""
+        return cls(layer.in_features, layer.weight.device if device is None else device)
+
+    @classmethod
+    def collect(
+        cls,
+        model: nn.Module,
+        layers: Sequence[WeightSite],
+        batches: Iterable[Batch],
+        *,
+        loss: Loss | None = None,
+        progress: bool = False,
+    ) -> dict[str, Any]:
+        """layer name -> statistic, over `batches`, by the passes that it takes; see `collect`.
+
+        Raises:
+            ValueError: a loss, where the statistic is not of one.
+        """
+        if loss is not None:
+            raise ValueError(f"loss: {cls.__name__} has none to differentiate, got one; leave it out")
+        return collect(model, layers, batches, statistic=cls, progress=progress)
+
+    def error(self, weight: Tensor, pruned: Tensor) -> float | None:
+        """How far the layer's outputs move: ||X (W - W')^T|| / ||X W^T|| (Frobenius norms) over the inputs X that it
+        has seen; None where it does not know them well enough.
+        """
+        return None
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.in_features = in_features
@@ -79,6 +121,8 @@ class Gram(InputSquares):
     Sums are float32 within a batch and across them.
     """
 
+    light = InputSquares
+
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
         self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
@@ -87,6 +131,15 @@ class Gram(InputSquares):
         super().update(inputs)
         inputs = inputs.float()
         self.matrix.addmm_(inputs.t(), inputs)
+
+    def error(self, weight: Tensor, pruned: Tensor) -> float:
+        matrix = self.matrix.to(weight.dtype)
+
+        def energy(of: Tensor) -> float:
+            return max(float(torch.sum((of @ matrix) * of)), 0.0)
+
+        whole = energy(weight)  # 0 where the layer gives nothing
+        return (energy(weight - pruned) / whole) ** 0.5 if whole > 0 else 0.0
 
 
 def collect(
@@ -232,7 +285,7 @@ def _counting(
             statistics[name] = statistics[sharing.leader[name]]
             return
         if name not in statistics:
-            statistics[name] = statistic(layer.in_features, layer.weight.device)
+            statistics[name] = statistic.of(layer)
         try:
             statistics[name].update(padding.drop(inputs))
         except FloatingPointError:
@@ -272,7 +325,7 @@ def over_processes(
             continue
         found = statistics.get(name)
         if found is None:
-            found = statistic(layer.in_features, layer.weight.device)
+            found = statistic.of(layer)
         elif not agreed:
             found = copy.deepcopy(found)
         for _, value in sorted(vars(found).items()):

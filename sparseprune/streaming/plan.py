@@ -16,7 +16,6 @@ from sparseprune.models.batches import Batch
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Method
 from sparseprune.report import human_bytes
-from sparseprune.statistics.inputs import Gram
 from sparseprune.streaming.batches import token_counts
 from sparseprune.streaming.source import StreamedModel
 
@@ -25,8 +24,8 @@ __all__ = ["Needs", "check_disk", "check_memory", "needs_of"]
 # float32 copies of the layer being pruned, at the worst moment: weight and scores or result, the mask, and what sorting
 # takes. A solver has one more.
 _LAYER_COPIES = 2.5
-# of the Gram matrix, in a solver: damped, factored, inverted
-_GRAM_COPIES = 3
+# of the largest tensor of a statistic, in a solver: damped, factored, inverted
+_STATISTIC_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -135,19 +134,23 @@ def check_disk(wanted: dict[Path, int]) -> None:
 def _layer_bytes(layer: WeightSite, method: Method) -> int:
     copies = _LAYER_COPIES + (1 if method.changes_weights else 0)
     size = int(copies * 4) * layer.in_features * layer.out_features
-    if method.statistic is not None and issubclass(method.statistic, Gram):
-        size += _GRAM_COPIES * 4 * layer.in_features**2
-    return size
+    return size + _STATISTIC_COPIES * max(_tensor_bytes(layer, method), default=0)
 
 
 def _statistics_bytes(layers: Sequence[WeightSite], method: Method) -> int:
     # Layers of one parent and width mostly read one tensor (query, key and value; gate and up), and share.
     if method.statistic is None:
         return 0
-    meta = torch.device("meta")
-    shared = {(layer.name.rpartition(".")[0], layer.in_features) for layer in layers}
-    found = [method.statistic(width, meta) for _, width in sorted(shared)]
-    return sum(it.nbytes for one in found for it in vars(one).values() if isinstance(it, Tensor))
+    shared = {(layer.name.rpartition(".")[0], layer.in_features): layer for layer in layers}
+    return sum(sum(_tensor_bytes(layer, method)) for layer in shared.values())
+
+
+def _tensor_bytes(layer: WeightSite, method: Method) -> list[int]:
+    """Of each tensor of the layer's statistic."""
+    if method.statistic is None:
+        return []
+    empty = method.statistic.of(layer, torch.device("meta"))
+    return [it.nbytes for it in vars(empty).values() if isinstance(it, Tensor)]
 
 
 def _hidden_size(streamed: StreamedModel) -> int:

@@ -23,7 +23,6 @@ from sparseprune.pruning.methods import find_method
 from sparseprune.pruning.patterns import Pattern, Scope
 from sparseprune.pruning.prune import resolve_calibration, resolve_scope
 from sparseprune.pruning.report import PruneReport
-from sparseprune.statistics.gradients import WeightGradients
 from sparseprune.streaming.batches import clamp
 from sparseprune.streaming.job import Job
 from sparseprune.streaming.report import StreamReport
@@ -101,10 +100,10 @@ def prune_folder(
     pattern, method = Pattern.parse(pattern), find_method(method)
     removed = pattern.resolve_sparsity(sparsity)
     ranked = resolve_scope(pattern, method, scope)
-    if method.statistic is not None and issubclass(method.statistic, WeightGradients):
+    if method.statistic is not None and method.statistic.whole_model:
         raise ValueError(
-            f"method: must do without gradients to be streamed, got {method.name}, whose gradients need the whole model; "
-            "pass wanda, ria, sparsegpt or admm, or prune in memory"
+            f"method: must do without the whole model to be streamed, got {method.name}, whose statistic needs "
+            "it; pass wanda, ria, sparsegpt or admm, or prune in memory"
         )
     if method.prepare is not None:
         raise ValueError(

@@ -75,7 +75,7 @@ def test_the_command_refuses_what_cannot_be_streamed(with_tokenizer, tmp_path):
     for arguments, message in (
         (("--lm-head",), "--lm-head: needs the whole model in memory"),
         (("--reconstruct", "--calibration", text), "--reconstruct: needs the whole model in memory"),
-        (("--method", "taylor", "--calibration", text), "--method: must do without gradients"),
+        (("--method", "taylor", "--calibration", text), "--method: must do without the whole model"),
         (("--method", "ria+permute", "--calibration", text), "--method: must prune each block by itself"),
         (
             ("--pattern", "unstructured", "--sparsity", "0.5", "--allocation", "owl"),

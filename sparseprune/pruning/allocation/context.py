@@ -14,8 +14,7 @@ from sparseprune.models.blocks import find_blocks
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.patterns import Pattern, Scope, removed
-from sparseprune.statistics.gradients import WeightGradients, collect_gradients
-from sparseprune.statistics.inputs import InputSquares, Statistic, collect
+from sparseprune.statistics.inputs import InputSquares
 
 __all__ = ["AllocationContext", "block_of", "exact_targets", "layer_scores", "uniform_targets"]
 
@@ -42,8 +41,6 @@ class AllocationContext:
     minutes: float | None = None
     seed: int = 0
     progress: bool = False
-    statistics: dict[str, Any] = field(default_factory=dict)
-    """Of the method, by layer name, if the caller has collected them; collected at need otherwise."""
     notes: list[str] = field(default_factory=list)
     """What an allocation has to tell, for the report."""
 
@@ -58,26 +55,15 @@ class AllocationContext:
 
     def score_statistics(self) -> Mapping[str, Any]:
         """What `layer_scores` takes, by layer name: empty where neither method nor calibration gives any."""
-        own = self.method.statistic if self.method.score is not None else None
-        statistic: type[Statistic] = own or InputSquares
-        if self.statistics and isinstance(next(iter(self.statistics.values())), statistic):
-            return self.statistics
-        if self.calibration is None or (own is None and self.method.score is not None):
+        if self.calibration is None:
             return {}
-        return self.collect(self.calibration, statistic)
+        if self.method.score is None:
+            return InputSquares.collect(self.model, self.layers, self.calibration, progress=self.progress)
+        return self.collect(self.calibration)
 
-    def collect(self, batches: Iterable[Batch], statistic: type[Statistic]) -> Mapping[str, Any]:
-        """A statistic of every layer, by name, by the passes that it takes."""
-        if issubclass(statistic, WeightGradients):
-            return collect_gradients(
-                self.model,
-                self.layers,
-                batches,
-                statistic=statistic,
-                progress=self.progress,
-                loss=self.method.loss,
-            )
-        return collect(self.model, self.layers, batches, statistic=statistic, progress=self.progress)
+    def collect(self, batches: Iterable[Batch]) -> Mapping[str, Any]:
+        """The method's statistic of every layer, by name."""
+        return self.method.collect(self.model, self.layers, batches, self.progress)
 
 
 def layer_scores(context: AllocationContext, layer: WeightSite, statistic: Any) -> Tensor:

@@ -93,9 +93,7 @@ def levels_around(sparsity: float) -> list[float]:
 
 def statistics_for(context: AllocationContext, data: CalibrationData) -> Mapping[str, Any]:
     """The method's statistics over the first batches of `data`; none for a method that looks at weights only."""
-    if context.method.statistic is None:
-        return {}
-    return context.collect(data.batches[:STATISTIC_BATCHES], context.method.statistic)
+    return context.collect(data.batches[:STATISTIC_BATCHES])
 
 
 def measure_curves(

@@ -10,7 +10,6 @@ from torch import Tensor
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.allocation.context import AllocationContext, block_of, layer_scores
 from sparseprune.pruning.patterns import removed
-from sparseprune.statistics.gradients import WeightGradients
 
 __all__ = ["global_threshold", "outliers", "standard_deviations"]
 
@@ -27,7 +26,7 @@ def global_threshold(context: AllocationContext) -> dict[str, float]:
     hold inputs are divided by their mean in the layer: activations grow with depth.
     """
     statistics = context.score_statistics()
-    comparable = all(isinstance(found, WeightGradients) for found in statistics.values())
+    comparable = all(found.comparable for found in statistics.values())
 
     def scores(layer: WeightSite) -> Tensor:
         found = layer_scores(context, layer, statistics.get(layer.name))

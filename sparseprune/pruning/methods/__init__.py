@@ -57,10 +57,14 @@ def find_method(method: str | Method, seed: int = 0) -> Method:
                 f"method: what follows {base} must be among +{', +'.join(SUFFIXES)}, each once, got {method!r}"
             )
         step = SUFFIXES[suffix]
-        if "statistic" in step and found.statistic is not None and not issubclass(Gram, found.statistic):
+        wanted = [it for it in (found.statistic, step.get("statistic")) if it is not None]
+        # what a step reads of a statistic, it also reads of its subclasses
+        both = next((it for it in wanted if all(issubclass(it, other) for other in wanted)), None)
+        if wanted and both is None:
+            needs = " and ".join(it.__name__ for it in wanted)
             raise ValueError(
-                f"method: {base} ranks by gradients and +{suffix} needs the inputs, one pass cannot give both, got "
-                f"{method!r}; leave the suffix out, or start from wanda"
+                f"method: {base} and +{suffix} need one statistic that serves both, they need {needs}, got {method!r}; "
+                "leave the suffix out, or start from wanda"
             )
-        found = replace(found, **step)
+        found = replace(found, **{**step, "statistic": both})
     return replace(found, name=method) if suffixes else found

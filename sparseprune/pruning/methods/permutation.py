@@ -25,7 +25,6 @@ from sparseprune.pruning.base import Method
 from sparseprune.pruning.methods.ria import RIA
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.pruning.rewrite import weight_of
-from sparseprune.statistics.inputs import InputSquares, collect
 from sparseprune.surgery.probe import NeuronGroup, find_neurons, run, sample_batch
 
 __all__ = ["column_order", "fold_order", "kept_score", "permute_neurons"]
@@ -129,7 +128,7 @@ def permute_neurons(
     """Reorders the hidden neurons of the model, in place, so that N:M keeps more in the layers that read them.
 
     Neurons are found by what depends on what (`structured.probe`), and must lead to one of `layers`. The scores are
-    the method's own where they come from weights or squares of inputs, RIA's otherwise.
+    the method's own, RIA's where it has none, or one that takes passes of the whole model.
 
     Args:
         remember: called with each parameter before it changes.
@@ -152,17 +151,16 @@ def permute_neurons(
         raise ValueError(
             "method: +permute needs hidden neurons that a pruned layer reads, found none; leave +permute out"
         )
-    score = method.score
-    statistics = {}
-    if score is None or (method.statistic is not None and not issubclass(method.statistic, InputSquares)):
-        score = RIA.score
+    score, statistic = method.score, method.statistic
+    if score is None or (statistic is not None and statistic.whole_model):
+        score, statistic = RIA.score, RIA.statistic
     assert score is not None
-    if calibration is not None:
+    statistics = {}
+    if calibration is not None and statistic is not None:
         few = list(calibration)[:_BATCHES]
-        statistics = collect(
-            model, [group.consumer for group in groups], few, statistic=InputSquares, progress=progress
-        )
-    elif method.statistic is not None or method.score is None:
+        consumers = [group.consumer for group in groups]
+        statistics = (statistic.light or statistic).collect(model, consumers, few, progress=progress)
+    elif statistic is not None:
         raise ValueError(f"calibration: method {method.name} needs some, got None")
     outputs = _outputs(model, groups, batch)
     orders, gains = [], []
