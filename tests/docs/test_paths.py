@@ -1,4 +1,4 @@
-"""What the pages name is there: files and folders of the repository, links, targets of make."""
+"""What the pages name is there: files and folders of the repository, and links."""
 
 from __future__ import annotations
 
@@ -67,15 +67,6 @@ def test_links_lead_somewhere(page):
         if anchor:
             heads = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", it.lower()).replace(" ", "-") for it in heads], target
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda it: it.name)
-def test_targets_of_make_are_there(page):
-    targets = set(re.findall(r"^([\w-][\w -]*):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    names = {name for line in targets for name in line.split()}
-    text = page.read_text()
-    said = re.findall(r"`make ([\w-]+)[^`]*`", text) + re.findall(r"^make ([\w-]+)", text, re.MULTILINE)
-    assert set(said) <= names
 
 
 KNOWN = ["csrc/", "csrc/cpu/", "csrc/cpu/plan.cpp", "docs/", "docs/design.md", "sparseprune/", "sparseprune/io/", "sparseprune/io/shards.py"]  # fmt: skip

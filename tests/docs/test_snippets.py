@@ -1,24 +1,19 @@
-"""The Python of README and guides, run as it stands on a tiny model; only numbers that mean minutes are made small."""
+"""The Python of every page, run as it stands on a tiny model; only numbers that mean minutes are made small."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny
+from helpers.fences import PAGES, fences, languages
 from helpers.words import TEXT, tiny_tokenizer
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALLER = {
     r"count=\d+": "count=4, length=16",
     r"minutes=\d+": "minutes=0.02",
     r"TokenStream\(text, tokenizer\)": "TokenStream(text, tokenizer, length=16)",
 }
-
-
-def snippets(path):
-    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
 
 
 def smaller(code):
@@ -41,20 +36,20 @@ def names():
     }
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "README.md",
-        *(str(it.relative_to(ROOT)) for it in sorted((ROOT / "docs" / "guide").glob("*.md")) if snippets(it)),
-    ],
-)
+@pytest.mark.parametrize("path", PAGES)
+def test_fences_say_what_they_hold(path):
+    """A fence in another language, or in none, would be run by no test; a command's output is "text"."""
+    assert set(languages(path)) <= {"python", "bash", "text"}
+    for language in ("python", "bash"):
+        assert len(fences(path, language)) == languages(path).count(language)
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if "python" in languages(path)])
 def test_it_runs_in_sequence(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.llama().save_pretrained(tmp_path / "DENSE")
     tiny_tokenizer().save_pretrained(tmp_path / "DENSE")
     known = names()
-    found = snippets(path)
-    assert found
-    for code in found:
+    for code in fences(path, "python"):
         exec(compile(smaller(code), path, "exec"), known)
     assert known["report"] is not None
