@@ -104,7 +104,7 @@ def lottery(first: Tensor, second: Tensor, vocabulary: int, steps: int) -> dict[
         for name, parameter in other.named_parameters():
             if name in masks:
                 parameter.mul_(masks[name])
-    with sp.pruning.schedules.hold_zeros(other):
+    with sp.pruning.hold_zeros(other):
         fit(other, 0, steps)
     return {
         "dense": 1 - (report.loss_before or 0.0),

@@ -6,6 +6,7 @@ from sparseprune.pruning.patterns import Pattern, mask_from_scores
 from sparseprune.pruning.prune import prune
 from sparseprune.pruning.reconstruction import Reconstruction
 from sparseprune.pruning.report import LayerPruned, PruneReport
+from sparseprune.pruning.zeros import Zeros, hold_zeros
 
 __all__ = [
     "METHODS",
@@ -16,6 +17,8 @@ __all__ = [
     "Pruned",
     "Reconstruction",
     "Target",
+    "Zeros",
+    "hold_zeros",
     "mask_from_scores",
     "prune",
 ]

@@ -11,7 +11,7 @@ otherwise), and the learning rate is relative to the size of the weights, so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from sparseprune import clock, processes
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.pruning.report import BlockReconstructed
 from sparseprune.pruning.rewrite import Rewriter
+from sparseprune.pruning.zeros import Zeros
 from sparseprune.statistics.walk import Walk, run_block
 
 __all__ = ["Reconstruction", "reconstruct"]
@@ -57,7 +58,7 @@ def reconstruct(
     name: str,
     block: nn.Module,
     index: int,
-    masks: Mapping[nn.Parameter, Tensor],
+    zeros: Zeros,
     walk: Walk,
     targets: Sequence[Tensor],
     options: Reconstruction,
@@ -67,7 +68,7 @@ def reconstruct(
     """Trains block `index` of the walk on its hidden states towards `targets`, one [batch, tokens, features] a batch.
 
     Args:
-        masks: parameter -> bool of its shape, False where it stays zero.
+        zeros: of the block.
         seconds: make fewer epochs than `options` says if they would not fit, by the time of the first pass.
 
     The block's parameters that are floating point are trained, in float32; passes run in the walk's precision. If the
@@ -106,7 +107,7 @@ def reconstruct(
         if epochs < 1:
             return BlockReconstructed(name, before, before, 0)
     with _training(trained), torch.enable_grad():
-        _train(trained, masks, loss, len(targets), replace(options, epochs=epochs), index)
+        _train(trained, zeros, loss, len(targets), replace(options, epochs=epochs), index)
     after = total()
     if not after < before:  # NaN too
         for parameter, value in zip(trained, start, strict=True):
@@ -141,7 +142,7 @@ def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 def _train(
     parameters: Sequence[nn.Parameter],
-    masks: Mapping[nn.Parameter, Tensor],
+    zeros: Zeros,
     loss: Callable[[int], Tensor],
     batches: int,
     options: Reconstruction,
@@ -154,21 +155,19 @@ def _train(
     most = math.ceil(processes.total(batches) / count)  # a process may have one batch less than others
     steps = options.epochs * math.ceil(most / options.batch)
     step = 0
-    for _ in range(options.epochs):
-        order = torch.randperm(batches, generator=generator)
-        for first in range(0, most, options.batch):
-            for batch in order[first : first + options.batch].tolist():  # one by one: lengths may differ
-                loss(batch).backward()
-            processes.add_gradients(parameters)
-            for parameter, mask in masks.items():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(mask)  # Adam never moves what never had a gradient
-            rise, fall = (step + 1) / (0.1 * steps), 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group, size in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = options.learning_rate * size * min(1.0, rise) * fall
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
+    with zeros.held(optimizer):
+        for _ in range(options.epochs):
+            order = torch.randperm(batches, generator=generator)
+            for first in range(0, most, options.batch):
+                for batch in order[first : first + options.batch].tolist():  # one by one: lengths may differ
+                    loss(batch).backward()
+                processes.add_gradients(parameters)
+                rise, fall = (step + 1) / (0.1 * steps), 0.5 * (1 + math.cos(math.pi * step / steps))
+                for group, size in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = options.learning_rate * size * min(1.0, rise) * fall
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
 
 
 def _groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from sparseprune.pruning.base import Method, Target
 from sparseprune.pruning.reconstruction import Reconstruction, reconstruct
 from sparseprune.pruning.report import BlockReconstructed, LayerPruned
 from sparseprune.pruning.rewrite import Rewriter, weight_of
+from sparseprune.pruning.zeros import Zeros
 from sparseprune.report import track
 from sparseprune.statistics.inputs import Statistic
 from sparseprune.statistics.walk import Walk, advance, block_statistics
@@ -88,10 +89,12 @@ def prune_blocks(
                 masks[layer.parameter] = layer.stored(mask)
             statistics.clear()
             if run.reconstruction is not None and outputs is not None:
+                zeros = Zeros(block, ())
+                zeros.set({own: ~masks[it] for own, it in block.named_parameters() if it in masks})
                 left = None if share is None else begin + share - clock.now()
                 reconstructed.append(
                     reconstruct(
-                        name, block, index, masks, walk, outputs.hidden, run.reconstruction, rewriter, left
+                        name, block, index, zeros, walk, outputs.hidden, run.reconstruction, rewriter, left
                     )
                 )
         if run.sequential or not inside:

@@ -7,7 +7,6 @@
 from sparseprune.recovery.data import Sampler, TokenStream
 from sparseprune.recovery.dense import to_dense
 from sparseprune.recovery.distill import Distillation
-from sparseprune.recovery.masks import SparsityMasks, freeze_zeros
 from sparseprune.recovery.report import RecoveryReport
 from sparseprune.recovery.trainer import recover
 
@@ -15,9 +14,7 @@ __all__ = [
     "Distillation",
     "RecoveryReport",
     "Sampler",
-    "SparsityMasks",
     "TokenStream",
-    "freeze_zeros",
     "recover",
     "to_dense",
 ]

@@ -20,12 +20,12 @@ from sparseprune.models.losses import Evaluate, Loss
 from sparseprune.models.modules import device_of
 from sparseprune.models.sites import find_sites
 from sparseprune.processes import join
+from sparseprune.pruning.zeros import Zeros
 from sparseprune.recovery.compiled import compiled_blocks
 from sparseprune.recovery.data import Sampler, as_sampler, batches_of
 from sparseprune.recovery.distill import Distillation, Objective
 from sparseprune.recovery.loop import Loop, Options
 from sparseprune.recovery.lora import adapters
-from sparseprune.recovery.masks import SparsityMasks
 from sparseprune.recovery.optimizers import Train, make_optimizer, trained_parameters
 from sparseprune.recovery.report import RecoveryReport
 from sparseprune.recovery.schedule import Budget
@@ -131,7 +131,7 @@ def recover(
         stack.enter_context(_float32(model))
         stack.enter_context(_mode(model, dropout))
         layers = find_sites(model, include=include, exclude=exclude, lm_head=lm_head)
-        masks = SparsityMasks(layers)
+        zeros = Zeros(model, layers)
         if lora is None:
             parameters = trained_parameters(model, train)
         else:
@@ -139,7 +139,7 @@ def recover(
         stack.enter_context(_only_trained(model, parameters.values()))
         made = make_optimizer(optimizer, list(parameters.values()), learning_rate)
         if lora is None:  # adapters have the mask built in, and the weights rest
-            stack.enter_context(masks.enforce(made))
+            stack.enter_context(zeros.held(made))
         taught = _lower(teacher, dtype)
         if compile:
             stack.enter_context(compiled_blocks(model, *([] if taught is None else [taught])))
@@ -156,9 +156,8 @@ def recover(
             "dropout": dropout,
             "data": sampler.source,
         }
-        zeros = masks.zeros
         loop = Loop(options, group, objective, sampler, made, parameters)
-        resumed = loop.restore({**settings, "zeros": masks.digest(), "samples": sampler.digest()}, resume)
+        resumed = loop.restore({**settings, "zeros": zeros.digest(), "samples": sampler.digest()}, resume)
         loop.run()
         seconds = loop.seconds
     remember(model, batches_of(sampler))
@@ -167,9 +166,9 @@ def recover(
         tuple(loop.evaluations),
         seconds,
         loop.tokens,
-        masks.weights,
-        zeros,
-        masks.count_zeros(),
+        zeros.weights,
+        zeros.count,
+        zeros.count_now(),
         settings,
         resumed,
     )

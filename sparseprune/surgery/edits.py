@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparseprune.io.sizes import SIZES, apply_sizes
 from sparseprune.models.modules import parent_of
 from sparseprune.models.sites import is_linear, site_of
-from sparseprune.pruning.zeros import Snapshot
+from sparseprune.models.snapshot import Snapshot
 
 __all__ = [
     "Edits",

@@ -161,7 +161,7 @@ def test_a_schedule_that_goes_back_takes_its_notes_back():
     model = tiny.llama()
     sp.prune(model, "unstructured", sparsity=0.2)
     before = [recall(site) for site in find_sites(model)]
-    snapshot = sp.pruning.zeros.Snapshot(model)
+    snapshot = sp.models.snapshot.Snapshot(model)
     sp.prune(model, "unstructured", sparsity=0.6)
     snapshot.restore()
     assert [recall(site) for site in find_sites(model)] == before

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 import sparseprune as sp
 from sparseprune.models.sites import find_sites
-from sparseprune.pruning.schedules import Gradual, Greedy, LotteryTicket, hold_zeros
-from sparseprune.pruning.zeros import Snapshot
+from sparseprune.models.snapshot import Snapshot
+from sparseprune.pruning import hold_zeros
+from sparseprune.pruning.schedules import Gradual, Greedy, LotteryTicket
 from sparseprune.surgery import remove_layers, remove_neurons
 
 
@@ -71,6 +72,7 @@ class TestHoldZeros:
     def test_what_waits_to_be_trained_is_not_held(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         nn.init.zeros_(model[1].weight)
+        nn.init.zeros_(model[0].weight[0])
         with hold_zeros(model):
             nn.init.ones_(model[1].weight)
         assert model[1].weight.all()

@@ -9,6 +9,5 @@ from sparseprune.pruning.schedules.base import ScheduleReport, Step
 from sparseprune.pruning.schedules.gradual import Gradual
 from sparseprune.pruning.schedules.greedy import Greedy
 from sparseprune.pruning.schedules.lottery import LotteryTicket
-from sparseprune.pruning.zeros import hold_zeros
 
-__all__ = ["Gradual", "Greedy", "LotteryTicket", "ScheduleReport", "Step", "hold_zeros"]
+__all__ = ["Gradual", "Greedy", "LotteryTicket", "ScheduleReport", "Step"]

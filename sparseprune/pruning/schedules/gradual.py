@@ -73,9 +73,8 @@ class Gradual:
         steps = []
         for number, sparsity in enumerate(track(sparsities, "pruning gradually", enabled=progress), 1):
             start = clock.now()
-            counted = zeros.counts()
-            prune_to(sparsity)
-            zeros.grow(counted)
+            with zeros.growing():
+                prune_to(sparsity)
             pruned = loss = measure(evaluate, model)
             if recover is not None:
                 with zeros.held():

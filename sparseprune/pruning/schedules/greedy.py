@@ -13,6 +13,7 @@ from sparseprune import clock
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.losses import Evaluate
 from sparseprune.models.sites import find_sites
+from sparseprune.models.snapshot import Snapshot
 from sparseprune.pruning.schedules.base import (
     Recover,
     ScheduleReport,
@@ -20,7 +21,7 @@ from sparseprune.pruning.schedules.base import (
     at_least_one,
     check_target,
 )
-from sparseprune.pruning.zeros import Snapshot, Zeros
+from sparseprune.pruning.zeros import Zeros
 from sparseprune.report import track
 
 __all__ = ["Greedy"]
@@ -192,9 +193,8 @@ class _Search:
         before = self._zeros_in([name])
         zeros = self.zeros.copy()
         try:
-            counted = zeros.counts()
-            self.prune_to(sparsity, self.patterns[name])
-            zeros.grow(counted)
+            with zeros.growing():
+                self.prune_to(sparsity, self.patterns[name])
             if self.recover is not None and self.options.recover_trials:
                 with zeros.held():
                     self.recover(self.model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparseprune import clock
 from sparseprune.models.losses import Evaluate
 from sparseprune.models.sites import EmbeddingSite, find_sites
+from sparseprune.models.snapshot import Snapshot
 from sparseprune.pruning.patterns import mask_from_scores
 from sparseprune.pruning.schedules.base import (
     ScheduleReport,
@@ -21,7 +22,7 @@ from sparseprune.pruning.schedules.base import (
     check_target,
     measure,
 )
-from sparseprune.pruning.zeros import Snapshot, Zeros
+from sparseprune.pruning.zeros import Zeros
 from sparseprune.report import track
 
 __all__ = ["LotteryTicket"]
@@ -95,7 +96,6 @@ class LotteryTicket:
         for number, sparsity in enumerate(track(sparsities, "lottery ticket", enabled=progress), 1):
             start = clock.now()
             zeros.set(self._smallest(prunable, zeros.masks(), sparsity))
-            zeros.apply()
             pruned = measure(evaluate, model)
             early.restore()
             zeros.apply()

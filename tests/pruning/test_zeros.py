@@ -1,4 +1,4 @@
-"""Zeros that survive any optimizer, and adapters that merge without losing one."""
+"""Zeros that survive any optimizer."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import copy
 import pytest
 import torch
 from helpers import tiny
-from helpers.recovery import divergence, is_plus_zero, peaked, pruned_pair, stream, weights
+from helpers.recovery import is_plus_zero, peaked, pruned_pair, weights
 from torch import nn
 
 import sparseprune as sp
 from sparseprune.models.sites import find_sites
-from sparseprune.recovery import SparsityMasks, freeze_zeros, recover
-from sparseprune.recovery.lora import adapters
+from sparseprune.pruning import Zeros, hold_zeros
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -59,15 +58,16 @@ def train_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_zeros_of_weights_and_state_survive_any_optimizer(name):
+def test_zeros_of_weights_and_state_survive_any_optimizer(name, known):
     model = peaked()
     sp.prune(model, "2:4")
     zeros = {layer.name: layer.module.weight == 0 for layer in find_sites(model)}
     before = weights(model)
     optimizer = OPTIMIZERS[name](list(model.parameters()))
-    freeze_zeros(model, optimizer)
-    train_by_hand(model, optimizer)
+    with hold_zeros(model, optimizer if known else None):
+        train_by_hand(model, optimizer)
     for layer in find_sites(model):
         pruned, weight = zeros[layer.name], layer.module.weight.detach()
         assert is_plus_zero(weight[pruned])
@@ -92,18 +92,18 @@ def test_masks_hold_in_every_kind_of_layer(make, dtype):
     model = make().to(dtype)
     sp.prune(model, "unstructured", sparsity=0.6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    masks = freeze_zeros(model, optimizer)
+    zeros = Zeros(model).attach(optimizer)
     train_by_hand(model, optimizer)
-    assert masks.count_zeros() == masks.zeros > 0.59 * masks.weights
+    assert zeros.count_now() == zeros.count > 0.59 * zeros.weights
 
 
 def test_tied_weights_have_one_mask_and_keep_their_zeros():
     model = tiny.llama(tied=True)
     sp.prune(model, "2:4", lm_head=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
-    masks = freeze_zeros(model, optimizer, lm_head=True)
+    zeros = Zeros(model).attach(optimizer)
     train_by_hand(model, optimizer)
-    pruned = masks.pruned[find_sites(model, lm_head=True)[-1].name]
+    (pruned,) = [it for name, it in zeros.masks().items() if "embed_tokens" in name]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert is_plus_zero(model.model.embed_tokens.weight.detach()[pruned])
 
@@ -114,11 +114,12 @@ def test_optimizer_state_from_before_pruning_is_masked_too():
     train_by_hand(model, optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
     sp.prune(model, "2:4")
-    with SparsityMasks.of(model).enforce(optimizer) as masks:
+    with hold_zeros(model, optimizer) as zeros:
+        pruned = zeros.masks()
         for _ in range(2):
             for layer in find_sites(model):
                 state = optimizer.state[layer.module.weight]
-                assert not state["exp_avg"][masks.pruned[layer.name]].any()
+                assert not state["exp_avg"][pruned[f"{layer.name}.weight"]].any()
                 assert state["exp_avg"].any()
             optimizer.load_state_dict(saved)  # brings the dense state back
 
@@ -129,73 +130,48 @@ def test_a_negative_zero_becomes_positive_and_detach_frees_the_zeros():
         layer.weight[0] = -0.0
     model = nn.Sequential(layer)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    masks = freeze_zeros(model, optimizer)
+    zeros = Zeros(model).attach(optimizer)
     assert is_plus_zero(layer.weight.detach()[0])
     model(torch.ones(1, 4)).sum().backward()
     assert not layer.weight.grad[0].any() and layer.weight.grad[1].all()
-    masks.detach()
+    zeros.detach()
     optimizer.zero_grad()
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     assert layer.weight[0].all()
 
 
-def test_freeze_zeros_needs_zeros():
-    model = tiny.llama()
-    with pytest.raises(ValueError, match="no linear layer with zeros"):
-        freeze_zeros(model, torch.optim.SGD(model.parameters(), lr=0.1))
+def test_gradients_are_zero_before_anybody_clips_them():
+    model, _ = pruned_pair()
+    with hold_zeros(model) as zeros:
+        model(tiny.ids()).logits.square().mean().backward()
+        for name, pruned in zeros.masks().items():
+            gradient = model.get_parameter(name).grad
+            assert is_plus_zero(gradient[pruned]) and gradient[~pruned].all()
 
 
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
-def test_adapters_merge_to_what_was_trained_without_losing_a_zero(make):
-    model, _ = pruned_pair(make)
-    layers, ids = find_sites(model), tiny.ids(2, 20, seed=7)
-    zeros = {layer.name: layer.weight == 0 for layer in layers}
-    kinds = {name: type(module) for name, module in model.named_modules()}
-    before = weights(model)
-    with adapters(layers, rank=4) as parameters:
-        optimizer = torch.optim.AdamW(parameters.values(), lr=0.02)
-        for _ in range(3):
-            model(ids).logits.square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        trained = model(ids).logits.detach()
-    assert torch.equal(model(ids).logits, trained)
-    assert {name: type(module) for name, module in model.named_modules()} == kinds
-    for layer in layers:
-        assert is_plus_zero(layer.weight[zeros[layer.name]])
-        changed = layer.weight != (
-            before[f"{layer.name}.weight"].t() if make is tiny.gpt2 else before[f"{layer.name}.weight"]
-        )
-        assert changed[~zeros[layer.name]].float().mean() > 0.9
+def test_parameters_of_any_shape():
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten())
+    kernel, bias = model[0].weight, model[0].bias
+    masks = {"0.weight": torch.rand(4, 3, 5, 5) < 0.4, "0.bias": torch.tensor([True, False, False, True])}
+    zeros = Zeros(model, ())
+    zeros.set(masks)
+    assert all(torch.equal(zeros.masks()[name], mask) for name, mask in masks.items())
+    assert torch.equal(kernel == 0, masks["0.weight"]) and torch.equal(bias == 0, masks["0.bias"])
+    assert zeros.count == zeros.count_now() == sum(int(mask.sum()) for mask in masks.values())
+    with zeros.held():
+        model(torch.ones(1, 3, 5, 5)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert torch.equal(kernel == 0, masks["0.weight"]) and torch.equal(bias == 0, masks["0.bias"])
 
 
-def test_adapters_of_a_shared_weight_are_shared():
-    shared = nn.Linear(16, 16, bias=False)
-    other = nn.Linear(16, 16, bias=False)
-    other.weight = shared.weight
-    model = nn.Sequential(shared, nn.Tanh(), other)
-    sp.prune(model, "2:4")
-    with adapters(find_sites(model), rank=2) as parameters:
-        assert len(parameters) == 2
-        for parameter in parameters.values():
-            parameter.data.normal_()
-        expected = model(torch.ones(1, 16)).detach()
-    assert other.weight is shared.weight and int((shared.weight == 0).sum()) == 128
-    assert torch.equal(model(torch.ones(1, 16)), expected)
+def test_layers_of_another_model_are_named():
+    with pytest.raises(
+        TypeError, match="layers: model.layers.0.self_attn.q_proj.weight must be a parameter of"
+    ):
+        Zeros(tiny.llama(), find_sites(tiny.llama()))
 
 
-def test_recovery_by_adapters(tmp_path):
-    model, teacher = pruned_pair()
-    before, dense = divergence(model, teacher), weights(model)
-    options = {"learning_rate": 1e-2, "batch": 4, "autocast": None, "lora": 8, "steps": 80}
-    report = recover(model, stream(), teacher=teacher, checkpoint=tmp_path, **options)
-    assert divergence(model, teacher) < 0.6 * before
-    assert report.zeros_after == report.zeros_before == 7680
-    assert torch.equal(model.state_dict()["model.norm.weight"], dense["model.norm.weight"])
-    resumed, _ = pruned_pair()
-    assert recover(resumed, stream(), teacher=teacher, checkpoint=tmp_path, **options).resumed_at == 80
-    for name, tensor in weights(model).items():
-        assert torch.equal(weights(resumed)[name], tensor)
-    with pytest.raises(ValueError, match="rank must be at least 1"):
-        recover(model, stream(), teacher=teacher, steps=1, lora=0)
+def test_hold_zeros_needs_zeros():
+    with pytest.raises(ValueError, match="no linear layer with zeros"), hold_zeros(tiny.llama()):
+        pass
