@@ -16,10 +16,10 @@ from typing import Annotated
 import torch
 import typer
 from layers import DTYPES, Watch, copies_of, pruned_weight, take_turns
-from torch import Tensor
 
 from sparseprune import isa, isas_available
 from sparseprune.kernels import native
+from sparseprune.kernels.packing import Packed
 from sparseprune.report import Column, Table, track
 from sparseprune.weights.format import Format
 from sparseprune.weights.sparse_weight import SparseWeight
@@ -68,11 +68,11 @@ def main(
         kind, sparsity = Format.parse(form.split()[0]), FORMATS[form]
         weight = pruned_weight(rows, cols, DTYPES[dtype], kind, sparsity)
         packed = SparseWeight.from_dense(weight, kind).pack()
-        blobs = [packed, *(packed.clone() for _ in range(copies_of(weight.nbytes) - 1))]
+        copies = copies_of(weight.nbytes) - 1
+        each = [packed, *(packed._replace(blob=packed.blob.clone()) for _ in range(copies))]
         del weight
         table, bad = _compare(
-            f"{isa()}: {form} {dtype} {shape}", blobs, (rows, cols), DTYPES[dtype],
-            [int(it) for it in batches.split(",")], seconds, tolerance,
+            f"{isa()}: {form} {dtype} {shape}", each, [int(it) for it in batches.split(",")], seconds, tolerance,
         )  # fmt: skip
         wrong += bad
         print(table, "\n", flush=True)
@@ -82,12 +82,13 @@ def main(
 
 
 def _compare(
-    title: str, blobs: list[Tensor], shape: tuple[int, int], dtype: torch.dtype, batches: list[int], seconds: float,
+    title: str, packed: list[Packed], batches: list[int], seconds: float,
     tolerance: float,
 ) -> tuple[Table, list[str]]:  # fmt: skip
     """A row a batch size, and a line for each choice that is not (nearly) the best."""
-    rows, cols = shape
-    serving = _serving(blobs[0], shape, dtype)
+    _, rows, cols, packing = packed[0]
+    dtype = packed[0].dtype
+    serving = _serving(packed[0])
     columns: list[Column | str] = ["B", *(Column(f"{name} ms", ".3f") for name in serving)]
     columns += ["best", "plan", Column("plan over best", ".2f")]
     lines, wrong = [], []
@@ -96,15 +97,15 @@ def _compare(
         samples = take_turns(
             {
                 name: [
-                    functools.partial(native.linear, x, blob, None, rows, STRATEGIES.index(name))
-                    for blob in blobs
+                    functools.partial(native.linear, x, blob, None, *how, STRATEGIES.index(name))
+                    for blob, *how in packed
                 ]
                 for name in serving
             },
             seconds,
         )
         times = {name: it.median for name, it in samples.items()}
-        best, plan = min(times, key=times.__getitem__), native.strategy(blobs[0], batch)
+        best, plan = min(times, key=times.__getitem__), native.strategy(packed[0].blob, batch)
         ratio = times[plan] / times[best]
         lines.append((batch, *(it * 1e3 for it in times.values()), best, plan, ratio))
         if ratio > 1 + tolerance:
@@ -112,13 +113,14 @@ def _compare(
     return Table(title, columns, lines), wrong
 
 
-def _serving(packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> list[str]:
+def _serving(packed: Packed) -> list[str]:
     """The strategies that take this weight at this level; the others say no."""
-    x = torch.zeros(1, shape[1], dtype=dtype)
+    blob, *how = packed
+    x = torch.zeros(1, packed.cols, dtype=packed.dtype)
     names = []
     for index, name in enumerate(STRATEGIES):
         try:
-            native.linear(x, packed, None, shape[0], index)
+            native.linear(x, blob, None, *how, index)
         except ValueError:
             continue
         names.append(name)

@@ -7,6 +7,7 @@ function(sparseprune_add_cpu target)
   target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
   target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
   target_sources(${target} PRIVATE
+    ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/core/header.cpp
     ${cpu}/ops/convert.cpp
     ${cpu}/dispatch/isa.cpp
     ${cpu}/ops/linear.cpp

@@ -144,18 +144,15 @@ void conversions(DType dtype, std::int64_t rows, std::int64_t cols, std::size_t 
   end(bitmap8_unpack(m, index, counts, somewhere<void>(), rows * cols, out, bits, nullptr));
 }
 
-void product(Layout layout, DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t batch, const LinearPlan& plan,
+void product(const Packing& packing, std::int64_t rows, std::int64_t cols, std::int64_t batch, const LinearPlan& plan,
              std::size_t offset, int multiprocessors) {
-  PackedHeader header{};
-  header.layout = layout, header.dtype = dtype, header.rows = rows, header.cols = cols;
-  const Geometry empty = geometry_of(header);
-  header.stored = layout == Layout::sparse24 ? empty.units * sparse24::kValues : round_up(rows * cols / 2, 32);
-  const char* const op = layout == Layout::sparse24 ? "linear_sparse24" : "linear_bitmap8";
-  begin(op, dtype, rows, cols,
-        ", \"batch\": " + std::to_string(batch) + ", \"config\": \"" + linear_config_name(layout, dtype, plan.config) +
+  const PackedHeader header = make_header(Home::cuda, rows, cols, packing, 0, round_up(rows * cols / 2, 32));
+  const char* const op = packing.layout == Layout::sparse24 ? "linear_sparse24" : "linear_bitmap8";
+  begin(op, packing.dtype, rows, cols,
+        ", \"batch\": " + std::to_string(batch) + ", \"config\": \"" + linear_config_name(packing, plan.config) +
             "\", \"splits\": " + std::to_string(plan.splits) + ", \"multiprocessors\": " + std::to_string(multiprocessors));
   LinearCall c{};
-  c.layout = layout, c.dtype = dtype, c.rows = rows, c.cols = cols, c.batch = batch;
+  c.packing = packing, c.rows = rows, c.cols = cols, c.batch = batch;
   c.packed = somewhere<std::uint8_t>(), c.packed_bytes = geometry_of(header).total;
   c.x = somewhere<void>(offset), c.stride = cols, c.bias = somewhere<void>(), c.out = somewhere<void>();
   c.workspace = somewhere<void>(), c.plan = plan;
@@ -163,13 +160,14 @@ void product(Layout layout, DType dtype, std::int64_t rows, std::int64_t cols, s
 }
 
 void products(Layout layout, DType dtype) {
+  const Packing packing{layout, dtype, Encoding::plain, 0};
   // Every kernel there is: each configuration, alone and in splits, with and without aligned activations.
-  for (int config = 0; config < linear_configs(layout, dtype); ++config) {
+  for (int config = 0; config < linear_configs(packing); ++config) {
     for (const int splits : {1, 4}) {
       const std::int64_t workspace = splits > 1 ? splits * 8 * 4096 * 4 : 0;
-      product(layout, dtype, 4096, 4096, 8, {config, splits, workspace}, 0, 0);
-      product(layout, dtype, 4096, 4096, 8, {config, splits, workspace}, size_of(dtype), 0);
-      product(layout, dtype, 4095, 61, 7, {config, splits, workspace}, 0, 0);
+      product(packing, 4096, 4096, 8, {config, splits, workspace}, 0, 0);
+      product(packing, 4096, 4096, 8, {config, splits, workspace}, size_of(dtype), 0);
+      product(packing, 4095, 61, 7, {config, splits, workspace}, 0, 0);
     }
   }
   // What is chosen for the layers of a 7B LLaMA, on an A100, an RTX 4090 and an H100.
@@ -177,8 +175,8 @@ void products(Layout layout, DType dtype) {
   for (const auto& shape : shapes) {
     for (const std::int64_t batch : {1, 4, 16, 64, 256, 1024, 4096}) {
       for (const int multiprocessors : {108, 128, 132}) {
-        product(layout, dtype, shape[0], shape[1], batch,
-                plan_linear(layout, dtype, shape[0], shape[1], batch, multiprocessors), 0, multiprocessors);
+        product(packing, shape[0], shape[1], batch, plan_linear(packing, shape[0], shape[1], batch, multiprocessors), 0,
+                multiprocessors);
       }
     }
   }

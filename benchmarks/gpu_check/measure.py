@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpu_check.plan import DRY_SHAPES, SHAPES, Cell, cells, dry_cells
 from gpu_check.timing import Call, CudaClock, HostClock, Timing, first_line, is_fatal, take_turns
-from sparseprune.kernels import cuda, native, ops
+from sparseprune.kernels import cuda, ops
 from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.sparse_weight import SparseWeight
 
@@ -184,10 +184,11 @@ class Bench:
         rows, cols = self.shapes[cell.layer]
         x = torch.randn(cell.batch, cols, device=self.device).to(DTYPES[cell.dtype])
         name, (config, splits) = planned(modules[0], cell.batch)
-        names = cuda.configs(cuda.layout_of(modules[0].packed), x.dtype)
+        names = cuda.configs(modules[0].packing)
         calls = {
             f"{other}, splits {parts}": [
-                functools.partial(cuda.linear, x, it.packed, None, rows, (index, parts)) for it in modules
+                functools.partial(cuda.linear, x, it.packed, None, rows, cols, it.packing, (index, parts))
+                for it in modules
             ]
             for index, other in enumerate(names)
             for parts in split_counts(splits if index == config else 1, cols)
@@ -316,13 +317,9 @@ def split_counts(splits: int, cols: int) -> list[int]:
 
 def planned(layer: Any, batch: int) -> tuple[str, tuple[int, int]]:
     """The configuration and the splits that the plan has for a layer on a GPU, by name and by number."""
-    packed, dtype = layer.packed, layer.dtype
-    layout = cuda.layout_of(packed)
-    code = native.DTYPES[dtype]
-    config, splits, _ = cuda.plan(
-        packed.get_device(), cuda.LAYOUTS[layout], code, layer.out_features, layer.in_features, batch
-    )
-    name = cuda.configs(layout, dtype)[config]
+    blob, rows, cols, packing = layer.packed_weight
+    config, splits, _ = cuda.plan(blob.get_device(), packing, rows, cols, batch)
+    name = cuda.configs(packing)[config]
     return f"{name}, splits {splits}", (config, splits)
 
 

@@ -1,11 +1,11 @@
-// What the bindings do to every argument: addresses to pointers, codes to types.
+// What the bindings do to every argument: addresses become pointers. What numbers mean is checked in csrc/core.
 #pragma once
 
-#include <cstdint>
-#include <stdexcept>
-#include <string>
+#include <pybind11/pybind11.h>
 
-#include "core/packed.h"
+#include <cstdint>
+
+#include "core/header.h"
 
 namespace sparseprune {
 
@@ -16,14 +16,18 @@ T* ptr(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
-inline DType to_dtype(int code) {
-  if (code < 0 || code >= kDTypes) throw std::invalid_argument("dtype: must be 0, 1 or 2, got " + std::to_string(code));
-  return static_cast<DType>(code);
-}
-
-inline Matrix matrix(std::int64_t rows, std::int64_t cols, int dtype) {
-  if (rows < 0 || cols < 0) throw std::invalid_argument("shape: must not be negative");
-  return {rows, cols, to_dtype(dtype)};
+// The header of a blob of `size` bytes, of which `begin` shows the first 64: it must hold what the caller says.
+inline pybind11::dict header(Home home, Address begin, std::int64_t size, std::int64_t rows, std::int64_t cols,
+                             std::int64_t packing) {
+  const PackedHeader h = read_header(home, ptr<const void>(begin), size);
+  require_same(h, rows, cols, to_packing(packing));
+  pybind11::dict d;
+  d["packing"] = to_code(packing_of(h));
+  d["interleave"] = static_cast<int>(h.interleave);
+  d["rows"] = h.rows;
+  d["cols"] = h.cols;
+  d["nnz"] = h.nnz;
+  return d;
 }
 
 }  // namespace sparseprune

@@ -7,37 +7,13 @@
 #include "cpu/dispatch/isa.h"
 #include "cpu/ops/convert.h"
 #include "cpu/ops/linear.h"
+#include "cpu/ops/pack.h"
 #if defined(SPARSEPRUNE_CUDA)
 #include "bindings/cuda.h"
 #endif
 
 namespace py = pybind11;
 using namespace sparseprune;
-
-namespace {
-
-Layout to_layout(int code) {
-  const auto layout = static_cast<Layout>(code);
-  if (code < 0 || code >= kLayouts || is_cuda(layout)) {
-    throw std::invalid_argument("layout: must be 0 (tile) or 1 (csr), got " + std::to_string(code));
-  }
-  return layout;
-}
-
-py::dict header_dict(Address blob, std::int64_t size) {
-  const PackedView v = view_packed(ptr<const std::uint8_t>(blob), size);
-  py::dict d;
-  d["layout"] = static_cast<int>(v.header.layout);
-  d["dtype"] = static_cast<int>(v.header.dtype);
-  d["interleave"] = static_cast<int>(v.header.interleave);
-  d["column_bytes"] = static_cast<int>(v.header.column_bytes);
-  d["rows"] = v.header.rows;
-  d["cols"] = v.header.cols;
-  d["nnz"] = v.header.nnz;
-  return d;
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_core, m) {
   const py::call_guard<py::gil_scoped_release> nogil;
@@ -49,29 +25,31 @@ PYBIND11_MODULE(_core, m) {
 
   m.def(
       "linear",
-      [](Address packed, std::int64_t packed_bytes, Address x, std::int64_t batch, std::int64_t cols, std::int64_t stride,
-         Address bias, Address out, std::int64_t rows, int dtype, int threads, int strategy) {
-        linear({ptr<const std::uint8_t>(packed), packed_bytes, ptr<const void>(x), batch, cols, stride,
-                ptr<const void>(bias), ptr<void>(out), rows, to_dtype(dtype), threads, strategy});
+      [](Address packed, std::int64_t packed_bytes, std::int64_t rows, std::int64_t cols, std::int64_t packing, Address x,
+         std::int64_t batch, std::int64_t stride, Address bias, Address out, int threads, int strategy) {
+        linear({ptr<const std::uint8_t>(packed), packed_bytes, rows, cols, to_packing(packing), ptr<const void>(x), batch,
+                stride, ptr<const void>(bias), ptr<void>(out), threads, strategy});
       },
       nogil);
   m.def("strategy", [](Address packed, std::int64_t packed_bytes, std::int64_t batch) {
     const PackedView v = view_packed(ptr<const std::uint8_t>(packed), packed_bytes);
     return std::string(strategy_name(choose_plan(kernels(), v.header, batch).strategy));
   });
-  m.def("header", &header_dict);
+  m.def("header", [](Address packed, std::int64_t packed_bytes, std::int64_t rows, std::int64_t cols, std::int64_t packing) {
+    return header(Home::cpu, packed, packed_bytes, rows, cols, packing);
+  });
 
   m.def(
       "scan_dense",
       [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address bits, Address offsets, int threads) {
-        return scan_dense(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<std::uint8_t>(bits),
+        return scan_dense(to_matrix(rows, cols, dtype), ptr<const void>(dense), ptr<std::uint8_t>(bits),
                           ptr<std::int64_t>(offsets), threads);
       },
       nogil);
   m.def(
       "count_dense",
       [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address offsets, int threads) {
-        return count_dense(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<std::int64_t>(offsets), threads);
+        return count_dense(to_matrix(rows, cols, dtype), ptr<const void>(dense), ptr<std::int64_t>(offsets), threads);
       },
       nogil);
   // None, or (row, group, kept) of the first group that holds more than n.
@@ -96,7 +74,7 @@ PYBIND11_MODULE(_core, m) {
       "compress_dense",
       [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address bits, Address offsets, Address values,
          int threads) {
-        compress_dense(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<const std::uint8_t>(bits),
+        compress_dense(to_matrix(rows, cols, dtype), ptr<const void>(dense), ptr<const std::uint8_t>(bits),
                        ptr<const std::int64_t>(offsets), ptr<void>(values), threads);
       },
       nogil);
@@ -104,7 +82,7 @@ PYBIND11_MODULE(_core, m) {
       "expand_dense",
       [](Address values, Address bits, Address offsets, Address dense, std::int64_t rows, std::int64_t cols, int dtype,
          int threads) {
-        expand_dense(matrix(rows, cols, dtype), ptr<const void>(values), ptr<const std::uint8_t>(bits),
+        expand_dense(to_matrix(rows, cols, dtype), ptr<const void>(values), ptr<const std::uint8_t>(bits),
                      ptr<const std::int64_t>(offsets), ptr<void>(dense), threads);
       },
       nogil);
@@ -112,7 +90,7 @@ PYBIND11_MODULE(_core, m) {
       "dense_to_csr",
       [](Address dense, std::int64_t rows, std::int64_t cols, int dtype, Address crow, Address col, Address values,
          int threads) {
-        dense_to_csr(matrix(rows, cols, dtype), ptr<const void>(dense), ptr<const std::int64_t>(crow),
+        dense_to_csr(to_matrix(rows, cols, dtype), ptr<const void>(dense), ptr<const std::int64_t>(crow),
                      ptr<std::int32_t>(col), ptr<void>(values), threads);
       },
       nogil);
@@ -120,19 +98,20 @@ PYBIND11_MODULE(_core, m) {
       "csr_to_dense",
       [](Address crow, Address col, std::int64_t nnz, Address values, Address dense, std::int64_t rows, std::int64_t cols,
          int dtype, int threads) {
-        csr_to_dense(matrix(rows, cols, dtype), ptr<const std::int64_t>(crow), ptr<const std::int32_t>(col), nnz,
+        csr_to_dense(to_matrix(rows, cols, dtype), ptr<const std::int64_t>(crow), ptr<const std::int32_t>(col), nnz,
                      ptr<const void>(values), ptr<void>(dense), threads);
       },
       nogil);
-  m.def("packed_bytes", [](std::int64_t rows, std::int64_t cols, int dtype, int layout, std::int64_t nnz) {
-    return packed_bytes(matrix(rows, cols, dtype), to_layout(layout), nnz);
+  m.def("packed_bytes", [](std::int64_t rows, std::int64_t cols, std::int64_t packing, std::int64_t nnz) {
+    return packed_bytes(rows, cols, to_packing(packing), nnz);
   });
   m.def(
       "pack",
-      [](Address values, Address bits, Address offsets, Address blob, std::int64_t rows, std::int64_t cols, int dtype,
-         int layout, int threads) {
-        pack(matrix(rows, cols, dtype), to_layout(layout), ptr<const void>(values), ptr<const std::uint8_t>(bits),
-             ptr<const std::int64_t>(offsets), ptr<std::uint8_t>(blob), threads);
+      [](Address values, Address bits, Address offsets, Address blob, std::int64_t rows, std::int64_t cols,
+         std::int64_t packing, int threads) {
+        pack(rows, cols, to_packing(packing),
+             {ptr<const void>(values), ptr<const std::uint8_t>(bits), ptr<const std::int64_t>(offsets)},
+             ptr<std::uint8_t>(blob), threads);
       },
       nogil);
   m.def(
@@ -156,13 +135,14 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "mask_bits",
       [](Address in, Address bits, Address out, std::int64_t rows, std::int64_t cols, int dtype, int threads) {
-        mask_bits(matrix(rows, cols, dtype), ptr<const void>(in), ptr<const std::uint8_t>(bits), ptr<void>(out), threads);
+        mask_bits(to_matrix(rows, cols, dtype), ptr<const void>(in), ptr<const std::uint8_t>(bits), ptr<void>(out), threads);
       },
       nogil);
   m.def(
       "threshold",
       [](Address in, float limit, Address out, Address bits, std::int64_t rows, std::int64_t cols, int dtype, int threads) {
-        threshold(matrix(rows, cols, dtype), ptr<const void>(in), limit, ptr<void>(out), ptr<std::uint8_t>(bits), threads);
+        threshold(to_matrix(rows, cols, dtype), ptr<const void>(in), limit, ptr<void>(out), ptr<std::uint8_t>(bits),
+                  threads);
       },
       nogil);
   m.def(

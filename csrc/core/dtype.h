@@ -15,7 +15,7 @@ struct f16 {
   std::uint16_t bits;
 };
 
-// The numbers are part of the packed header.
+// The numbers are part of the packed header and of what Python passes along.
 enum class DType : std::uint8_t { f32 = 0, bf16 = 1, f16 = 2 };
 constexpr int kDTypes = 3;
 
@@ -40,6 +40,12 @@ struct dtype_of<bf16> {
 template <>
 struct dtype_of<f16> {
   static constexpr DType value = DType::f16;
+};
+
+// A matrix in memory, row-major and contiguous.
+struct Matrix {
+  std::int64_t rows, cols;
+  DType dtype;
 };
 
 }  // namespace sparseprune

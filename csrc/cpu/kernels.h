@@ -8,7 +8,8 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "core/packed.h"
+#include "core/encoding.h"
+#include "core/layouts/tile.h"
 
 namespace sparseprune {
 
@@ -38,7 +39,7 @@ struct LinearJob {
   std::int64_t block;  // of the panel
   const std::int64_t* offsets;
   const void* index;
-  int column_bytes;
+  int column_bytes;  // csr: of a column's number
   const void* values;
   const void* panel;
   const void* bias;  // [rows] of the value type, or null
@@ -85,13 +86,19 @@ struct WordKernels {
 
 struct KernelTable {
   const char* isa;
-  LinearKernel linear[kStrategies][kDTypes];  // run == nullptr: not at this level
+  LinearKernel linear[kStrategies][kEncodings][kDTypes];  // run == nullptr: not at this level; see kernel_of
   PanelFn panel[kPanels][kDTypes];
   std::uint8_t bf16_interleave;  // column order of packed bf16 tiles
   WordKernels words16, words32;
   // bits[i] = |in[i]| > threshold, out = bits ? in : 0 (NaN is kept). in == out is allowed.
   void (*threshold[kDTypes])(const void* in, float threshold, void* out, std::uint8_t* bits, std::int64_t n);
 };
+
+// The place of a kernel in a table. Static, as every function that the levels' units include.
+template <typename Table>
+static constexpr auto& kernel_of(Table& table, Strategy strategy, Encoding encoding, DType dtype) {
+  return table.linear[static_cast<int>(strategy)][static_cast<int>(encoding)][static_cast<int>(dtype)];
+}
 
 namespace scalar {
 void install(KernelTable& table);

@@ -1,4 +1,4 @@
-// From the bitmaps of a unit (16 rows x 64 columns, core/fragments.h) to the places of its values, by one warp.
+// From the bitmaps of a unit (16 rows x 64 columns, core/layouts/bitmap8.h) to the places of its values, by one warp.
 //
 // Equation       place(bitmap b, bit j) = values of bitmaps 0 .. b - 1, plus the set bits of b below j.
 // Operands       Lane L = 4g + t needs, of each of the 16 bitmaps, bits 2L and 2L + 1: pair t of row g. A unit has 4 steps
@@ -17,7 +17,7 @@
 //                load per bitmap shares one pipe with the loads of values.
 #pragma once
 
-#include "core/fragments.h"
+#include "core/layouts/bitmap8.h"
 #include "cuda/simt.h"
 
 namespace sparseprune::cuda {

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "core/packed.h"
+#include "core/header.h"
 
 namespace sparseprune::cuda {
 
@@ -42,7 +42,7 @@ int dense_to_csr(const Matrix& m, const void* dense, const std::int64_t* crow, s
 int csr_to_dense(const Matrix& m, const std::int64_t* crow, const std::int32_t* col, std::int64_t nnz, const void* values,
                  void* dense, std::int64_t* error, void* stream);
 
-// pack_sparse24.cu: dense [rows, cols] (cols % 4 == 0) to values and metadata (core/fragments.h) in one pass. bits says
+// pack/sparse24.cu: dense [rows, cols] (cols % 4 == 0) to values and metadata (core/layouts/sparse24.h) in one pass. bits says
 // which two of every four are kept; without it (null) the non-zeros are, filled up at the lowest free columns; error: row *
 // (cols / 4) + group of the first group that keeps more (or, by bits, not exactly) two.
 int sparse24_pack(const Matrix& m, const void* dense, const std::uint8_t* bits, void* values, std::uint32_t* metadata,
@@ -51,7 +51,7 @@ int sparse24_pack(const Matrix& m, const void* dense, const std::uint8_t* bits, 
 int sparse24_unpack(const Matrix& m, const void* values, const std::uint32_t* metadata, void* dense, std::uint8_t* bits,
                     void* stream);
 
-// pack_bitmap8.cu
+// pack/bitmap8.cu
 // Bitmaps of all units [units, 16], and counts [units] of values, rounded up to bitmap8::kRound.
 int bitmap8_index(std::int64_t rows, std::int64_t cols, const std::uint8_t* bits, std::uint64_t* index, std::int64_t* counts,
                   void* stream);
@@ -67,15 +67,14 @@ struct LinearPlan {
   int splits;                    // blocks that share a sum over columns; 1: none
   std::int64_t workspace_bytes;  // float32 [splits, batch, rows] where splits > 1, else 0
 };
-LinearPlan plan_linear(Layout layout, DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t batch, int sm_count);
-int linear_configs(Layout layout, DType dtype);  // how many there are; each serves any shape
-const char* linear_config_name(Layout layout, DType dtype, int config);
+LinearPlan plan_linear(const Packing& packing, std::int64_t rows, std::int64_t cols, std::int64_t batch, int sm_count);
+int linear_configs(const Packing& packing);  // how many there are; each serves any shape
+const char* linear_config_name(const Packing& packing, int config);
 
 struct LinearCall {
-  Layout layout;
-  DType dtype;
+  Packing packing;
   std::int64_t rows, cols, batch;
-  const std::uint8_t* packed;  // of size and shape that cuda_geometry accepts
+  const std::uint8_t* packed;
   std::int64_t packed_bytes;
   const void* x;  // [batch, cols], rows `stride` elements apart, any alignment of its dtype
   std::int64_t stride;
@@ -85,8 +84,8 @@ struct LinearCall {
   LinearPlan plan;
   void* stream;
 };
-// out = x weight^T + bias, float32 sums. linear.cpp; the kernels: linear_sparse24.cu, linear_bitmap8.cu,
-// linear_bitmap8_f32.cu.
+// out = x weight^T + bias, float32 sums. Throws std::invalid_argument where blob, plan or workspace do not fit the call.
+// linear.cpp; the kernels: linear/sparse24.cu, bitmap8.cu, bitmap8_f32.cu.
 int linear(const LinearCall& call);
 int linear_sparse24(const LinearCall& call, const Geometry& geometry);
 int linear_bitmap8(const LinearCall& call, const Geometry& geometry);      // bf16, f16: tensor cores

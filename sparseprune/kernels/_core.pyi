@@ -7,20 +7,20 @@ def isas_available() -> list[str]: ...
 def linear(
     packed: int,
     packed_bytes: int,
+    rows: int,
+    cols: int,
+    packing: int,
     x: int,
     batch: int,
-    cols: int,
     stride: int,
     bias: int,
     out: int,
-    rows: int,
-    dtype: int,
     threads: int,
     strategy: int,
     /,
 ) -> None: ...
 def strategy(packed: int, packed_bytes: int, batch: int, /) -> str: ...
-def header(packed: int, packed_bytes: int, /) -> dict[str, int]: ...
+def header(packed: int, packed_bytes: int, rows: int, cols: int, packing: int, /) -> dict[str, int]: ...
 def scan_dense(
     dense: int, rows: int, cols: int, dtype: int, bits: int, offsets: int, threads: int, /
 ) -> int: ...
@@ -50,7 +50,7 @@ def csr_to_dense(
     threads: int,
     /,
 ) -> None: ...
-def packed_bytes(rows: int, cols: int, dtype: int, layout: int, nnz: int, /) -> int: ...
+def packed_bytes(rows: int, cols: int, packing: int, nnz: int, /) -> int: ...
 def pack(
     values: int,
     bits: int,
@@ -58,8 +58,7 @@ def pack(
     packed: int,
     rows: int,
     cols: int,
-    dtype: int,
-    layout: int,
+    packing: int,
     threads: int,
     /,
 ) -> None: ...
@@ -74,7 +73,7 @@ def bytes_to_bits(rows: int, cols: int, mask: int, bits: int, threads: int, /) -
 def bits_to_bytes(rows: int, cols: int, bits: int, mask: int, threads: int, /) -> None: ...
 
 class Cuda:
-    """The submodule `cuda`. The first two arguments of a launch are the device's index and the stream; see _cuda.py."""
+    """The submodule `cuda`. The first two arguments of a launch are the device's index and the stream; see cuda.py."""
 
     toolkit: str
     targets: str
@@ -188,12 +187,12 @@ class Cuda:
         /,
     ) -> None: ...
     def sections(
-        self, rows: int, cols: int, dtype: int, layout: int, stored: int, /
+        self, rows: int, cols: int, packing: int, stored: int, /
     ) -> tuple[int, int, int, int, int]: ...
-    def header_bytes(
-        self, rows: int, cols: int, dtype: int, layout: int, nnz: int, stored: int, /
-    ) -> bytes: ...
-    def header(self, header: int, packed_bytes: int, /) -> dict[str, int]: ...
+    def header_bytes(self, rows: int, cols: int, packing: int, nnz: int, stored: int, /) -> bytes: ...
+    def header(
+        self, header: int, packed_bytes: int, rows: int, cols: int, packing: int, /
+    ) -> dict[str, int]: ...
     def sparse24_pack(
         self,
         device: int,
@@ -202,7 +201,7 @@ class Cuda:
         bits: int,
         rows: int,
         cols: int,
-        dtype: int,
+        packing: int,
         packed: int,
         packed_bytes: int,
         error: int,
@@ -216,7 +215,7 @@ class Cuda:
         packed_bytes: int,
         rows: int,
         cols: int,
-        dtype: int,
+        packing: int,
         dense: int,
         bits: int,
         /,
@@ -231,7 +230,7 @@ class Cuda:
         dense: int,
         rows: int,
         cols: int,
-        dtype: int,
+        packing: int,
         packed: int,
         packed_bytes: int,
         /,
@@ -244,29 +243,29 @@ class Cuda:
         packed_bytes: int,
         rows: int,
         cols: int,
-        dtype: int,
+        packing: int,
         dense: int,
         bits: int,
         /,
     ) -> None: ...
     def plan(
-        self, device: int, layout: int, dtype: int, rows: int, cols: int, batch: int, /
+        self, device: int, packing: int, rows: int, cols: int, batch: int, /
     ) -> tuple[int, int, int]: ...
-    def configs(self, layout: int, dtype: int, /) -> list[str]: ...
+    def configs(self, packing: int, /) -> list[str]: ...
     def linear(
         self,
         device: int,
         stream: int,
         packed: int,
         packed_bytes: int,
+        rows: int,
+        cols: int,
+        packing: int,
         x: int,
         batch: int,
-        cols: int,
         stride: int,
         bias: int,
         out: int,
-        rows: int,
-        dtype: int,
         config: int,
         splits: int,
         workspace: int,

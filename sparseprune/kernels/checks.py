@@ -5,13 +5,13 @@ An error names the argument, the rule, the value and the remedy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from sparseprune.kernels import backend
-from sparseprune.kernels.native import DTYPES
+from sparseprune.kernels.packing import DTYPES, dtype_of
 
 
 def check(ok: bool, message: Callable[[], str], error: type[Exception] = ValueError) -> None:
@@ -102,12 +102,11 @@ def check_canonical(values: Tensor, bits: Tensor, cols: int) -> None:
     check_device("values", values, bits=bits)
 
 
-def check_pack(values: Tensor, bits: Tensor, cols: int, layout: str) -> None:
+def check_pack(values: Tensor, bits: Tensor, cols: int, layout: str, layouts: Sequence[str]) -> None:
     check_canonical(values, bits, cols)
-    layouts = list(backend.of(values).LAYOUTS)
     check(
         layout in layouts,
-        lambda: f"layout: must be one of {layouts} on {values.device}, got {layout!r}",
+        lambda: f"layout: must be one of {list(layouts)} on {values.device}, got {layout!r}",
     )
     if layout == "sparse24":
         check(
@@ -128,18 +127,45 @@ def check_packed(packed: Tensor) -> None:
     check(packed.is_contiguous(), lambda: "packed: must be contiguous, as ops.pack makes it")
 
 
-def check_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> None:
+def check_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, cols: int, packing: int) -> None:
     # Plain ifs, and is_cpu before any device: this runs for every layer and token, and says yes in half a microsecond.
-    if x.dtype not in DTYPES or x.layout != torch.strided:
-        check_values("input", x)
-    if x.dim() < 1:
-        raise ValueError("input: must have at least one dimension [..., in_features], got a scalar")
+    if x.layout != torch.strided or x.dtype is not dtype_of[packing] or x.dim() < 1 or x.shape[-1] != cols:
+        refuse_input("input", x, "in_features", cols, packing)
     if bias is not None:
         if bias.dtype != x.dtype:
             raise TypeError(f"bias: must have the input's dtype {x.dtype}, got {bias.dtype}")
-        if bias.dim() != 1 or bias.shape[0] != out_features:
-            raise ValueError(f"bias: must have shape [{out_features}], got {tuple(bias.shape)}")
+        if bias.dim() != 1 or bias.shape[0] != rows:
+            raise ValueError(f"bias: must have shape [{rows}], got {tuple(bias.shape)}")
     if not (x.is_cpu and packed.is_cpu and (bias is None or bias.is_cpu)):
         check_device("input", x, packed=packed, **({} if bias is None else {"bias": bias}))
     if packed.dtype != torch.uint8 or packed.dim() != 1 or not packed.is_contiguous():
         check_packed(packed)
+
+
+def check_grad(grad: Tensor, packed: Tensor, rows: int, cols: int, packing: int) -> None:
+    if (
+        grad.layout != torch.strided
+        or grad.dtype is not dtype_of[packing]
+        or grad.dim() < 1
+        or grad.shape[-1] != rows
+    ):
+        refuse_input("grad", grad, "out_features", rows, packing)
+    check_packed(packed)
+    check_device("grad", grad, packed=packed)
+
+
+def refuse_input(name: str, x: Tensor, side: str, width: int, packing: int) -> NoReturn:
+    """Says what keeps x [..., side] from being multiplied with a weight packed like that, whose side is `width` long."""
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: must be a strided tensor, got layout {x.layout}; call .to_dense() on it")
+    if x.dim() < 1:
+        raise ValueError(f"{name}: must have at least one dimension [..., {side}], got a scalar")
+    if x.shape[-1] != width:
+        raise ValueError(
+            f"{name}: must have {width} columns [..., {side}], got shape {tuple(x.shape)}; "
+            "check the layer before this one"
+        )
+    raise TypeError(
+        f"{name}: dtype must be the weight's {dtype_of[packing]}, got {x.dtype}; cast the {name}, or the layer with "
+        ".to(dtype); autocast does not reach sparse layers"
+    )

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from sparseprune.kernels import _core, native
-from sparseprune.kernels.native import DTYPE_OF, DTYPES
+from sparseprune.kernels.checks import refuse_input
+from sparseprune.kernels.packing import DTYPES, dtype_of, layout_of
 
-LAYOUTS: dict[str, int] = {"sparse24": 2, "bitmap8": 3}
-LAYOUT_OF: dict[int, str] = {code: layout for layout, code in LAYOUTS.items()}
+LAYOUTS: tuple[str, ...] = ("sparse24", "bitmap8")
 
 _NO_ERROR = 2**63 - 1  # launchers.h: kNoError
-_ALIGN = 64  # packed.h: kAlign
+_ALIGN = 64  # core/layouts/geometry.h: kAlign
 _HEADER = 64
 _NOT_BUILT = (
     "this build of sparseprune has no CUDA kernels; install a wheel that has them, or build with "
@@ -89,19 +89,6 @@ def layout_for(kind: str, n: int, m: int, dtype: torch.dtype) -> str:
     return "sparse24" if (kind, n, m) == ("nm", 2, 4) and dtype != torch.float32 else "bitmap8"
 
 
-def layout_of(packed: Tensor) -> str:
-    """The layout of a packed weight, by its size (packed.h: size_tag): to look at its header is to wait for the device."""
-    return LAYOUT_OF[_layout_code(packed.numel())]
-
-
-def _layout_code(size: int) -> int:
-    if size % 2 == 0:
-        raise ValueError(
-            "packed: holds no weight packed for CUDA; move the layer with .to(device), not its buffer alone"
-        )
-    return 2 if size % 4 == 1 else 3
-
-
 def _place(x: Tensor) -> tuple[int, int]:
     index = x.get_device()
     return index, _stream(index)
@@ -125,39 +112,45 @@ def _no_error(like: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def plan(device: int, layout: int, dtype: int, rows: int, cols: int, batch: int) -> tuple[int, int, int]:
+def plan(device: int, packing: int, rows: int, cols: int, batch: int) -> tuple[int, int, int]:
     """(configuration, blocks that share a sum, bytes of workspace) that serve a linear of this shape best."""
-    return _kernels.plan(device, layout, dtype, rows, cols, batch)
+    return _kernels.plan(device, packing, rows, cols, batch)
 
 
-def configs(layout: str, dtype: torch.dtype) -> list[str]:
+def configs(packing: int) -> list[str]:
     """Names of the linear's configurations; each serves any shape."""
-    return _kernels.configs(LAYOUTS[layout], DTYPES[dtype])
+    return _kernels.configs(packing)
 
 
 def linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, forced: tuple[int, int] | None = None
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    cols: int,
+    packing: int,
+    forced: tuple[int, int] | None = None,
 ) -> Tensor:
-    """x [..., cols] times the packed weight [rows, cols], transposed, plus bias; all on one device.
+    """x [..., cols] times the packed weight [rows, cols], transposed, plus bias, a vector; all on one device.
 
     forced: (configuration, splits) in the place of the plan's choice.
     """
     # As in native.linear, every attribute counts: the launch of a small layer takes the GPU 3 us.
-    shape = x.shape
-    cols = shape[-1]
+    shape, dtype = x.shape, x.dtype
+    if dtype is not dtype_of[packing] or not shape or shape[-1] != cols:
+        refuse_input("input", x, "in_features", cols, packing)
     if x.is_contiguous() and cols:
         batch, stride = x.numel() // cols, cols
     else:
         if x.layout != torch.strided:
-            raise TypeError(f"input: must be strided, got {x.layout}; call .to_dense() on it")
+            refuse_input("input", x, "in_features", cols, packing)
         x = x.reshape(math.prod(shape[:-1]), cols)
         if x.stride(1) != 1 and cols > 1:
             x = x.contiguous()
         batch, stride = x.shape[0], x.stride(0)
-    dtype, device, index, size = x.dtype, x.device, x.get_device(), packed.numel()
-    code = DTYPES[dtype]
+    device, index = x.device, x.get_device()
     if forced is None:
-        config, splits, workspace_bytes = plan(index, _layout_code(size), code, rows, cols, batch)
+        config, splits, workspace_bytes = plan(index, packing, rows, cols, batch)
     else:
         config, splits = forced
         workspace_bytes = 4 * splits * batch * rows if splits > 1 else 0
@@ -168,15 +161,15 @@ def linear(
         index,
         _stream(index),
         _source(packed),
-        size,
+        packed.numel(),
+        rows,
+        cols,
+        packing,
         _source(x),
         batch,
-        cols,
         stride,
         0 if bias is None else _source(bias),
         _target(out),
-        rows,
-        code,
         config,
         splits,
         0 if workspace is None else _target(workspace),
@@ -302,22 +295,17 @@ def csr_to_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor
 # --- packed weights ---------------------------------------------------------------------------------------------------
 
 
-def header(packed: Tensor) -> dict[str, int]:
-    """The header of a packed weight: rows, cols, nnz, dtype and layout codes. ValueError if it is none."""
-    if packed.numel() < _HEADER:
-        raise ValueError(
-            f"packed: must hold a header of {_HEADER} bytes, got {packed.numel()} bytes; "
-            "make packed weights with ops.pack"
-        )
+def header(packed: Tensor, rows: int, cols: int, packing: int) -> dict[str, int]:
+    """The header of a packed weight (rows, cols, nnz, packing). ValueError where it is not that weight."""
     head = packed[:_HEADER].cpu()
-    return _kernels.header(head.data_ptr(), packed.numel())
+    return _kernels.header(head.data_ptr(), packed.numel(), rows, cols, packing)
 
 
-def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, layout: str) -> Tensor:
-    rows, dtype, code = bits.shape[0], DTYPES[values.dtype], LAYOUTS[layout]
+def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, packing: int) -> Tensor:
+    rows = bits.shape[0]
     dense = expand(values, bits, offsets, cols)
-    if layout == "sparse24":
-        packed = _blob(values, rows, cols, code)
+    if layout_of(packing) == "sparse24":
+        packed = _blob(values, rows, cols, packing)
         error = _no_error(values)
         _kernels.sparse24_pack(
             *_place(values),
@@ -325,7 +313,7 @@ def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, layout: str) 
             _source(bits),
             rows,
             cols,
-            dtype,
+            packing,
             _target(packed),
             packed.numel(),
             _target(error),
@@ -338,11 +326,13 @@ def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, layout: str) 
                 f"{_kept(bits, cols, row, group, 4)} in columns {4 * group} to {4 * group + 3}; use 'bitmap8'"
             )
         return packed
-    units = _kernels.sections(rows, cols, dtype, code, 0)[0]
+    units = _kernels.sections(rows, cols, packing, 0)[0]
     index, counts = _new(bits, units, 16, dtype=torch.int64), _new(bits, units, dtype=torch.int64)
     _kernels.bitmap8_index(*_place(bits), rows, cols, _source(bits), _target(index), _target(counts))
-    packed = _blob(values, rows, cols, code, _running_sum(counts), index)
-    _kernels.bitmap8_pack(*_place(values), _source(dense), rows, cols, dtype, _target(packed), packed.numel())
+    packed = _blob(values, rows, cols, packing, _running_sum(counts), index)
+    _kernels.bitmap8_pack(
+        *_place(values), _source(dense), rows, cols, packing, _target(packed), packed.numel()
+    )
     return packed
 
 
@@ -350,53 +340,51 @@ def _blob(
     values: Tensor,
     rows: int,
     cols: int,
-    layout: int,
+    packing: int,
     offsets: Tensor | None = None,
     index: Tensor | None = None,
 ) -> Tensor:
     """A packed weight but for what the kernels write: all of sparse24's metadata and values, bitmap8's values."""
-    dtype = DTYPES[values.dtype]
     stored = 0 if offsets is None else int(offsets[-1])
-    units, first, second, third, total = _kernels.sections(rows, cols, dtype, layout, stored)
+    _, first, second, third, total = _kernels.sections(rows, cols, packing, stored)
     packed = _new(values, total, dtype=torch.uint8)
-    head = _kernels.header_bytes(rows, cols, dtype, layout, values.numel(), stored)
+    head = _kernels.header_bytes(rows, cols, packing, values.numel(), stored)
     packed[:first].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
-    end = total - total % _ALIGN
     if offsets is not None and index is not None:
         packed[first : first + offsets.nbytes].copy_(offsets.view(torch.uint8))
         packed[first + offsets.nbytes : second].zero_()
         packed[second:third].copy_(index.view(-1).view(torch.uint8))
-        end = third + stored * values.element_size()
-    packed[end:].zero_()  # defined bytes, so that equal weights make equal blobs
+        packed[third + stored * values.element_size() :].zero_()  # so that equal weights make equal blobs
     return packed
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    h = header(packed)
-    rows, cols, dtype = h["rows"], h["cols"], DTYPE_OF[h["dtype"]]
-    full, bits = _new(packed, rows, cols, dtype=dtype), _new(packed, rows, (cols + 7) // 8, dtype=torch.uint8)
-    _unpack(packed, full, bits)
+def unpack(packed: Tensor, rows: int, cols: int, packing: int) -> tuple[Tensor, Tensor]:
+    nnz = header(packed, rows, cols, packing)["nnz"]
+    full = _new(packed, rows, cols, dtype=dtype_of[packing])
+    bits = _new(packed, rows, (cols + 7) // 8, dtype=torch.uint8)
+    _unpack(packed, packing, full, bits)
     offsets = count_bits(bits, cols)
-    if int(offsets[-1]) != h["nnz"]:
+    if int(offsets[-1]) != nnz:
         raise ValueError("packed: its index is damaged; pack the weight again")
     return compress(full, bits, offsets), bits
 
 
-def dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """The weight [rows, cols] of a packed one. ValueError where it holds none of this shape and dtype."""
-    full = _new(packed, rows, cols, dtype=dtype)
-    _unpack(packed, full, None)
+def dense(packed: Tensor, rows: int, cols: int, packing: int) -> Tensor:
+    """The weight [rows, cols] of a packed one. ValueError where no such weight has a blob of this size."""
+    full = _new(packed, rows, cols, dtype=dtype_of[packing])
+    _unpack(packed, packing, full, None)
     return full
 
 
-def _unpack(packed: Tensor, full: Tensor, bits: Tensor | None) -> None:
-    (_kernels.sparse24_unpack if layout_of(packed) == "sparse24" else _kernels.bitmap8_unpack)(
+def _unpack(packed: Tensor, packing: int, full: Tensor, bits: Tensor | None) -> None:
+    sparse24 = layout_of(packing) == "sparse24"
+    (_kernels.sparse24_unpack if sparse24 else _kernels.bitmap8_unpack)(
         *_place(packed),
         _source(packed),
         packed.numel(),
         full.shape[0],
         full.shape[1],
-        DTYPES[full.dtype],
+        packing,
         _target(full),
         0 if bits is None else _target(bits),
     )

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from sparseprune.kernels import _core
+from sparseprune.kernels.checks import refuse_input
+from sparseprune.kernels.packing import DTYPES, dtype_of
 
-DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DTYPE_OF: dict[int, torch.dtype] = {code: dtype for dtype, code in DTYPES.items()}
-LAYOUTS: dict[str, int] = {"tile": 0, "csr": 1}
-LAYOUT_OF: dict[int, str] = {code: layout for layout, code in LAYOUTS.items()}
+LAYOUTS: tuple[str, ...] = ("tile", "csr")
 
 _threads = torch.get_num_threads
 _empty = torch.empty
@@ -37,33 +36,38 @@ def layout_for(kind: str, n: int, m: int, dtype: torch.dtype) -> str:
     return "csr" if kind == "csr" else "tile"
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, strategy: int = -1) -> Tensor:
-    """x [..., cols] times the packed weight [rows, cols], transposed, plus bias. x must have contiguous columns."""
+def linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, cols: int, packing: int, strategy: int = -1
+) -> Tensor:
+    """x [..., cols] times the packed weight [rows, cols], transposed, plus bias, a vector.
+
+    strategy: in the place of the plan's choice.
+    """
     # Every attribute of a tensor costs 50 to 150 ns here, and the whole call is to cost no more than nn.Linear's.
-    shape = x.shape
-    cols = shape[-1]
+    shape, dtype = x.shape, x.dtype
+    if dtype is not dtype_of[packing] or not shape or shape[-1] != cols:
+        refuse_input("input", x, "in_features", cols, packing)
     if x.is_contiguous() and cols:
         batch, stride = x.numel() // cols, cols
     else:
         if x.layout != torch.strided:
-            raise TypeError(f"input: must be strided, got {x.layout}; call .to_dense() on it")
+            refuse_input("input", x, "in_features", cols, packing)
         x = x.reshape(math.prod(shape[:-1]), cols)
         if x.stride(1) != 1 and cols > 1:
             x = x.contiguous()
         batch, stride = x.shape[0], x.stride(0)
-    dtype = x.dtype
     out = _empty(batch, rows, dtype=dtype) if len(shape) == 2 else _empty((*shape[:-1], rows), dtype=dtype)
     _core_linear(
         packed.data_ptr(),
         packed.numel(),
+        rows,
+        cols,
+        packing,
         x.data_ptr(),
         batch,
-        cols,
         stride,
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        rows,
-        DTYPES[dtype],
         _threads(),
         strategy,
     )
@@ -75,9 +79,9 @@ def strategy(packed: Tensor, batch: int) -> str:
     return _core.strategy(packed.data_ptr(), packed.numel(), batch)
 
 
-def header(packed: Tensor) -> dict[str, int]:
-    """The header of a packed weight: rows, cols, nnz, dtype and layout codes. ValueError if it is none."""
-    return _core.header(packed.data_ptr(), packed.numel())
+def header(packed: Tensor, rows: int, cols: int, packing: int) -> dict[str, int]:
+    """The header of a packed weight (rows, cols, nnz, packing, interleave). ValueError where it is not that weight."""
+    return _core.header(packed.data_ptr(), packed.numel(), rows, cols, packing)
 
 
 def scan(dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,14 +180,14 @@ def csr_to_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor
     return dense
 
 
-def packed_bytes(rows: int, cols: int, nnz: int, dtype: torch.dtype, layout: str) -> int:
+def packed_bytes(rows: int, cols: int, packing: int, nnz: int) -> int:
     """Bytes of a packed weight [rows, cols] that keeps `nnz` values."""
-    return _core.packed_bytes(rows, cols, DTYPES[dtype], LAYOUTS[layout], nnz)
+    return _core.packed_bytes(rows, cols, packing, nnz)
 
 
-def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, layout: str) -> Tensor:
-    rows, dtype, code = bits.shape[0], DTYPES[values.dtype], LAYOUTS[layout]
-    packed = torch.empty(packed_bytes(rows, cols, values.numel(), values.dtype, layout), dtype=torch.uint8)
+def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, packing: int) -> Tensor:
+    rows = bits.shape[0]
+    packed = torch.empty(packed_bytes(rows, cols, packing, values.numel()), dtype=torch.uint8)
     _core.pack(
         values.data_ptr(),
         bits.data_ptr(),
@@ -191,34 +195,25 @@ def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, layout: str) 
         packed.data_ptr(),
         rows,
         cols,
-        dtype,
-        code,
+        packing,
         _threads(),
     )
     return packed
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    h = header(packed)
-    bits = torch.empty((h["rows"], (h["cols"] + 7) // 8), dtype=torch.uint8)
+def unpack(packed: Tensor, rows: int, cols: int, packing: int) -> tuple[Tensor, Tensor]:
+    nnz = header(packed, rows, cols, packing)["nnz"]
+    bits = torch.empty((rows, (cols + 7) // 8), dtype=torch.uint8)
     _core.unpack_bits(packed.data_ptr(), packed.numel(), bits.data_ptr(), _threads())
-    offsets = count_bits(bits, h["cols"])
-    values = torch.empty(h["nnz"], dtype=DTYPE_OF[h["dtype"]])
+    offsets = count_bits(bits, cols)
+    values = torch.empty(nnz, dtype=dtype_of[packing])
     _core.unpack_values(packed.data_ptr(), packed.numel(), offsets.data_ptr(), values.data_ptr(), _threads())
     return values, bits
 
 
-def dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """The weight [rows, cols] of a packed one. ValueError where it holds none of this shape and dtype."""
-    h = header(packed)
-    weight = f"of the packed weight [{h['rows']}, {h['cols']}]"
-    if h["rows"] != rows:
-        raise ValueError(f"grad: must have the {h['rows']} columns {weight}, got {rows}")
-    if h["cols"] != cols:
-        raise ValueError(f"in_features: must be the {h['cols']} columns {weight}, got {cols}")
-    if DTYPE_OF[h["dtype"]] != dtype:
-        raise ValueError(f"grad: dtype must be the weight's {DTYPE_OF[h['dtype']]}, got {dtype}; cast it")
-    values, bits = unpack(packed)
+def dense(packed: Tensor, rows: int, cols: int, packing: int) -> Tensor:
+    """The weight [rows, cols] of a packed one. ValueError where it is not that weight."""
+    values, bits = unpack(packed, rows, cols, packing)
     return expand(values, bits, count_bits(bits, cols), cols)
 
 

@@ -13,8 +13,10 @@ the CPU or on one CUDA device; values are float32, bfloat16 or float16; sums are
     dense_to_nm(dense, n, m)           (values, bits), exactly n of every m columns
     bitmap_to_dense(values, bits, cols)   the inverse of both
     dense_to_csr(dense), csr_to_dense(crow, col, values, cols)
-    pack(values, bits, cols, layout)   a blob for the device's kernels; unpack(packed) -> (values, bits)
-    linear(input, packed, bias, out_features)   input @ weight.T + bias
+    pack(values, bits, cols, layout)   `Packed`: a blob for the device's kernels; unpack(packed) -> (values, bits)
+    linear(input, packed, bias)        input @ weight.T + bias
+
+Those of torch take a `Packed` by its fields: the blob, rows, cols and the number that says how it is packed.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from sparseprune.kernels.checks import (
     check_bits,
     check_canonical,
     check_device,
+    check_grad,
     check_in_place,
     check_linear,
     check_mask,
@@ -41,7 +44,7 @@ from sparseprune.kernels.checks import (
     check_values,
     check_vector,
 )
-from sparseprune.kernels.native import DTYPE_OF
+from sparseprune.kernels.packing import Packed, dtype_of, packing_code
 
 _lib = torch.library.Library("sparseprune", "DEF")
 
@@ -249,29 +252,29 @@ def _csr_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor:
 
 
 def _pack_fake(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
-    check_pack(values, bits, cols, layout)
+    check_pack(values, bits, cols, layout, backend.of(values).LAYOUTS)
     return values.new_empty(_dynamic_size(), dtype=torch.uint8)
 
 
 def _pack(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
-    check_pack(values, bits, cols, layout)
+    kernels = backend.of(values)
+    check_pack(values, bits, cols, layout, kernels.LAYOUTS)
     values, bits = values.contiguous(), bits.contiguous()
-    return backend.of(values).pack(values, bits, _offsets(values, bits, cols), cols, layout)
+    offsets = _offsets(values, bits, cols)
+    return kernels.pack(values, bits, offsets, cols, packing_code(layout, values.dtype))
 
 
-def _unpack_fake(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _unpack_fake(packed: Tensor, rows: int, cols: int, packing: int) -> tuple[Tensor, Tensor]:
     check_packed(packed)
     return (
-        packed.new_empty(_dynamic_size(), dtype=dtype),
-        packed.new_empty((_dynamic_size(), _dynamic_size())),
+        packed.new_empty(_dynamic_size(), dtype=dtype_of[packing]),
+        packed.new_empty((rows, (cols + 7) // 8)),
     )
 
 
-def _unpack(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _unpack(packed: Tensor, rows: int, cols: int, packing: int) -> tuple[Tensor, Tensor]:
     check_packed(packed)
-    values, bits = backend.of(packed).unpack(packed)
-    check(values.dtype == dtype, lambda: f"dtype: packed holds {values.dtype}, got {dtype}", TypeError)
-    return values, bits
+    return backend.of(packed).unpack(packed, rows, cols, packing)
 
 
 _define("dense_to_bitmap(Tensor dense) -> (Tensor, Tensor)", _bitmap, _bitmap_fake)
@@ -282,61 +285,64 @@ _define(
     "csr_to_dense(Tensor crow, Tensor col, Tensor values, int cols) -> Tensor", _csr_dense, _csr_dense_fake
 )
 _define("pack(Tensor values, Tensor bits, int cols, str layout) -> Tensor", _pack, _pack_fake)
-_define("unpack(Tensor packed, ScalarType dtype) -> (Tensor, Tensor)", _unpack, _unpack_fake)
+_define("unpack(Tensor packed, int rows, int cols, int packing) -> (Tensor, Tensor)", _unpack, _unpack_fake)
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 
-def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    check_linear(x, packed, bias, out_features)
-    return x.new_empty((*x.shape[:-1], out_features))
+def _linear_fake(
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, cols: int, packing: int
+) -> Tensor:
+    check_linear(x, packed, bias, rows, cols, packing)
+    return x.new_empty((*x.shape[:-1], rows))
 
 
-def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    check_linear(x, packed, bias, out_features)
+def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, cols: int, packing: int) -> Tensor:
+    check_linear(x, packed, bias, rows, cols, packing)
     kernels = backend.cpu if x.is_cpu else backend.cuda  # as backend.of does, which would be a call more
-    return kernels.linear(x, packed, None if bias is None else bias.contiguous(), out_features)
+    return kernels.linear(x, packed, None if bias is None else bias.contiguous(), rows, cols, packing)
 
 
-def _grad_input_fake(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
-    check_values("grad", grad)
-    check(grad.dim() >= 1, lambda: "grad: must have at least one dimension [..., out_features], got a scalar")
-    check_packed(packed)
-    check_device("grad", grad, packed=packed)
-    return grad.new_empty((*grad.shape[:-1], in_features))
+def _grad_input_fake(grad: Tensor, packed: Tensor, rows: int, cols: int, packing: int) -> Tensor:
+    check_grad(grad, packed, rows, cols, packing)
+    return grad.new_empty((*grad.shape[:-1], cols))
 
 
-def _grad_input(grad: Tensor, packed: Tensor, in_features: int) -> Tensor:
+def _grad_input(grad: Tensor, packed: Tensor, rows: int, cols: int, packing: int) -> Tensor:
     """grad @ weight: the weight is expanded to dense for the time of this call."""
-    _grad_input_fake(grad, packed, in_features)
-    return grad @ backend.of(packed).dense(packed, grad.shape[-1], in_features, grad.dtype)
+    check_grad(grad, packed, rows, cols, packing)
+    return grad @ backend.of(packed).dense(packed, rows, cols, packing)
 
 
 _define(
-    "linear(Tensor input, Tensor packed, Tensor? bias, int out_features) -> Tensor", _linear, _linear_fake
+    "linear(Tensor input, Tensor packed, Tensor? bias, int rows, int cols, int packing) -> Tensor",
+    _linear,
+    _linear_fake,
 )
 _define(
-    "linear_grad_input(Tensor grad, Tensor packed, int in_features) -> Tensor", _grad_input, _grad_input_fake
+    "linear_grad_input(Tensor grad, Tensor packed, int rows, int cols, int packing) -> Tensor",
+    _grad_input,
+    _grad_input_fake,
 )
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, bias, _ = inputs
+    _, packed, bias, *how = inputs
     ctx.save_for_backward(packed)
-    ctx.in_features = x.shape[-1]
+    ctx.how = how
     ctx.has_bias = bias is not None
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (packed,) = ctx.saved_tensors
     grad_input = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_input = torch.ops.sparseprune.linear_grad_input(grad, packed, ctx.in_features)
+        grad_input = torch.ops.sparseprune.linear_grad_input(grad, packed, *ctx.how)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         # A sum over no dimensions would be the sum over all.
         grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
-    return grad_input, None, grad_bias, None
+    return grad_input, None, grad_bias, None, None, None
 
 
 torch.library.register_autograd(
@@ -413,24 +419,25 @@ def csr_to_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor
     return _ops.csr_to_dense(crow, col, values, cols)
 
 
-def pack(values: Tensor, bits: Tensor, cols: int, layout: str) -> Tensor:
-    """A uint8 blob that the device's kernels read (docs/formats.md).
+def pack(values: Tensor, bits: Tensor, cols: int, layout: str) -> Packed:
+    """What the device's kernels read (docs/formats.md).
 
     layout: on the CPU "tile" (N:M, bitmap) or "csr", on a GPU "bitmap8" (any) or "sparse24" (exactly 2:4, 16-bit values).
     """
-    return _ops.pack(values, bits, cols, layout)
+    blob = _ops.pack(values, bits, cols, layout)
+    return Packed(blob, bits.shape[0], cols, packing_code(layout, values.dtype))
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+def unpack(packed: Packed) -> tuple[Tensor, Tensor]:
     """The (values, bits) that were packed."""
-    check_packed(packed)
-    return _ops.unpack(packed, DTYPE_OF[backend.of(packed).header(packed)["dtype"]])
+    return _ops.unpack(*packed)
 
 
-def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """input [..., in_features] @ weight.T + bias -> [..., out_features], float32 sums, for a packed weight.
+def linear(input: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """input [..., cols] @ weight.T + bias [rows] -> [..., rows], float32 sums, for a packed weight [rows, cols].
 
     Gradients flow to input and bias; the weight is frozen, and the backward pass expands it to dense for one call.
     A pruned weight times NaN or Inf may count as 0 or as NaN.
     """
-    return _ops.linear(input, packed, bias, out_features)
+    blob, *how = packed
+    return _ops.linear(input, blob, bias, *how)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.kernels import cuda, native
+from sparseprune.kernels.packing import packing_code
 from sparseprune.models.notes import Note, digest_of, kept_bits
 from sparseprune.report import human_bytes
 from sparseprune.weights.format import Format, group_counts, popcounts
@@ -163,7 +164,8 @@ def unstructured_forms(density: float, device: torch.device) -> tuple[Format, ..
 
 def packed_bytes(form: Format, nnz: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Bytes of a weight that keeps `nnz` values, packed for the CPU: it follows from these, nothing is packed."""
-    return native.packed_bytes(*shape, nnz, dtype, native.layout_for(form.kind, form.n, form.m, dtype))
+    layout = native.layout_for(form.kind, form.n, form.m, dtype)
+    return native.packed_bytes(*shape, packing_code(layout, dtype), nnz)
 
 
 def smallest_bytes(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> int:

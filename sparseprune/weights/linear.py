@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune.kernels import backend, ops
-from sparseprune.kernels.native import isa
+from sparseprune.kernels import backend, native, ops
+from sparseprune.kernels.packing import Packed, packing_code
 from sparseprune.models import notes
 from sparseprune.models.sites import site_of
 from sparseprune.weights.format import Format
@@ -55,12 +55,11 @@ class SparseLinear(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self.spec = WeightSpec((out_features, in_features), dtype, Format.parse(format))
         self.nnz = 0
-        if device is not None and torch.device(device).type == "meta":
-            blob = torch.empty(0, dtype=torch.uint8, device="meta")
-        else:
+        self.packing = self._packing_on_cpu()  # how `packed` is packed (kernels/packing.py)
+        self.register_buffer("packed", torch.empty(0, dtype=torch.uint8, device="meta"), persistent=False)
+        if device is None or torch.device(device).type != "meta":
             zero = SparseWeight.from_dense(torch.zeros(self.spec.shape, dtype=dtype), self.format)
-            blob, self.nnz = zero.to(device=device).pack(), zero.nnz
-        self.register_buffer("packed", blob, persistent=False)
+            self._set_weight(zero.to(device=device))
         zeros = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", zeros)
 
@@ -94,36 +93,17 @@ class SparseLinear(nn.Module):
         # Straight to the dictionaries: nn.Module.__getattr__ would cost two Python calls more per layer and token.
         packed: Any = self._buffers["packed"]
         bias = self._parameters["bias"]
+        out, width, packing = self.out_features, self.in_features, self.packing
         if _needs_dispatcher(input, bias):
-            self._check_input(input)
-            return _linear(input, packed, bias, self.out_features)
+            return _linear(input, packed, bias, out, width, packing)
         if bias is None:
-            try:
-                if input.is_cpu and packed.is_cpu:
-                    return backend.cpu.linear(input, packed, None, self.out_features)
-                if input.is_cuda and input.device == packed.device and input.shape[-1] == self.in_features:
-                    return backend.cuda.linear(input, packed, None, self.out_features)
-            except (KeyError, IndexError):  # an unknown dtype, a scalar: found on the way to the kernel
-                self._check_input(input)
-                raise
-        self._check_input(input)
-        if not (input.is_cpu or input.is_cuda):
-            return _linear(input, packed, bias, self.out_features)
-        return _linear_undispatched(input, packed, bias, self.out_features)
-
-    def _check_input(self, input: Tensor) -> None:
-        if not input.dim():
-            raise ValueError("input: must have at least one dimension [..., in_features], got a scalar")
-        if input.shape[-1] != self.in_features:
-            raise ValueError(
-                f"input: must have {self.in_features} columns [..., in_features], got shape {tuple(input.shape)}; "
-                "check the layer before this one"
-            )
-        if input.dtype != self.dtype:
-            raise TypeError(
-                f"input: dtype must be the weight's {self.dtype}, got {input.dtype}; cast the input, or the layer with "
-                ".to(dtype); autocast does not reach sparse layers"
-            )
+            if input.is_cpu and packed.is_cpu:
+                return backend.cpu.linear(input, packed, None, out, width, packing)
+            if input.is_cuda and input.device == packed.device:
+                return backend.cuda.linear(input, packed, None, out, width, packing)
+        if input.is_cpu or input.is_cuda:
+            return _linear_undispatched(input, packed, bias, out, width, packing)
+        return _linear(input, packed, bias, out, width, packing)
 
     def sparse_weight(self) -> SparseWeight:
         """The canonical weight, a copy."""
@@ -131,7 +111,12 @@ class SparseLinear(nn.Module):
             raise RuntimeError(
                 "weight: the layer is on the meta device and has no data; load a state dict first"
             )
-        return SparseWeight.unpack(self.packed, self.spec)
+        return SparseWeight.unpack(self.packed_weight, self.spec)
+
+    @property
+    def packed_weight(self) -> Packed:
+        """The weight as the kernels of its device read it."""
+        return Packed(self.packed, self.out_features, self.in_features, self.packing)
 
     @property
     def format(self) -> Format:
@@ -168,16 +153,22 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         dense = max(1, self.out_features * self.in_features * self.dtype.itemsize)
-        kernels = f"isa={isa()}" if self.packed.is_cpu else f"device={self.packed.device}"
+        kernels = f"isa={native.isa()}" if self.packed.is_cpu else f"device={self.packed.device}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format}, sparsity={self.sparsity:.3f}, dtype={str(self.dtype).removeprefix('torch.')}, "
             f"nbytes={self.nbytes} ({self.nbytes / dense:.2f} of dense), {kernels}"
         )
 
+    def _packing_on_cpu(self) -> int:
+        """For a layer without data, which need only know its dtype."""
+        form = self.format
+        return packing_code(native.layout_for(form.kind, form.n, form.m, self.dtype), self.dtype)
+
     def _set_weight(self, weight: SparseWeight) -> None:
-        self.spec, self.nnz = weight.spec, weight.nnz
-        self.register_buffer("packed", weight.pack(), persistent=False)
+        packed = weight.pack()
+        self.spec, self.nnz, self.packing = weight.spec, weight.nnz, packed.packing
+        self.register_buffer("packed", packed.blob, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         # The blob is bytes to torch, so a cast or a move has to go through the canonical form. What fn does is seen
@@ -192,6 +183,8 @@ class SparseLinear(nn.Module):
         if packed.is_meta or probe.is_meta or (probe.dtype, probe.device) == (self.dtype, packed.device):
             super()._apply(fn, recurse)
             self.spec = replace(self.spec, dtype=probe.dtype)
+            if packed.is_meta or probe.is_meta:
+                self.packing = self._packing_on_cpu()
             if not probe.is_meta and (packed.is_meta or not torch.equal(probe, sample)):
                 # to_empty(): bytes at random must not pass for a packed weight.
                 self._buffers["packed"] = self.packed.new_empty(0)

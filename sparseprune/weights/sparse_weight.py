@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.kernels import backend, ops
+from sparseprune.kernels.packing import Packed
 from sparseprune.weights.format import Format, group_counts, popcounts
 from sparseprune.weights.spec import DTYPES, SPEC, WeightSpec
 
@@ -82,16 +83,16 @@ class SparseWeight:
         """The weight `[rows, cols]`."""
         return ops.bitmap_to_dense(self.values, self.mask, self.shape[1])
 
-    def pack(self) -> Tensor:
-        """`uint8` blob for the kernels of the device that the weight is on."""
+    def pack(self) -> Packed:
+        """For the kernels of the device that the weight is on."""
         form = self.format
         layout = backend.of(self.values).layout_for(form.kind, form.n, form.m, self.dtype)
         return ops.pack(self.values, self.mask, self.shape[1], layout)
 
     @classmethod
-    def unpack(cls, blob: Tensor, spec: WeightSpec) -> SparseWeight:
-        """Inverse of `pack`; the spec is not read from the blob."""
-        return cls(*ops.unpack(blob), spec)
+    def unpack(cls, packed: Packed, spec: WeightSpec) -> SparseWeight:
+        """Inverse of `pack`; the spec is not read from the blob, which must hold a weight of its shape."""
+        return cls(*ops.unpack(packed), spec)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> SparseWeight:
         """The weight with its values cast and all parts moved; the mask stays although a value may round to 0."""

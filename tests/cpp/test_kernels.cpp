@@ -19,6 +19,7 @@
 #include "cpu/dispatch/isa.h"
 #include "cpu/ops/convert.h"
 #include "cpu/ops/linear.h"
+#include "cpu/ops/pack.h"
 
 using namespace sparseprune;
 
@@ -284,14 +285,16 @@ void test_groups(const Case& c, int n, int group) {
 }
 
 struct Blob {
-  Memory memory;
+  Packing packing;
   std::int64_t bytes;
+  Memory memory;
 
   Blob(const Case& c, const Weight& w, Layout layout)
-      : memory(c.place, packed_bytes({c.rows, c.cols, c.dtype}, layout, static_cast<std::int64_t>(w.kept.size())), kAlign),
-        bytes(packed_bytes({c.rows, c.cols, c.dtype}, layout, static_cast<std::int64_t>(w.kept.size()))) {
+      : packing{layout, c.dtype, Encoding::plain, 0},
+        bytes(packed_bytes(c.rows, c.cols, packing, static_cast<std::int64_t>(w.kept.size()))),
+        memory(c.place, bytes, kAlign) {
     const Memory values = words(c, w.kept), bits = copy_of(c.place, w.bits), offsets = copy_of(c.place, w.offsets);
-    pack({c.rows, c.cols, c.dtype}, layout, values.as<void>(), bits.as<std::uint8_t>(), offsets.as<std::int64_t>(),
+    pack(c.rows, c.cols, packing, {values.as<void>(), bits.as<std::uint8_t>(), offsets.as<std::int64_t>()},
          memory.as<std::uint8_t>(), c.threads);
   }
 };
@@ -316,8 +319,8 @@ void test_linear(const Case& c, const Weight& w, const Blob& blob, int strategy,
   }
   for (std::int64_t r = 0; r < c.rows; ++r) bias.push_back(random_source.whole(8));
   const Memory input = words(c, x), biases = words(c, bias), out(c.place, size(c, batch * c.rows), word);
-  linear({blob.memory.as<std::uint8_t>(), blob.bytes, input.as<void>(), batch, c.cols, stride,
-          biased ? biases.as<void>() : nullptr, out.as<void>(), c.rows, c.dtype, c.threads, strategy});
+  linear({blob.memory.as<std::uint8_t>(), blob.bytes, c.rows, c.cols, blob.packing, input.as<void>(), batch, stride,
+          biased ? biases.as<void>() : nullptr, out.as<void>(), c.threads, strategy});
   bool same = true;
   for (std::int64_t b = 0; b < batch; ++b) {
     for (std::int64_t r = 0; r < c.rows; ++r) {
@@ -374,15 +377,69 @@ void test_all(const Case& c, std::int64_t& turn) {
   }
 }
 
+// says: what the error's words must hold.
 template <typename Call>
-void expect_refused(const Call& call, const char* what) {
+void expect_refused(const Call& call, const char* what, const char* says = "") {
   bool refused = false;
   try {
     call();
-  } catch (const std::invalid_argument&) {
-    refused = true;
+  } catch (const std::invalid_argument& error) {
+    refused = std::string(error.what()).find(says) != std::string::npos;
   }
   expect(refused, what);
+}
+
+void test_header() {
+  context = "header";
+  for (int layout = 0; layout < kLayouts; ++layout) {
+    for (int dtype = 0; dtype < kDTypes; ++dtype) {
+      const Packing packing{static_cast<Layout>(layout), static_cast<DType>(dtype), Encoding::plain, 0};
+      if (packing.layout == Layout::sparse24 && packing.dtype == DType::f32) {
+        expect_refused([&] { to_packing(to_code(packing)); }, "32-bit values in sparse24");
+        continue;
+      }
+      expect(to_packing(to_code(packing)) == packing, "a packing's number names it");
+      const Home home = is_cuda(packing.layout) ? Home::cuda : Home::cpu,
+                 other = is_cuda(packing.layout) ? Home::cpu : Home::cuda;
+      const PackedHeader h = make_header(home, 40, 100, packing, 2000, 2048);
+      const std::int64_t size = geometry_of(h).total;
+      require_same(read_header(home, &h, size), 40, 100, packing);
+      expect_refused([&] { read_header(other, &h, size); }, "a blob for the other device",
+                     "move the layer with .to(device)");
+      expect_refused([&] { make_header(other, 40, 100, packing, 2000, 2048); }, "a layout of the other device");
+      for (const std::int64_t wrong : {size - 1, size + 1, size + 64, size - 64}) {
+        expect_refused([&] { read_header(home, &h, wrong); }, "another size", "does not fit the size");
+      }
+      expect_refused([&] { require_same(h, 100, 40, packing); }, "the transpose", "holds a weight of 40x100");
+      if (home == Home::cpu) continue;
+      const HiddenBlob seen = require_hidden(40, 100, packing, 64, size);
+      expect(seen.geometry.total == size && seen.stored >= h.stored && seen.stored * 2 < h.stored * 2 + kAlign,
+             "a hidden blob's sections");
+      for (const std::int64_t wrong : {std::int64_t{0}, std::int64_t{64}, size - 1, size + 1, std::int64_t{1} << 40}) {
+        expect_refused([&] { require_hidden(40, 100, packing, 64, wrong); }, "another size", "holds no weight of 40x100");
+      }
+      expect_refused([&] { require_hidden(40, 100, packing, 72, size); }, "an unaligned blob", "multiple of 16");
+    }
+  }
+  for (const std::int64_t code : {-1, 4, 3 << 8, 1 << 16, 1 << 24}) {
+    expect_refused([&] { to_packing(code); }, "a packing that is none", "packing: must be");
+  }
+  constexpr std::int64_t kHuge = std::int64_t{1} << 39;
+  expect_refused([] { make_header(Home::cpu, kHuge, kHuge, {}, 0); }, "a shape that overflows", "shape: must be");
+  expect_refused([] { require_hidden(kHuge, kHuge, {Layout::bitmap8, DType::f32, Encoding::plain, 0}, 0, 1 << 20); },
+                 "a shape that overflows", "holds no weight");
+}
+
+void test_a_level_without_kernels() {
+  context = "no kernels";
+  KernelTable bare{};
+  bare.isa = "bare";
+  for (const Layout layout : {Layout::tile, Layout::csr}) {
+    const PackedHeader h = make_header(Home::cpu, 40, 100, {layout, DType::bf16, Encoding::plain, 0}, 2000);
+    expect_refused([&] { choose_plan(bare, h, 1); }, "values that no kernel takes", "has no kernel at level 'bare'");
+    expect_refused([&] { choose_plan(bare, h, 1, 0); }, "a strategy that is not there",
+                   "strategy: tile_rows does not serve");
+  }
 }
 
 void test_bad_input() {
@@ -429,6 +486,8 @@ int main() {
   const std::vector<std::int64_t> cols = {0, 1, 7, 8, 16, 31, 32, 33, 64, 97, 128, 257};
   constexpr int kDensities[] = {50, 10, 100, 0, 50};
   std::int64_t turn = 0;
+  test_header();
+  test_a_level_without_kernels();
   test_bad_input();
   for (const std::string& isa : isas_available()) {
     set_isa(isa);

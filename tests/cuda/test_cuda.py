@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparseprune as sp
 from sparseprune.kernels import _core, backend, cuda, native, ops
+from sparseprune.kernels.packing import Packed, packing_code
 
 
 def test_both_backends_have_the_same_functions():
@@ -40,8 +41,10 @@ def test_a_build_without_kernels_says_so(monkeypatch):
     for call in (
         lambda: cuda.mask_bytes(x, x != 0),
         lambda: cuda.scan(x),
-        lambda: cuda.linear(x, torch.zeros(2053, dtype=torch.uint8), None, 4),
-        lambda: cuda.configs("bitmap8", torch.float32),
+        lambda: cuda.linear(
+            x, torch.zeros(2053, dtype=torch.uint8), None, 4, 8, packing_code("bitmap8", x.dtype)
+        ),
+        lambda: cuda.configs(packing_code("bitmap8", torch.float32)),
     ):
         with pytest.raises(
             RuntimeError, match="CUDA: this build of sparseprune has no CUDA kernels; .* on the CPU"
@@ -66,8 +69,9 @@ def test_the_fake_path_serves_cuda_tensors_without_a_gpu():
         x = torch.empty(3, 36, dtype=torch.float16, device="cuda")
         bits = torch.empty(20, 5, dtype=torch.uint8, device="cuda")
         values = torch.empty(360, dtype=torch.float16, device="cuda")
-        packed = torch.empty(2401, dtype=torch.uint8, device="cuda")
-        out = ops.linear(x, packed, None, 20)
+        packing = packing_code("sparse24", torch.float16)
+        packed = Packed(torch.empty(2401, dtype=torch.uint8, device="cuda"), 20, 36, packing)
+        out = ops.linear(x, packed)
         assert (out.shape, out.device.type, out.dtype) == ((3, 20), "cuda", torch.float16)
         assert ops.pack_mask(x != 0).device.type == "cuda"
         with pytest.raises(
@@ -75,7 +79,7 @@ def test_the_fake_path_serves_cuda_tensors_without_a_gpu():
         ):
             ops.pack(values, bits, 36, "tile")
         with pytest.raises(ValueError, match=r"packed: must lie on input's device cuda:0, got cpu; move it"):
-            ops.linear(x, torch.empty(2401, dtype=torch.uint8, device="cpu"), None, 20)
+            ops.linear(x, packed._replace(blob=torch.empty(2401, dtype=torch.uint8, device="cpu")))
         with pytest.raises(ValueError, match=r"bits: must lie on values's device cuda:0, got cpu"):
             ops.bitmap_to_dense(values, torch.empty(20, 5, dtype=torch.uint8, device="cpu"), 36)
 
@@ -148,9 +152,9 @@ def test_layers_of_a_cpu_and_of_a_gpu_hold_the_same_weight(there):
             with running(there) as place:
                 moved = sp.SparseLinear.from_weight(weight.to(device=place.device))
                 layout = "sparse24" if form == "2:4" and dtype == torch.float16 else "bitmap8"
-                assert cuda.layout_of(moved.packed) == layout
+                assert moved.packed_weight.layout == layout
                 again = moved.sparse_weight().to(device="cpu")
             assert (again.format, again.shape) == (weight.format, weight.shape)
             assert torch.equal(again.mask, weight.mask) and torch.equal(again.values, weight.values)
             with running("cpu"):
-                assert torch.equal(again.pack(), layer.packed)
+                assert torch.equal(again.pack().blob, layer.packed)

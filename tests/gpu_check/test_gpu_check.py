@@ -13,6 +13,7 @@ from helpers import backends, processes
 from helpers.gpu_check import SMI
 
 from sparseprune.kernels import cuda
+from sparseprune.kernels.packing import packing_code
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from gpu_check import build, checks, environment, measure, plan, small_part, steps
@@ -379,8 +380,8 @@ def test_small_part_is_right_here_and_says_what_is_wrong(monkeypatch, capsys):
     assert capsys.readouterr().out == "0 wrong\n"
     linear = small_part.ops.linear
 
-    def broken(x, packed, bias, rows):
-        out = linear(x, packed, bias, rows)
+    def broken(x, packed, bias):
+        out = linear(x, packed, bias)
         out[0, 0] += 1
         return out
 
@@ -397,7 +398,7 @@ def test_small_part_and_the_choice_of_configurations_on_the_emulated_card():
         for form, layout in (("2:4", "sparse24"), ("bitmap", "bitmap8")):
             found = bench.measure(plan.Cell("choice", "bf16", "small", form, 0.5, 9), 0.0)
             assert {name.partition(",")[0] for name in found["seconds"]} == set(
-                cuda.configs(layout, torch.bfloat16)
+                cuda.configs(packing_code(layout, torch.bfloat16))
             )
             assert {found["planned"], found["best"]} <= set(found["seconds"])
             assert found["best_over_planned"] >= 1 and not found["errors"]

@@ -12,6 +12,7 @@ from helpers.shapes import BATCHES, EDGES, fits, generator, mask
 from torch import Tensor
 
 from sparseprune.kernels import cuda, native, ops
+from sparseprune.kernels.packing import Packed, packing_code
 
 # A GPU's tiles are 8 to 256 wide; a block of columns is 64. The emulator is a thousand times slower than a CPU.
 GPU_EDGES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 127, 129, 255, 257)
@@ -63,7 +64,7 @@ class Kernel:
             return w
         return w * mask(*w.shape, "2:4", generator(*w.shape, 1))
 
-    def pack(self, w: Tensor) -> Tensor:
+    def pack(self, w: Tensor) -> Packed:
         """On the device; under the level in force, whose column order it has."""
         there = self.at.put(w)
         values, bits = (
@@ -72,14 +73,14 @@ class Kernel:
         return ops.pack(values, bits, w.shape[1], self.layout)
 
     def configs(self) -> list[str]:
-        return cuda.configs(self.layout, self.dtype)
+        return cuda.configs(packing_code(self.layout, self.dtype))
 
     def run(self, x: Tensor, w: Tensor, bias: Tensor | None, turn: int | None = None) -> Tensor:
         """x @ w.T + bias, of CPU tensors to a CPU tensor. turn: which configuration and how many splits a GPU is
         forced to; without it, those that the plan chooses."""
-        packed, rows = self.pack(w), w.shape[0]
+        packed = self.pack(w)
         if not self.is_gpu:
-            return native.linear(x, packed, bias, rows, STRATEGIES.index(self.strategy))
+            return cpu_linear(x, packed, bias, STRATEGIES.index(self.strategy))
         forced = None
         if turn is not None:
             blocks = max(1, -(-w.shape[1] // 64))
@@ -87,10 +88,22 @@ class Kernel:
             again, config = divmod(turn, len(self.configs()))
             forced = config, splits[again % len(splits)]
         put = self.at.put
-        return cuda.linear(put(x), packed, None if bias is None else put(bias), rows, forced).cpu()
+        return gpu_linear(put(x), packed, None if bias is None else put(bias), forced).cpu()
 
     def __str__(self) -> str:
         return f"{self.place}-{str(self.dtype)[6:]}-{self.strategy}"
+
+
+def cpu_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, strategy: int = -1) -> Tensor:
+    """`native.linear`, which takes a packed weight by its fields."""
+    return native.linear(x, packed.blob, bias, *packed[1:], strategy)
+
+
+def gpu_linear(
+    x: Tensor, packed: Packed, bias: Tensor | None = None, forced: tuple[int, int] | None = None
+) -> Tensor:
+    """`cuda.linear` likewise."""
+    return cuda.linear(x, packed.blob, bias, *packed[1:], forced)
 
 
 CPU_KERNELS = [Kernel(*kernel) for kernel in isa.KERNELS]

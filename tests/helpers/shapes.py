@@ -10,6 +10,7 @@ from helpers import reference
 from torch import Tensor
 
 from sparseprune.kernels import ops
+from sparseprune.kernels.packing import Packed
 
 # Around the widths that kernels step by: 8, 16, 32 and 64 lanes, tiles, chunks of 256 and 1024 columns.
 EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 257, 513, 1025)
@@ -108,7 +109,7 @@ def packed_layer(
     cols: int = 36,
     layout: str = "tile",
     put: Callable[[Tensor], Tensor] = lambda x: x,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Packed]:
     """A 2:4 weight, and where `put` puts them a bias and the weight packed."""
     w, bias, values, bits = sparse_layer(dtype, rows, cols)
     return w, put(bias), ops.pack(put(values), put(bits), cols, layout)

@@ -10,7 +10,6 @@ from torch import nn
 
 from sparseprune.io import checkpoint
 from sparseprune.io.checkpoint import CheckpointError, is_checkpoint, load, load_tokenizer, save
-from sparseprune.kernels import cuda
 from sparseprune.weights.linear import SparseLinear
 
 
@@ -70,7 +69,7 @@ def test_what_is_saved_on_one_device_loads_on_the_other(tmp_path, there, dtype):
         expected, weight = logits(net), net.up.weight
     with running(there) as place:
         moved = load(tmp_path / "cpu", model=Net()).to(place.device)
-        layouts = [cuda.layout_of(layer.packed) for layer in (moved.up, moved.down)]
+        layouts = [layer.packed_weight.layout for layer in (moved.up, moved.down)]
         assert layouts == ["sparse24" if dtype == torch.bfloat16 else "bitmap8", "bitmap8"]
         torch.testing.assert_close(logits(moved), expected, rtol=0.02, atol=0.02)
         save(moved, tmp_path / "gpu")

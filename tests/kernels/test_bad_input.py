@@ -15,9 +15,9 @@ from helpers.isa import DTYPES
 from helpers.shapes import packed_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sparseprune.kernels import backend, ops
+from sparseprune.kernels.packing import Packed, packing_code
 
 LAYOUTS = ("tile", "csr")
 
@@ -32,7 +32,8 @@ KEEP = torch.ones(3, 12, dtype=torch.bool)
 BITS = reference.pack_mask(KEEP)
 VALUES = torch.ones(36)
 CROW, COL = torch.tensor([0, 12, 24, 36]), torch.arange(12, dtype=torch.int32).repeat(3)
-BLOB = ops.pack(VALUES, BITS, 12, "tile")
+PACKED = ops.pack(VALUES, BITS, 12, "tile")
+BLOB = PACKED.blob
 PADDED = torch.tensor([[0xFF, 0x1F]] * 3, dtype=torch.uint8)
 
 ERRORS = {
@@ -203,69 +204,82 @@ ERRORS = {
         r"cols: must be in \[0, 2\^31\), got -1",
     ),
     "unpack dtype": (
-        lambda: ops.unpack(X[0]),
+        lambda: ops.unpack(PACKED._replace(blob=X[0])),
         TypeError,
         r"packed: must be torch\.uint8, got torch\.float32",
     ),
-    "unpack dims": (lambda: ops.unpack(BITS), ValueError, "packed: must have one dimension"),
-    "unpack strides": (lambda: ops.unpack(BLOB[::2]), ValueError, "packed: must be contiguous"),
+    "unpack dims": (
+        lambda: ops.unpack(PACKED._replace(blob=BITS)),
+        ValueError,
+        "packed: must have one dimension",
+    ),
+    "unpack strides": (
+        lambda: ops.unpack(PACKED._replace(blob=BLOB[::2])),
+        ValueError,
+        "packed: must be contiguous",
+    ),
     "unpack other dtype": (
-        lambda: torch.ops.sparseprune.unpack(BLOB, torch.float16),
-        TypeError,
-        r"dtype: packed holds torch\.float32, got torch\.float16",
+        lambda: ops.unpack(PACKED._replace(packing=packing_code("tile", torch.float16))),
+        ValueError,
+        r"packed: holds a weight of 3x12 float32 in layout tile, the call is for 3x12 float16 in layout tile",
+    ),
+    "unpack no packing": (
+        lambda: ops.unpack(PACKED._replace(packing=0xFFFF)),
+        ValueError,
+        r"packing: must be a number that packing.* gives, got 65535",
     ),
     "linear scalar": (
-        lambda: ops.linear(torch.tensor(1.0), BLOB, None, 3),
+        lambda: ops.linear(torch.tensor(1.0), PACKED),
         ValueError,
         "input: .* got a scalar",
     ),
     "linear dtype": (
-        lambda: ops.linear(X.double(), BLOB, None, 3),
+        lambda: ops.linear(X.double(), PACKED),
         TypeError,
         r"input: .* got torch\.float64",
     ),
     "linear other dtype": (
-        lambda: ops.linear(X.half(), BLOB, None, 3),
-        ValueError,
-        "input: dtype must be the weight's float32, got float16; cast the input",
+        lambda: ops.linear(X.half(), PACKED),
+        TypeError,
+        "input: dtype must be the weight's torch.float32, got torch.float16; cast the input",
     ),
     "linear cols": (
-        lambda: ops.linear(X[:, :11], BLOB, None, 3),
+        lambda: ops.linear(X[:, :11], PACKED),
         ValueError,
-        r"input: must have the 12 columns of the packed weight \[3, 12\], got 11; check the layer before",
+        r"input: must have 12 columns .*, got shape \(3, 11\); check the layer before",
     ),
     "linear rows": (
-        lambda: ops.linear(X, BLOB, None, 4),
+        lambda: ops.linear(X, PACKED._replace(rows=4)),
         ValueError,
-        r"out_features: must be the 3 rows of the packed weight \[3, 12\], got 4",
+        r"packed: holds a weight of 3x12 float32 in layout tile, the call is for 4x12 float32",
     ),
     "linear bias dtype": (
-        lambda: ops.linear(X, BLOB, torch.ones(3).half(), 3),
+        lambda: ops.linear(X, PACKED, torch.ones(3).half()),
         TypeError,
         r"bias: must have the input's dtype torch\.float32, got torch\.float16",
     ),
     "linear bias shape": (
-        lambda: ops.linear(X, BLOB, torch.ones(4), 3),
+        lambda: ops.linear(X, PACKED, torch.ones(4)),
         ValueError,
         r"bias: must have shape \[3\], got \(4,\)",
     ),
     "linear blob dtype": (
-        lambda: ops.linear(X, BLOB.int(), None, 3),
+        lambda: ops.linear(X, PACKED._replace(blob=BLOB.int())),
         TypeError,
         r"packed: must be torch\.uint8",
     ),
     "linear blob strides": (
-        lambda: ops.linear(X, BLOB[::2], None, 3),
+        lambda: ops.linear(X, PACKED._replace(blob=BLOB[::2])),
         ValueError,
         "packed: must be contiguous",
     ),
     "grad cols": (
-        lambda: torch.ops.sparseprune.linear_grad_input(torch.ones(2, 3), BLOB, 10**6),
+        lambda: torch.ops.sparseprune.linear_grad_input(torch.ones(2, 3), BLOB, 3, 10**6, PACKED.packing),
         ValueError,
-        r"in_features: must be the 12 columns of the packed weight \[3, 12\], got 1000000",
+        r"packed: holds a weight of 3x12 float32 in layout tile, the call is for 3x1000000",
     ),
     "grad scalar": (
-        lambda: torch.ops.sparseprune.linear_grad_input(torch.tensor(1.0), BLOB, 12),
+        lambda: torch.ops.sparseprune.linear_grad_input(torch.tensor(1.0), *PACKED),
         ValueError,
         "grad: .* got a scalar",
     ),
@@ -275,7 +289,7 @@ ERRORS = {
         r"mask: must lie on input's device cpu, got meta; move it with .to\(device\)",
     ),
     "linear other device": (
-        lambda: ops.linear(X, BLOB, torch.ones(3, device="meta"), 3),
+        lambda: ops.linear(X, PACKED, torch.ones(3, device="meta")),
         ValueError,
         "bias: must lie on input's device cpu, got meta",
     ),
@@ -285,13 +299,13 @@ ERRORS = {
         r"layout: must be one of \['tile', 'csr'\] on cpu, got 'bitmap8'",
     ),
     "grad rows": (
-        lambda: torch.ops.sparseprune.linear_grad_input(torch.ones(2, 4), BLOB, 12),
+        lambda: torch.ops.sparseprune.linear_grad_input(torch.ones(2, 4), *PACKED),
         ValueError,
-        r"grad: must have the 3 columns of the packed weight \[3, 12\], got 4",
+        r"grad: must have 3 columns .*, got shape \(2, 4\)",
     ),
     "grad dtype": (
-        lambda: torch.ops.sparseprune.linear_grad_input(torch.ones(2, 3).half(), BLOB, 12),
-        ValueError,
+        lambda: torch.ops.sparseprune.linear_grad_input(torch.ones(2, 3).half(), *PACKED),
+        TypeError,
         "grad: dtype must be the weight's torch.float32, got torch.float16",
     ),
 }
@@ -342,60 +356,58 @@ def test_a_failed_in_place_operation_changes_nothing():
 # --- damaged blobs ----------------------------------------------------------------------------------------------------
 
 READERS = {
-    "unpack": lambda blob, rows, cols, dtype: ops.unpack(blob),
-    "linear": lambda blob, rows, cols, dtype: ops.linear(torch.ones(2, cols, dtype=dtype), blob, None, rows),
-    "gradient": lambda blob, rows, cols, dtype: torch.ops.sparseprune.linear_grad_input(
-        torch.ones(2, rows, dtype=dtype), blob, cols
+    "unpack": ops.unpack,
+    "linear": lambda it: ops.linear(torch.ones(2, it.cols, dtype=it.dtype), it),
+    "gradient": lambda it: torch.ops.sparseprune.linear_grad_input(
+        torch.ones(2, it.rows, dtype=it.dtype), *it
     ),
 }
 HEADER = 64
 
 
-def blob_of(rows: int, cols: int, dtype: torch.dtype, layout: str) -> Tensor:
-    return packed_layer(dtype, rows, cols, layout)[2]
-
-
-def assert_refused(blob: Tensor, rows: int, cols: int, dtype: torch.dtype) -> None:
+def assert_refused(packed: Packed) -> None:
     for read in READERS.values():
         with pytest.raises(ValueError, match="packed: "):
-            read(blob, rows, cols, dtype)
+            read(packed)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_flipped_bit_of_a_header_is_found(layout, dtype):
     for rows, cols in [(16, 32), (1, 64), (20, 36)]:
-        good = blob_of(rows, cols, dtype, layout)
+        good = packed_layer(dtype, rows, cols, layout)[2]
         for bit in range(8 * HEADER):
-            blob = good.clone()
+            blob = good.blob.clone()
             blob[bit // 8] ^= 1 << bit % 8
-            assert_refused(blob, rows, cols, dtype)
+            assert_refused(good._replace(blob=blob))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_truncated_and_extended_blobs_are_refused(layout):
-    good = blob_of(20, 36, torch.float32, layout)
+    packed = packed_layer(layout=layout)[2]
+    good = packed.blob
     for size in [0, 1, 8, 63, 64, 65, 128, len(good) // 2, len(good) - 64, len(good) - 1]:
-        assert_refused(good[:size].clone(), 20, 36, torch.float32)
-    assert_refused(torch.cat([good, good[:1]]), 20, 36, torch.float32)
+        assert_refused(packed._replace(blob=good[:size].clone()))
+    assert_refused(packed._replace(blob=torch.cat([good, good[:1]])))
     with pytest.raises(
         ValueError, match="must hold a header of 64 bytes, got 63 bytes; make packed weights with ops.pack"
     ):
-        ops.unpack(good[:63].clone())
+        ops.unpack(packed._replace(blob=good[:63].clone()))
     with pytest.raises(
         ValueError, match="does not fit the size of 100 bytes; the weight is damaged, pack it again"
     ):
-        ops.unpack(good[:100].clone())
+        ops.unpack(packed._replace(blob=good[:100].clone()))
 
 
 def test_foreign_bytes_are_refused():
-    assert_refused(torch.zeros(1000, dtype=torch.uint8), 20, 36, torch.float32)
-    assert_refused(torch.randint(0, 256, (1000,), dtype=torch.uint8), 20, 36, torch.float32)
+    packed = packed_layer()[2]
+    assert_refused(packed._replace(blob=torch.zeros(1000, dtype=torch.uint8)))
+    assert_refused(packed._replace(blob=torch.randint(0, 256, (1000,), dtype=torch.uint8)))
     text = torch.tensor(list(b'{"metadata": "safetensors"}' * 10), dtype=torch.uint8)
     with pytest.raises(
         ValueError, match="not a packed weight of version 1; make packed weights with ops.pack"
     ):
-        ops.unpack(text)
+        ops.unpack(packed._replace(blob=text))
 
 
 @settings(max_examples=300, deadline=None)
@@ -406,9 +418,9 @@ def test_foreign_bytes_are_refused():
     shape=st.sampled_from([(16, 32), (1, 64), (20, 36), (3, 4)]),
 )
 def test_any_bytes_in_a_header_are_refused(edits, layout, dtype, shape):
-    good = blob_of(*shape, dtype, layout)
-    blob = good.clone()
+    good = packed_layer(dtype, *shape, layout)[2]
+    blob = good.blob.clone()
     for at, value in edits:
         blob[at] = value
-    if not torch.equal(blob, good):
-        assert_refused(blob, *shape, dtype)
+    if not torch.equal(blob, good.blob):
+        assert_refused(good._replace(blob=blob))

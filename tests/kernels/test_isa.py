@@ -29,7 +29,7 @@ from sparseprune import ops
 w = (torch.arange(20 * 36) % 5).reshape(20, 36).bfloat16()
 values, bits = ops.dense_to_bitmap(w)
 x = (torch.arange(3 * 36) % 7).reshape(3, 36).bfloat16()
-out = ops.linear(x, ops.pack(values, bits, 36, "tile"), None, 20)
+out = ops.linear(x, ops.pack(values, bits, 36, "tile"), None)
 assert torch.equal(out, (x.double() @ w.double().t()).bfloat16())
 print(sparseprune.isa())
 """

@@ -31,7 +31,8 @@ def op_arguments(place: Place) -> dict[str, list[tuple]]:
     values, value_bits = map(place.put, reference.dense_to_bitmap(dense))
     crow, col, csr_values = map(place.put, reference.dense_to_csr(dense))
     x, keep, bits, dense = map(place.put, (x, keep, bits, dense))
-    w, bias, blob = packed_layer(layout=place.layouts[-1], put=place.put)
+    _, bias, packed = packed_layer(layout=place.layouts[-1], put=place.put)
+    blob, *how = packed
     a = place.put(torch.randn(3, 36))
     return {
         "mask_apply": [(x, keep), (x.t(), keep.t()), (x.half(), keep)],
@@ -50,14 +51,14 @@ def op_arguments(place: Place) -> dict[str, list[tuple]]:
             (values if layout != "sparse24" else values.half(), value_bits, 12, layout)
             for layout in place.layouts
         ],
-        "unpack": [(blob, torch.float32)],
+        "unpack": [tuple(packed)],
         "linear": [
-            (a, blob, None, 20),
-            (a.requires_grad_(), blob, bias.requires_grad_(), 20),
-            (place.put(torch.randn(2, 3, 36)), blob, bias.detach(), 20),
-            (place.put(torch.randn(36)), blob, None, 20),
+            (a, blob, None, *how),
+            (a.requires_grad_(), blob, bias.requires_grad_(), *how),
+            (place.put(torch.randn(2, 3, 36)), blob, bias.detach(), *how),
+            (place.put(torch.randn(36)), blob, None, *how),
         ],
-        "linear_grad_input": [(place.put(torch.randn(3, 20)), blob, 36)],
+        "linear_grad_input": [(place.put(torch.randn(3, 20)), *packed)],
     }
 
 
@@ -86,7 +87,7 @@ def test_compile_linear(place, compiled):
     _, bias, blob = packed_layer(layout=place.layouts[-1], put=place.put)
 
     def layer(x, b):
-        return torch.relu(ops.linear(x, blob, b, 20)) * 2
+        return torch.relu(ops.linear(x, blob, b)) * 2
 
     fast = compiled(layer)
     for shape in [(4, 36), (9, 36), (2, 5, 36)]:

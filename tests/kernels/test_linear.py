@@ -17,13 +17,14 @@ import torch
 from helpers.backends import running
 from helpers.compare import assert_linear, assert_same_bits, linear_bound, product
 from helpers.isa import DTYPES, LEVELS, STRATEGIES, forced, layout_of, serves, threads
-from helpers.kernels import CPU_KERNELS, GPU_KERNELS, KERNELS, Kernel
+from helpers.kernels import CPU_KERNELS, GPU_KERNELS, KERNELS, Kernel, cpu_linear
 from helpers.shapes import BATCHES, INPUTS, LONG, SPARSITIES, arranged, mask, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sparseprune.kernels import _core, native, ops
+from sparseprune.kernels.packing import Packed, packing_code
 
 all_kernels = pytest.mark.parametrize("kernel", KERNELS, ids=str, indirect=True)
 cpu_kernels = pytest.mark.parametrize("kernel", CPU_KERNELS, ids=str, indirect=True)
@@ -53,7 +54,7 @@ def whole_input(batch: int, cols: int) -> Tensor:
     return whole(batch, cols, limit=8, seed=torch.Generator().manual_seed(batch * 10007 + cols))
 
 
-def packed(w: Tensor, layout: str) -> Tensor:
+def packed(w: Tensor, layout: str) -> Packed:
     """Packed under the level in force, whose column order it has."""
     values, bits = ops.dense_to_bitmap(w)
     return ops.pack(values, bits, w.shape[1], layout)
@@ -126,10 +127,10 @@ def test_exact_where_columns_need_four_bytes(kernel):
 def test_width_of_csr_columns_follows_from_the_columns(cols):
     w = torch.zeros(2, cols)
     w[1, -1] = 2
-    blob = packed(w, "csr")
-    assert native.header(blob)["column_bytes"] == (2 if cols <= 65536 else 4)
-    x = torch.ones(3, cols)
-    assert native.linear(x, blob, None, 2).tolist() == [[0, 2]] * 3
+    csr = packed(w, "csr")
+    assert cpu_linear(torch.ones(3, cols), csr).tolist() == [[0, 2]] * 3
+    size, of_more = (native.packed_bytes(*csr[1:], nnz) for nnz in (0, 1024))
+    assert of_more - size == 1024 * (4 + (2 if cols <= 65536 else 4))
 
 
 @all_kernels
@@ -302,10 +303,10 @@ def test_negative_zero_weights_are_zeros(kernel):
     signed = torch.where(w == 0, torch.tensor(-0.0, dtype=kernel.dtype), w)
     blob = kernel.pack(signed)
     kept = w.numel() // 2 if kernel.layout == "sparse24" else int((w != 0).sum())
-    assert kernel.at.native.header(blob)["nnz"] == kept
+    assert kernel.at.native.header(*blob)["nnz"] == kept
     assert_same_bits(kernel.run(x, signed, None), product(x, w, None).to(kernel.dtype))
     if kernel.layout != "sparse24":  # which keeps zeros to fill its groups, and their signs
-        assert torch.equal(blob, kernel.pack(w))
+        assert torch.equal(blob.blob, kernel.pack(w).blob)
 
 
 @all_kernels
@@ -364,12 +365,12 @@ def test_strategies_of_a_level(isa):
 def test_strategy_of_the_other_layout_is_refused(strategy):
     blob = packed(torch.eye(16), "tile" if layout_of(STRATEGIES[strategy]) == "csr" else "csr")
     with pytest.raises(ValueError, match=f"strategy: {STRATEGIES[strategy]} does not serve"):
-        native.linear(torch.ones(2, 16), blob, None, 16, strategy)
+        cpu_linear(torch.ones(2, 16), blob, None, strategy)
 
 
 def test_unknown_strategy_is_refused():
     with pytest.raises(ValueError, match="strategy: unknown does not serve"):
-        native.linear(torch.ones(2, 16), packed(torch.eye(16), "tile"), None, 16, len(STRATEGIES))
+        cpu_linear(torch.ones(2, 16), packed(torch.eye(16), "tile"), None, len(STRATEGIES))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -381,12 +382,10 @@ def test_plan_names_the_kernel_that_runs(isa, layout):
         blob = packed(w, layout)
         for batch in BATCHES:
             x = torch.randn(batch, 300, generator=seed).to(dtype)
-            strategy = native.strategy(blob, batch)
+            strategy = native.strategy(blob.blob, batch)
             assert serves(isa, dtype, strategy) and layout_of(strategy) == layout
-            forced_out = native.linear(x, blob, None, 50, STRATEGIES.index(strategy))
-            assert_same_bits(
-                native.linear(x, blob, None, 50), forced_out, f"{dtype} {sparsity} batch {batch}"
-            )
+            forced_out = cpu_linear(x, blob, None, STRATEGIES.index(strategy))
+            assert_same_bits(cpu_linear(x, blob), forced_out, f"{dtype} {sparsity} batch {batch}")
 
 
 @cpu_kernels
@@ -415,31 +414,34 @@ def test_blob_of_another_column_order_is_refused(source, dtype):
         blob = packed(w, "tile")
     for target in LEVELS:
         with forced(target):
-            if torch.equal(blob, packed(w, "tile")):
-                assert_same_bits(native.linear(x, blob, None, 16), x)
+            if torch.equal(blob.blob, packed(w, "tile").blob):
+                assert_same_bits(cpu_linear(x, blob), x)
                 continue
             with pytest.raises(
                 ValueError, match=f"packed: was packed for another instruction set than '{target}'"
             ):
-                native.linear(x, blob, None, 16)
+                cpu_linear(x, blob)
             values, bits = ops.unpack(blob)  # the way out that the message names
-            assert_same_bits(native.linear(x, ops.pack(values, bits, 16, "tile"), None, 16), x)
+            assert_same_bits(cpu_linear(x, ops.pack(values, bits, 16, "tile")), x)
 
 
 @pytest.mark.parametrize("layout", ["tile", "csr"])
 def test_call_of_another_shape_or_dtype_is_refused(layout):
-    blob = packed(torch.ones(17, 40), layout)
-    for x, rows, message in [
-        (torch.ones(2, 40), 18, "out_features: must be the 17 rows of the packed weight"),
-        (torch.ones(2, 41), 17, "input: must have the 40 columns of the packed weight"),
-        (
-            torch.ones(2, 40, dtype=torch.float16),
-            17,
-            "input: dtype must be the weight's float32, got float16",
-        ),
+    right = packed(torch.ones(17, 40), layout)
+    x, other = torch.ones(2, 40), "csr" if layout == "tile" else "tile"
+    holds = rf"packed: holds a weight of 17x40 float32 in layout {layout}, the call is for "
+    for packing, call in [
+        (right._replace(rows=18), f"18x40 float32 in layout {layout}"),
+        (right._replace(packing=packing_code(other, torch.float32)), f"17x40 float32 in layout {other}"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            native.linear(x, blob, None, rows)
+        with pytest.raises(ValueError, match=holds + call):
+            cpu_linear(x, packing)
+    with pytest.raises(ValueError, match="input: must have 40 columns .*, got shape .2, 41.; check"):
+        cpu_linear(torch.ones(2, 41), right)
+    with pytest.raises(ValueError, match=holds + f"17x41 float32 in layout {layout}"):
+        cpu_linear(torch.ones(2, 41), right._replace(cols=41))
+    with pytest.raises(TypeError, match="input: dtype must be the weight's torch.float32, got torch.float16"):
+        cpu_linear(x.half(), right)
 
 
 def test_levels_come_in_ascending_order():

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparseprune.kernels import native, ops
+from sparseprune.kernels import ops
+from sparseprune.kernels.packing import packing_code
 
 SIZES = [(0, 0), (0, 9), (5, 0), (1, 1), (3, 7), (2, 8), (7, 15), (3, 16), (5, 17), (4, 31), (3, 32), (9, 33)]
 SIZES += [
@@ -190,12 +191,15 @@ def test_pack_round_trip(at, packing):
         there = at.put(values), at.put(bits)
         blob = ops.pack(*there, cols, layout)
         assert_tuples(ops.unpack(blob), (values, bits), str(x.shape))
-        assert torch.equal(blob, ops.pack(*there, cols, layout)), "equal weights make equal blobs"
-        h = at.native.header(blob)
-        assert (h["rows"], h["cols"], h["nnz"]) == (*x.shape, values.numel())
-        assert (native.DTYPE_OF[h["dtype"]], at.native.LAYOUT_OF[h["layout"]]) == (dtype, layout)
+        assert torch.equal(blob.blob, ops.pack(*there, cols, layout).blob), "equal weights make equal blobs"
+        assert blob[1:] == (*x.shape, packing_code(layout, dtype)) and (blob.layout, blob.dtype) == (
+            layout,
+            dtype,
+        )
+        h = at.native.header(*blob)
+        assert (h["rows"], h["cols"], h["packing"], h["nnz"]) == (*blob[1:], values.numel())
         restored = reference.bitmap_to_dense(values, bits, cols)
-        assert_same_bits(at.native.dense(blob, *x.shape, dtype), restored, str(x.shape))
+        assert_same_bits(at.native.dense(*blob), restored, str(x.shape))
 
 
 @every_packing
@@ -260,7 +264,7 @@ def test_inputs_of_any_strides(place, dtype):
         assert_same_bits(ops.mask_apply_packed(place.put(x), other_bits), reference.mask_apply(x, keep))
         assert_same_bits(ops.unpack_mask(other_bits, 40), keep)
         assert_same_bits(ops.bitmap_to_dense(spread, other_value_bits, 40), reference.mask_apply(x, x != 0))
-        assert torch.equal(ops.pack(spread, other_value_bits, 40, layout), blob)
+        assert torch.equal(ops.pack(spread, other_value_bits, 40, layout).blob, blob.blob)
         assert_same_bits(
             ops.csr_to_dense(place.put(crow), columns, spread, 40), reference.mask_apply(x, x != 0)
         )
@@ -349,7 +353,7 @@ def test_linear(at, packing):
     for shape in [(36,), (1, 36), (7, 36), (2, 3, 36), (0, 36)]:
         x = torch.randn(shape, generator=generator(10)).to(w.dtype)
         for b in (None, bias):
-            out = ops.linear(at.put(x), blob, b, 20)
+            out = ops.linear(at.put(x), blob, b)
             assert out.shape == reference.linear(x, w, b if b is None else b.cpu()).shape
             assert_linear(out.reshape(-1, 20), x.reshape(-1, 36), w, b, str(shape))
 
@@ -359,8 +363,8 @@ def test_linear_reads_a_strided_bias(at, packing):
     _, bias, blob = layer_at(at, packing)
     x = at.put(torch.randn(3, 36, generator=generator(11)).to(bias.dtype))
     for strided_bias in (torch.stack([bias, bias], 1)[:, 0], bias[:1].expand(20)):
-        expected = ops.linear(x, blob, strided_bias.clone(memory_format=torch.contiguous_format), 20)
-        assert_same_bits(ops.linear(x, blob, strided_bias, 20), expected.cpu())
+        expected = ops.linear(x, blob, strided_bias.clone(memory_format=torch.contiguous_format))
+        assert_same_bits(ops.linear(x, blob, strided_bias), expected.cpu())
 
 
 @every_packing
@@ -371,7 +375,7 @@ def test_gradients_are_those_of_dense(at, packing, shape):
     grad = torch.randn(*shape[:-1], 20, generator=generator(13)).to(w.dtype)
     sparse_x, sparse_b = at.put(x).clone().requires_grad_(), bias.clone().requires_grad_()
     dense_x, dense_b = x.double().requires_grad_(), bias.cpu().double().requires_grad_()
-    ops.linear(sparse_x, blob, sparse_b, 20).backward(at.put(grad))
+    ops.linear(sparse_x, blob, sparse_b).backward(at.put(grad))
     dense_linear(dense_x, w, dense_b).backward(grad.double())
     close = {} if w.dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
     torch.testing.assert_close(sparse_x.grad.cpu(), dense_x.grad.to(w.dtype), **close)
@@ -383,18 +387,18 @@ def test_gradients_flow_to_what_asks_for_them(place, dtype):
     w, bias, blob = layer_at(place, (place.name, place.layouts[-1], dtype))
     x = place.put(torch.randn(4, 36, generator=generator(14)).to(dtype)).requires_grad_()
     b = bias.clone().requires_grad_()
-    (only_x,) = torch.autograd.grad(ops.linear(x, blob, None, 20).sum(), x)  # sum: an expanded gradient
+    (only_x,) = torch.autograd.grad(ops.linear(x, blob, None).sum(), x)  # sum: an expanded gradient
     torch.testing.assert_close(only_x.cpu(), w.sum(0).expand(4, 36), rtol=0.02, atol=0.02)
-    (only_b,) = torch.autograd.grad(ops.linear(x.detach(), blob, b, 20).sum(), b)
+    (only_b,) = torch.autograd.grad(ops.linear(x.detach(), blob, b).sum(), b)
     torch.testing.assert_close(only_b.cpu(), torch.full((20,), 4, dtype=dtype))
-    assert not ops.linear(x.detach(), blob, bias, 20).requires_grad
-    assert not blob.requires_grad
+    assert not ops.linear(x.detach(), blob, bias).requires_grad
+    assert not blob.blob.requires_grad
 
 
 def test_gradient_through_a_transposed_input(place):
     w, _, blob = layer_at(place, (place.name, place.layouts[-1], torch.float32))
     x = place.put(torch.randn(36, 5, generator=generator(15))).requires_grad_()
-    ops.linear(x.t(), blob, None, 20).square().sum().backward()
+    ops.linear(x.t(), blob, None).square().sum().backward()
     dense = x.detach().cpu().double().requires_grad_()
     (dense.t() @ w.double().t()).square().sum().backward()
     torch.testing.assert_close(x.grad.cpu(), dense.grad.float())

@@ -33,7 +33,7 @@ def test_python_threads_at_once():
 
     def work(w, bias, blob, x):
         values, bits = ops.dense_to_bitmap(w)
-        return ops.linear(x, blob, bias, len(bias)), values, bits, *ops.unpack(blob), *ops.dense_to_csr(w)
+        return ops.linear(x, blob, bias), values, bits, *ops.unpack(blob), *ops.dense_to_csr(w)
 
     with threads(2):
         alone = [work(*job) for job in jobs]
@@ -81,10 +81,10 @@ def test_two_threads_convert_as_the_twins_do(dtype):
 def test_one_blob_from_many_threads():
     w, bias, blob, x = big_layer(torch.bfloat16)
     with threads(2):
-        expected = ops.linear(x, blob, bias, 300)
+        expected = ops.linear(x, blob, bias)
         results: list[torch.Tensor] = []
         workers = [
-            threading.Thread(target=lambda: results.extend(ops.linear(x, blob, bias, 300) for _ in range(20)))
+            threading.Thread(target=lambda: results.extend(ops.linear(x, blob, bias) for _ in range(20)))
             for _ in range(6)
         ]
         for worker in workers:
@@ -117,7 +117,7 @@ def test_the_interpreter_is_free_while_a_kernel_runs():
         # or too fast for five during one call, there will be in another.
         while len(calls) < 1000 and max(calls, default=0) < 5:
             before = len(ticks)
-            ops.linear(x, blob, None, 2048)  # 4 G products: tens of milliseconds
+            ops.linear(x, blob, None)  # 4 G products: tens of milliseconds
             calls.append(len(ticks) - before)
         done.set()
         watcher.join()
@@ -143,7 +143,7 @@ def check(threads=2):
     # In a forked child torch's own parallel operations wait for the parent's threads, so that they get one; ours do not.
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    out, csr = ops.linear(x, blob, None, 300), ops.dense_to_csr(w)
+    out, csr = ops.linear(x, blob, None), ops.dense_to_csr(w)
     torch.set_num_threads(before)
     assert torch.equal(out, expected) and torch.equal(csr[2], values)
 check()
@@ -157,7 +157,7 @@ class Samples(Dataset):
         return 8
     def __getitem__(self, i):
         check()
-        return ops.linear(x[i:i + 1], blob, None, 300)[0], os.getpid()
+        return ops.linear(x[i:i + 1], blob, None)[0], os.getpid()
 for epoch in range(2):
     loader = DataLoader(Samples(), batch_size=2, num_workers=2, multiprocessing_context="fork")
     pids = set()

@@ -180,6 +180,7 @@ def cases(name: str) -> Callable[[], None]:
     from helpers.shapes import arranged, generator, mask, raw, whole
 
     from sparseprune.kernels import cuda, ops
+    from sparseprune.kernels.packing import packing_code
 
     def linear(
         layout: str,
@@ -188,7 +189,7 @@ def cases(name: str) -> Callable[[], None]:
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """Whole numbers, exact in float32: one weight dropped, doubled or misplaced shows."""
-        index = cuda.configs(layout, dtype).index(config)
+        index = cuda.configs(packing_code(layout, dtype)).index(config)
         for rows, cols, batch, splits, kind in shapes:
             random = generator(rows, cols, batch)
             keep = mask(rows, cols, "2:4" if layout == "sparse24" else "50%", random)
@@ -197,7 +198,7 @@ def cases(name: str) -> Callable[[], None]:
             packed = ops.pack(*canonical, cols, layout)
             x = arranged(whole(batch, cols, limit=8, seed=random).to(dtype), kind)
             bias = whole(rows, limit=64, seed=random).to(dtype)
-            out = cuda.linear(x, packed, bias, rows, (index, splits))
+            out = cuda.linear(x, packed.blob, bias, *packed[1:], (index, splits))
             what = f"{rows}x{cols}, batch {batch}, splits {splits}, {kind} input"
             assert_same_bits(out, product(x, weight, bias).to(dtype), what)
 

@@ -63,7 +63,7 @@ def run_all() -> None:
             ops.unpack(packed)
             for batch in BATCHES:
                 x = torch.randn(batch, COLS, generator=generator).to(dtype)
-                ops.linear(x, packed, None, ROWS)
+                ops.linear(x, packed)
 
 
 def uses(report: list[dict[str, Any]]) -> Iterator[Use]:

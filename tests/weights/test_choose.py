@@ -186,7 +186,7 @@ def test_sizes_follow_without_packing(rows, cols, density, dtype, seed):
     told = noted(weight, "unstructured")
     options = options_for(weight, note=told)
     sizes = {
-        it.format: SparseWeight.from_dense(weight, it.format).pack().numel() for it in options.candidates
+        it.format: SparseWeight.from_dense(weight, it.format).pack().blob.numel() for it in options.candidates
     }
     for it in options.candidates:
         assert packed_bytes(it.format, it.nnz, options.shape, dtype) == sizes[it.format]
@@ -202,7 +202,7 @@ def test_sizes_follow_without_packing(rows, cols, density, dtype, seed):
 def test_explicit_zeros_count_in_the_size_of_nm():
     weight = kept(32, 64, 2)
     (candidate,) = options_for(weight, note=noted(weight, "2:4")).candidates
-    packed = SparseWeight.from_dense(weight, "2:4").pack().numel()
+    packed = SparseWeight.from_dense(weight, "2:4").pack().blob.numel()
     assert packed_bytes(candidate.format, candidate.nnz, (32, 64), weight.dtype) == packed
 
 

@@ -7,7 +7,7 @@ inline std::size_t no_scratch(const LinearJob&) {
 template <typename T>
 void install_type(KernelTable& table) {
   const int d = static_cast<int>(dtype_of<T>::value);
-  auto at = [&](Strategy s) -> LinearKernel& { return table.linear[static_cast<int>(s)][d]; };
+  auto at = [&](Strategy s) -> LinearKernel& { return kernel_of(table, s, Encoding::plain, dtype_of<T>::value); };
   constexpr std::int64_t kLanes = 16 * kMaxLanes;
   at(Strategy::tile_rows) = {Panel::blocks_f32, 2 * kTileRows, kMaxBatch, 1, no_scratch, tile_rows<T>};
   at(Strategy::tile_dense) = {Panel::blocks_f32, kTileRows, kDenseBatch, 1, tile_dense_scratch, tile_dense<T>};

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/layouts/geometry.h"
 #include "cpu/dispatch/isa.h"
 #include "cpu/ops/parallel.h"
 

@@ -1,11 +1,11 @@
-// Conversions between dense, canonical (values + bits), CSR and packed weights; masks. All parallel over rows.
+// Conversions between dense, canonical (values + bits) and CSR weights; masks. All parallel over rows.
 //
 // bits: [rows, ceil(cols/8)], lowest bit first, padding zero. offsets: int64 [rows + 1], index of a row's first value.
 #pragma once
 
 #include <cstdint>
 
-#include "core/packed.h"
+#include "core/dtype.h"
 
 namespace sparseprune {
 
@@ -31,12 +31,6 @@ void dense_to_csr(const Matrix& m, const void* dense, const std::int64_t* crow, 
 // Throws std::invalid_argument where crow or col is not a sorted CSR of this shape.
 void csr_to_dense(const Matrix& m, const std::int64_t* crow, const std::int32_t* col, std::int64_t nnz, const void* values,
                   void* dense, int threads);
-
-std::int64_t packed_bytes(const Matrix& m, Layout layout, std::int64_t nnz);
-void pack(const Matrix& m, Layout layout, const void* values, const std::uint8_t* bits, const std::int64_t* offsets,
-          std::uint8_t* blob, int threads);
-void unpack_bits(const std::uint8_t* blob, std::int64_t size, std::uint8_t* bits, int threads);
-void unpack_values(const std::uint8_t* blob, std::int64_t size, const std::int64_t* offsets, void* values, int threads);
 
 void mask_bytes(DType dtype, const void* in, const std::uint8_t* mask, void* out, std::int64_t n, int threads);
 void mask_bits(const Matrix& m, const void* in, const std::uint8_t* bits, void* out, int threads);

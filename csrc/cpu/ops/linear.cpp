@@ -2,12 +2,13 @@
 
 #include <cstddef>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
 
+#include "core/layouts/csr.h"
 #include "cpu/dispatch/isa.h"
+#include "cpu/ops/pack.h"
 #include "cpu/ops/parallel.h"
 
 namespace sparseprune {
@@ -58,67 +59,15 @@ std::int64_t panel_units(Panel panel, std::int64_t batch, std::int64_t kpad) {
 bool is_panel(const LinearKernel& kernel, const LinearCall& call, std::int64_t kpad) {
   if (call.batch != 1 || call.cols != kpad || kernel.round != 1) return false;
   if (kernel.panel == Panel::pairs_bf16) return reinterpret_cast<std::uintptr_t>(call.x) % 4 == 0;
-  return call.dtype == DType::f32;
-}
-
-// The weight is what it is: an argument that does not go with it is what the caller has to mend.
-void require_match(const PackedHeader& h, const LinearCall& call) {
-  const std::string weight = " of the packed weight [" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "]";
-  if (h.cols != call.cols) {
-    throw std::invalid_argument("input: must have the " + std::to_string(h.cols) + " columns" + weight + ", got " +
-                                std::to_string(call.cols) + "; check the layer before this one");
-  }
-  if (h.dtype != call.dtype) {
-    throw std::invalid_argument(std::string("input: dtype must be the weight's ") + dtype_name(h.dtype) + ", got " +
-                                dtype_name(call.dtype) + "; cast the input, or pack the weight in that dtype");
-  }
-  if (h.rows != call.rows) {
-    throw std::invalid_argument("out_features: must be the " + std::to_string(h.rows) + " rows" + weight + ", got " +
-                                std::to_string(call.rows));
-  }
+  return call.packing.dtype == DType::f32;
 }
 
 }  // namespace
 
-PackedView view_packed(const std::uint8_t* blob, std::int64_t size) {
-  PackedView v{};
-  if (size < static_cast<std::int64_t>(sizeof(PackedHeader))) {
-    throw std::invalid_argument("packed: must hold a header of 64 bytes, got " + std::to_string(size) +
-                                " bytes; make packed weights with ops.pack");
-  }
-  std::memcpy(&v.header, blob, sizeof v.header);
-  const PackedHeader& h = v.header;
-  if (std::memcmp(h.magic, kMagic, 8) != 0 || h.version != kPackedVersion) {
-    throw std::invalid_argument("packed: not a packed weight of version " + std::to_string(kPackedVersion) +
-                                "; make packed weights with ops.pack");
-  }
-  if (h.checksum != header_checksum(h)) {
-    throw std::invalid_argument("packed: the header is damaged; pack the weight again");
-  }
-  if (is_cuda(h.layout)) {
-    throw std::invalid_argument(
-        "packed: holds a weight packed for CUDA; move the layer with .to(device), not its buffer alone");
-  }
-  constexpr std::int64_t kMax = std::int64_t{1} << 40;
-  const bool sane = static_cast<int>(h.dtype) < kDTypes && static_cast<int>(h.layout) < 2 && h.rows >= 0 && h.cols >= 0 &&
-                    h.nnz >= 0 && h.rows < kMax && h.cols < kMax && h.nnz < kMax &&
-                    (h.interleave == 1 || h.interleave == 2) && (h.column_bytes == 2 || h.column_bytes == 4) &&
-                    (h.cols == 0 || h.rows < kMax / h.cols);
-  if (sane) v.geometry = geometry_of(h);
-  if (!sane || v.geometry.total != size) {
-    throw std::invalid_argument("packed: the header does not fit the size of " + std::to_string(size) +
-                                " bytes; the weight is damaged, pack it again");
-  }
-  v.offsets = reinterpret_cast<const std::int64_t*>(blob + v.geometry.offsets);
-  v.index = blob + v.geometry.index;
-  v.values = blob + v.geometry.values;
-  return v;
-}
-
 void linear(const LinearCall& call) {
   const PackedView w = view_packed(call.packed, call.packed_bytes);
   const PackedHeader& h = w.header;
-  require_match(h, call);
+  require_same(h, call.rows, call.cols, call.packing);
   const KernelTable& table = kernels();
   const std::uint8_t interleave = h.dtype == DType::bf16 ? table.bf16_interleave : 1;
   if (h.layout == Layout::tile && h.interleave != interleave) {
@@ -128,18 +77,18 @@ void linear(const LinearCall& call) {
   if (call.batch == 0 || call.rows == 0) return;
 
   const Plan plan = choose_plan(table, h, call.batch, call.strategy);
-  const int d = static_cast<int>(h.dtype);
-  const LinearKernel& kernel = table.linear[static_cast<int>(plan.strategy)][d];
+  const LinearKernel& kernel = kernel_of(table, plan.strategy, h.encoding, h.dtype);
 
   static thread_local Buffer shared_panel;
   const std::int64_t kpad = w.geometry.kpad;
   const bool ready = is_panel(kernel, call, kpad);
   const void* panel = ready ? call.x : shared_panel.reserve(static_cast<std::size_t>(panel_bytes(kernel, call.batch, kpad)));
 
+  const int columns = csr_column_bytes(call.cols);
   const PanelJob pack{call.x, call.batch, call.cols, kpad, call.stride, plan.block, kernel.round, const_cast<void*>(panel)};
-  const PanelFn pack_fn = table.panel[static_cast<int>(kernel.panel)][d];
-  const LinearJob job{call.rows, call.cols,      kpad,     call.batch, plan.block, w.offsets,
-                      w.index,   h.column_bytes, w.values, panel,      call.bias,  call.out};
+  const PanelFn pack_fn = table.panel[static_cast<int>(kernel.panel)][static_cast<int>(h.dtype)];
+  const LinearJob job{call.rows, call.cols, kpad,     call.batch, plan.block, w.offsets,
+                      w.index,   columns,   w.values, panel,      call.bias,  call.out};
   const std::int64_t units = ceil_div(call.rows, kernel.unit_rows);
   const std::int64_t pack_units = ready ? 0 : panel_units(kernel.panel, call.batch, kpad);
   const std::size_t scratch_bytes = kernel.scratch_bytes(job);

@@ -3,34 +3,24 @@
 
 #include <cstdint>
 
-#include "core/packed.h"
+#include "core/header.h"
 #include "cpu/kernels.h"
 
 namespace sparseprune {
 
-// A blob whose header and size agree; the sections' addresses.
-struct PackedView {
-  PackedHeader header;
-  Geometry geometry;
-  const std::int64_t* offsets;
-  const void* index;
-  const void* values;
-};
-// Throws std::invalid_argument where the blob is not a packed weight of this version, or its header is damaged.
-PackedView view_packed(const std::uint8_t* blob, std::int64_t size);
-
 struct LinearCall {
   const std::uint8_t* packed;
   std::int64_t packed_bytes;
+  std::int64_t rows, cols;  // of the weight
+  Packing packing;
   const void* x;  // [batch, cols], rows `stride` elements apart
-  std::int64_t batch, cols, stride;
+  std::int64_t batch, stride;
   const void* bias;  // or null
   void* out;         // [batch, rows], contiguous
-  std::int64_t rows;
-  DType dtype;
   int threads;
   int strategy = -1;  // -1: the plan's choice
 };
+// Throws std::invalid_argument where `packed` is not the weight that the call says, or no kernel serves it here.
 void linear(const LinearCall& call);
 
 // plan.cpp

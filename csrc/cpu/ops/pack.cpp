@@ -1,30 +1,19 @@
-// Canonical weights to packed blobs and back. Runs once a layer: plain C++, parallel over tiles or rows.
-#include <atomic>
-#include <cstring>
-#include <stdexcept>
-#include <string>
+// Runs once a layer: plain C++.
+#include "cpu/ops/pack.h"
 
+#include <cstring>
+
+#include "core/layouts/csr.h"
+#include "core/layouts/tile.h"
 #include "cpu/dispatch/isa.h"
-#include "cpu/ops/convert.h"
-#include "cpu/ops/linear.h"
 #include "cpu/ops/parallel.h"
 
 namespace sparseprune {
 namespace {
 
-PackedHeader make_header(const Matrix& m, Layout layout, std::int64_t nnz) {
-  PackedHeader h{};
-  std::memcpy(h.magic, kMagic, 8);
-  h.version = kPackedVersion;
-  h.layout = layout;
-  h.dtype = m.dtype;
-  h.interleave = m.dtype == DType::bf16 && layout == Layout::tile ? kernels().bf16_interleave : 1;
-  h.column_bytes = m.cols <= 65536 ? 2 : 4;
-  h.rows = m.rows;
-  h.cols = m.cols;
-  h.nnz = nnz;
-  h.checksum = header_checksum(h);
-  return h;
+PackedHeader header_for(std::int64_t rows, std::int64_t cols, const Packing& packing, std::int64_t nnz) {
+  const bool pairs = packing.dtype == DType::bf16 && packing.layout == Layout::tile;
+  return make_header(Home::cpu, rows, cols, packing, nnz, 0, pairs ? kernels().bf16_interleave : 1);
 }
 
 // Bit i of x to bit 2i.
@@ -72,8 +61,10 @@ int rows_in_tile(std::int64_t rows, std::int64_t tile) {
 }
 
 template <typename W>
-void pack_tiles(const PackedHeader& h, const Geometry& g, const W* values, const std::uint8_t* bits,
-                const std::int64_t* offsets, std::uint8_t* blob, int threads) {
+void pack_tiles(const PackedHeader& h, const Geometry& g, const Canonical& weight, std::uint8_t* blob, int threads) {
+  const auto* values = static_cast<const W*>(weight.values);
+  const std::uint8_t* bits = weight.bits;
+  const std::int64_t* offsets = weight.offsets;
   auto* tile_offsets = reinterpret_cast<std::int64_t*>(blob + g.offsets);
   auto* all_masks = reinterpret_cast<std::uint16_t*>(blob + g.index);
   W* out = reinterpret_cast<W*>(blob + g.values);
@@ -145,36 +136,46 @@ void unpack_columns(const PackedView& v, std::uint8_t* bits, int threads) {
 
 }  // namespace
 
-std::int64_t packed_bytes(const Matrix& m, Layout layout, std::int64_t nnz) {
-  return geometry_of(make_header(m, layout, nnz)).total;
+PackedView view_packed(const std::uint8_t* blob, std::int64_t size) {
+  PackedView v{};
+  v.header = read_header(Home::cpu, blob, size);
+  v.geometry = geometry_of(v.header);
+  v.offsets = reinterpret_cast<const std::int64_t*>(blob + v.geometry.offsets);
+  v.index = blob + v.geometry.index;
+  v.values = blob + v.geometry.values;
+  return v;
 }
 
-void pack(const Matrix& m, Layout layout, const void* values, const std::uint8_t* bits, const std::int64_t* offsets,
-          std::uint8_t* blob, int threads) {
-  const PackedHeader h = make_header(m, layout, offsets[m.rows]);
+std::int64_t packed_bytes(std::int64_t rows, std::int64_t cols, const Packing& packing, std::int64_t nnz) {
+  return geometry_of(header_for(rows, cols, packing, nnz)).total;
+}
+
+void pack(std::int64_t rows, std::int64_t cols, const Packing& packing, const Canonical& weight, std::uint8_t* blob,
+          int threads) {
+  const PackedHeader h = header_for(rows, cols, packing, weight.offsets[rows]);
   const Geometry g = geometry_of(h);
   std::memcpy(blob, &h, sizeof h);
   // Padding between sections and the tail: defined bytes, so that equal weights make equal blobs.
   std::memset(blob + g.offsets, 0, static_cast<std::size_t>(g.index - g.offsets));
-  const std::int64_t value_bytes = h.nnz * static_cast<std::int64_t>(size_of(h.dtype));
+  const std::int64_t value_bytes = g.total - kTailBytes - g.values;
   std::memset(blob + g.values + value_bytes, 0, static_cast<std::size_t>(kTailBytes));
-  if (layout == Layout::csr) {
-    std::memcpy(blob + g.offsets, offsets, static_cast<std::size_t>(h.rows + 1) * 8);
-    const std::int64_t used = h.nnz * h.column_bytes;
+  if (h.layout == Layout::csr) {
+    std::memcpy(blob + g.offsets, weight.offsets, static_cast<std::size_t>(h.rows + 1) * 8);
+    const std::int64_t used = h.nnz * csr_column_bytes(h.cols);
     std::memset(blob + g.index + used, 0, static_cast<std::size_t>(g.values - g.index - used));
-    if (h.column_bytes == 2) {
-      pack_columns(h, bits, offsets, reinterpret_cast<std::uint16_t*>(blob + g.index), threads);
+    if (csr_column_bytes(h.cols) == 2) {
+      pack_columns(h, weight.bits, weight.offsets, reinterpret_cast<std::uint16_t*>(blob + g.index), threads);
     } else {
-      pack_columns(h, bits, offsets, reinterpret_cast<std::int32_t*>(blob + g.index), threads);
+      pack_columns(h, weight.bits, weight.offsets, reinterpret_cast<std::int32_t*>(blob + g.index), threads);
     }
-    std::memcpy(blob + g.values, values, static_cast<std::size_t>(value_bytes));
+    std::memcpy(blob + g.values, weight.values, static_cast<std::size_t>(value_bytes));
   } else {
     const std::int64_t used = g.units * g.kpad * 2;
     std::memset(blob + g.index + used, 0, static_cast<std::size_t>(g.values - g.index - used));
-    if (size_of(h.dtype) == 2) {
-      pack_tiles(h, g, static_cast<const std::uint16_t*>(values), bits, offsets, blob, threads);
+    if (value_bits(h.encoding, h.dtype) == 16) {
+      pack_tiles<std::uint16_t>(h, g, weight, blob, threads);
     } else {
-      pack_tiles(h, g, static_cast<const std::uint32_t*>(values), bits, offsets, blob, threads);
+      pack_tiles<std::uint32_t>(h, g, weight, blob, threads);
     }
   }
 }
@@ -182,7 +183,7 @@ void pack(const Matrix& m, Layout layout, const void* values, const std::uint8_t
 void unpack_bits(const std::uint8_t* blob, std::int64_t size, std::uint8_t* bits, int threads) {
   const PackedView v = view_packed(blob, size);
   if (v.header.layout == Layout::csr) {
-    if (v.header.column_bytes == 2) {
+    if (csr_column_bytes(v.header.cols) == 2) {
       unpack_columns<std::uint16_t>(v, bits, threads);
     } else {
       unpack_columns<std::int32_t>(v, bits, threads);
@@ -219,8 +220,8 @@ void unpack_bits(const std::uint8_t* blob, std::int64_t size, std::uint8_t* bits
 void unpack_values(const std::uint8_t* blob, std::int64_t size, const std::int64_t* offsets, void* values, int threads) {
   const PackedView v = view_packed(blob, size);
   if (v.header.layout == Layout::csr) {
-    std::memcpy(values, v.values, static_cast<std::size_t>(v.header.nnz) * size_of(v.header.dtype));
-  } else if (size_of(v.header.dtype) == 2) {
+    std::memcpy(values, v.values, static_cast<std::size_t>(v.geometry.total - kTailBytes - v.geometry.values));
+  } else if (value_bits(v.header.encoding, v.header.dtype) == 16) {
     unpack_tiles(v, offsets, static_cast<std::uint16_t*>(values), threads);
   } else {
     unpack_tiles(v, offsets, static_cast<std::uint32_t*>(values), threads);

@@ -12,7 +12,7 @@ constexpr std::int64_t kL2Panel = 1 << 20;  // bytes of a csr panel that stay in
 
 bool serves(const KernelTable& table, const PackedHeader& h, Strategy s) {
   const bool csr = s == Strategy::csr_gather || s == Strategy::csr_batch;
-  return csr == (h.layout == Layout::csr) && table.linear[static_cast<int>(s)][static_cast<int>(h.dtype)].run != nullptr;
+  return csr == (h.layout == Layout::csr) && kernel_of(table, s, h.encoding, h.dtype).run != nullptr;
 }
 
 Strategy choose(const KernelTable& table, const PackedHeader& h, std::int64_t batch) {
@@ -28,7 +28,7 @@ Strategy choose(const KernelTable& table, const PackedHeader& h, std::int64_t ba
 }
 
 std::int64_t block_of(const KernelTable& table, const PackedHeader& h, std::int64_t batch, Strategy s) {
-  const LinearKernel& kernel = table.linear[static_cast<int>(s)][static_cast<int>(h.dtype)];
+  const LinearKernel& kernel = kernel_of(table, s, h.encoding, h.dtype);
   std::int64_t block = kernel.max_block;
   if (kernel.round == 1) return ceil_div(batch, ceil_div(batch, block));  // equal blocks: the last is not a small one
   if (s == Strategy::csr_batch) {
@@ -41,6 +41,10 @@ std::int64_t block_of(const KernelTable& table, const PackedHeader& h, std::int6
 
 Plan choose_plan(const KernelTable& table, const PackedHeader& header, std::int64_t batch, int forced) {
   const Strategy s = forced < 0 ? choose(table, header, batch) : static_cast<Strategy>(forced);
+  if (forced < 0 && !serves(table, header, s)) {
+    throw std::invalid_argument("packed: holds " + describe(packing_of(header)) + ", which has no kernel at level '" +
+                                table.isa + "'; unpack the weight, or run at a level that has one (SPARSEPRUNE_ISA)");
+  }
   if (forced >= kStrategies || !serves(table, header, s)) {
     throw std::invalid_argument(std::string("strategy: ") + strategy_name(s) + " does not serve this weight at level '" +
                                 table.isa + "'");

@@ -117,7 +117,7 @@ int run(const LinearCall& call, const Geometry& geometry, std::integer_sequence<
 
 int linear_bitmap8(const LinearCall& call, const Geometry& geometry) {
   constexpr auto all = std::make_integer_sequence<int, static_cast<int>(std::size(kBitmap8Configs))>{};
-  return call.dtype == DType::bf16 ? run<bf16>(call, geometry, all) : run<f16>(call, geometry, all);
+  return call.packing.dtype == DType::bf16 ? run<bf16>(call, geometry, all) : run<f16>(call, geometry, all);
 }
 
 }  // namespace sparseprune::cuda

@@ -2,7 +2,7 @@
 // multiply-adds (linear_bitmap8_f32.cu): they differ in Sum, which multiplies one unit.
 //
 // Equation       out[b][r] = bias[r] + sum over the kept (r, c) of weight[r][c] * x[b][c], in float32.
-// Operands       weight: units of 16 rows x 64 columns, [strip of rows][block of columns] (core/fragments.h): offsets int64
+// Operands       weight: units of 16 rows x 64 columns, [strip of rows][block of columns] (core/layouts/bitmap8.h): offsets int64
 //                [units + 1], 128 bytes of bitmaps each, values in the order of the bits, each unit's from 16 bytes on.
 //                x [batch, cols], rows `stride` elements apart; bias [rows] or null; out [batch, rows].
 //                With splits > 1 instead of out: workspace float32 [splits, batch, rows], no bias.
@@ -28,7 +28,7 @@
 
 #include <cstring>
 
-#include "core/packed.h"
+#include "core/layouts/bitmap8.h"
 #include "cuda/bitmap8.cuh"
 #include "cuda/launchers.h"
 #include "cuda/simt.h"

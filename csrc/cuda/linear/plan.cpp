@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <iterator>
 
+#include "core/layouts/bitmap8.h"
+#include "core/layouts/sparse24.h"
 #include "cuda/launchers.h"
 #include "cuda/linear/bitmap8.h"
 #include "cuda/linear/sparse24.h"
@@ -81,25 +83,24 @@ LinearPlan plan_bitmap8(const Bitmap8Config (&configs)[COUNT], std::int64_t rows
 
 }  // namespace
 
-LinearPlan plan_linear(Layout layout, DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t batch, int sm_count) {
-  LinearPlan plan = layout == Layout::sparse24 ? plan_sparse24(rows, cols, batch, sm_count)
-                    : dtype == DType::f32      ? plan_bitmap8(kBitmap8ConfigsF32, rows, cols, batch, sm_count)
-                                               : plan_bitmap8(kBitmap8Configs, rows, cols, batch, sm_count);
+LinearPlan plan_linear(const Packing& packing, std::int64_t rows, std::int64_t cols, std::int64_t batch, int sm_count) {
+  LinearPlan plan = packing.layout == Layout::sparse24 ? plan_sparse24(rows, cols, batch, sm_count)
+                    : packing.dtype == DType::f32      ? plan_bitmap8(kBitmap8ConfigsF32, rows, cols, batch, sm_count)
+                                                       : plan_bitmap8(kBitmap8Configs, rows, cols, batch, sm_count);
   if (plan.splits > 1) plan.workspace_bytes = plan.splits * batch * rows * 4;
   return plan;
 }
 
-int linear_configs(Layout layout, DType dtype) {
-  if (layout == Layout::bitmap8) {
-    return static_cast<int>(dtype == DType::f32 ? std::size(kBitmap8ConfigsF32) : std::size(kBitmap8Configs));
-  }
-  return layout == Layout::sparse24 && dtype != DType::f32 ? static_cast<int>(std::size(kSparse24Configs)) : 0;
+int linear_configs(const Packing& packing) {
+  if (packing.encoding != Encoding::plain || !is_cuda(packing.layout)) return 0;
+  if (packing.layout == Layout::sparse24) return static_cast<int>(std::size(kSparse24Configs));
+  return static_cast<int>(packing.dtype == DType::f32 ? std::size(kBitmap8ConfigsF32) : std::size(kBitmap8Configs));
 }
 
-const char* linear_config_name(Layout layout, DType dtype, int config) {
-  if (config < 0 || config >= linear_configs(layout, dtype)) return "unknown";
-  if (layout == Layout::sparse24) return kSparse24Configs[config].name;
-  return dtype == DType::f32 ? kBitmap8ConfigsF32[config].name : kBitmap8Configs[config].name;
+const char* linear_config_name(const Packing& packing, int config) {
+  if (config < 0 || config >= linear_configs(packing)) return "unknown";
+  if (packing.layout == Layout::sparse24) return kSparse24Configs[config].name;
+  return packing.dtype == DType::f32 ? kBitmap8ConfigsF32[config].name : kBitmap8Configs[config].name;
 }
 
 }  // namespace sparseprune::cuda

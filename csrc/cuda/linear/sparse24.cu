@@ -25,7 +25,7 @@ int run(const LinearCall& call, const Geometry& g, std::integer_sequence<int, CO
 
 int linear_sparse24(const LinearCall& call, const Geometry& g) {
   constexpr auto all = std::make_integer_sequence<int, static_cast<int>(std::size(kSparse24Configs))>{};
-  return call.dtype == DType::bf16 ? run<bf16>(call, g, all) : run<f16>(call, g, all);
+  return call.packing.dtype == DType::bf16 ? run<bf16>(call, g, all) : run<f16>(call, g, all);
 }
 
 }  // namespace sparseprune::cuda

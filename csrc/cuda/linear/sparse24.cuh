@@ -2,7 +2,7 @@
 //
 // Equation        out[n][m] = bias[m] + sum over k of weight[m][k] x[n][k], sums in float32.
 //
-// Operands        weight: units of 32 rows x 64 columns (core/fragments.h), [strip of rows][block of columns], so a strip
+// Operands        weight: units of 32 rows x 64 columns (core/layouts/sparse24.h), [strip of rows][block of columns], so a strip
 //                 is one stream of memory. It is operand A of mma.sp.m16n8k32, which makes the batch n: 8 batch rows are
 //                 the least that is multiplied, not 16, and a batch of 1 to 8 is bound by memory alone.
 //                 x: [batch][cols], rows `stride` apart, any alignment. It is operand B.
@@ -28,8 +28,8 @@
 // Where more will go. wgmma.sp (sm_90a; mma.sync reaches 60 % of its chips): linear_sparse24_sm90.cu, for tiles from 128 x
 // 128 on, from the same blobs: x lies in shared memory as the instruction wants it, and warp w of a warpgroup takes its A
 // registers of m64nNk32 from tile w % 2 of unit w / 2, and its metadata, by odd warps two lanes further on: one selector
-// serves all four. int8: another T here and mma.sp.m16n8k64 in simt.h, units of 32 x 128 in fragments.h, the scales of
-// groups behind PackedHeader::reserved.
+// serves all four. int8: another T here and mma.sp.m16n8k64 in simt.h, units of 32 x 128 in core/layouts/sparse24.h, the
+// scales of groups in a section of their own.
 #pragma once
 
 #include <initializer_list>

@@ -2,7 +2,7 @@
 // any shape; the first are for few batch rows, the last for many.
 #pragma once
 
-#include "core/fragments.h"
+#include "core/layouts/sparse24.h"
 
 namespace sparseprune::cuda {
 

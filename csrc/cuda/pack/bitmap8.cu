@@ -3,7 +3,7 @@
 //   index[unit][tile] bit 8 r + c = element (r, c) of the tile is kept; values: in the order of the bits, tile after tile
 //
 // Layouts   dense [rows, cols] row-major; bits [rows, ceil(cols / 8)], padding zero; index, offsets [units + 1] and
-//           values of units of 16 rows x 64 columns, as core/fragments.h lays them out.
+//           values of units of 16 rows x 64 columns, as core/layouts/bitmap8.h lays them out.
 // Needs     index and values at 16 bytes, as a blob's sections are. dense, bits: any alignment.
 // Partition a warp a unit. A lane has 8 columns of a row at a time, one byte of one bitmap, as 8 lanes read a row's 64:
 //
@@ -14,6 +14,7 @@
 //
 //           Values pass through shared memory, so that a unit's, which begin at 16 bytes, are 16-byte accesses too.
 // Constants a unit in shared memory a warp, 2 or 4 KB: 16 or 32 KB a block, of which 3 fit every chip.
+#include "core/layouts/bitmap8.h"
 #include "cuda/words.cuh"
 
 namespace sparseprune::cuda {

@@ -3,7 +3,7 @@
 //   chunk (4 columns of a row) -> two values, lower place first, and the nibble lower | higher << 2
 //
 // Layouts   dense [rows, cols] row-major; bits [rows, ceil(cols / 8)]; values and metadata of units of 32 rows x 64
-//           columns, as core/fragments.h lays them out.
+//           columns, as core/layouts/sparse24.h lays them out.
 // Needs     cols % 4 == 0; values and metadata at 16 bytes, as a blob's sections are. dense, bits: any alignment.
 // Partition a warp a unit. Lane 4g + t has chunks t and t + 4 of each step of rows g, g + 8, g + 16, g + 24: 16 chunks,
 //           the very ones whose values it stores, 16 bytes a tile and step: nothing goes through shared memory.
@@ -16,6 +16,7 @@
 //           (quad_word). A row's 8 bytes of bits are two words of the same kind: lane t has those of row g + 8t.
 // Constants 16 loads of 8 bytes under way a lane, 4 KB a warp: 8 warps hide the latency of HBM3 (masks.cu), and 3 blocks
 //           of 8 fit beside the 80 registers that they take.
+#include "core/layouts/sparse24.h"
 #include "cuda/words.cuh"
 
 namespace sparseprune::cuda {

@@ -257,9 +257,9 @@ void pack_tiles_bf16(const PanelJob& job, std::int64_t begin, std::int64_t end) 
 
 void install(KernelTable& table) {
   table.isa = "amx";
-  constexpr int d = static_cast<int>(DType::bf16);
-  table.linear[static_cast<int>(Strategy::tile_amx)][d] = {Panel::tiles_bf16, kUnitRows, 16, 16, scratch_bytes, tile_amx};
-  table.panel[static_cast<int>(Panel::tiles_bf16)][d] = pack_tiles_bf16;
+  kernel_of(table, Strategy::tile_amx, Encoding::plain, DType::bf16) = {Panel::tiles_bf16, kUnitRows, 16, 16,
+                                                                        scratch_bytes,     tile_amx};
+  table.panel[static_cast<int>(Panel::tiles_bf16)][static_cast<int>(DType::bf16)] = pack_tiles_bf16;
 }
 
 }  // namespace sparseprune::amx

@@ -163,13 +163,12 @@ void csr_row16(const void* in, std::int32_t* cols, void* values, std::int64_t n)
 void install(KernelTable& table) {
   table.isa = "avx512_bf16";
   table.bf16_interleave = 2;
-  constexpr int d = static_cast<int>(DType::bf16);
-  table.linear[static_cast<int>(Strategy::tile_rows)][d] = {Panel::pairs_bf16, 2 * kTileRows, kMaxBatch, 1,
-                                                            no_scratch,        tile_rows_dot};
+  const auto at = [&](Strategy s) -> LinearKernel& { return kernel_of(table, s, Encoding::plain, DType::bf16); };
+  at(Strategy::tile_rows) = {Panel::pairs_bf16, 2 * kTileRows, kMaxBatch, 1, no_scratch, tile_rows_dot};
   // These read single columns, not pairs.
-  table.linear[static_cast<int>(Strategy::tile_dense)][d].run = nullptr;
-  table.linear[static_cast<int>(Strategy::tile_batch)][d].run = nullptr;
-  table.panel[static_cast<int>(Panel::pairs_bf16)][d] = pack_pairs_bf16;
+  at(Strategy::tile_dense).run = nullptr;
+  at(Strategy::tile_batch).run = nullptr;
+  table.panel[static_cast<int>(Panel::pairs_bf16)][static_cast<int>(DType::bf16)] = pack_pairs_bf16;
   table.words16.compress = compress16;
   table.words16.expand = expand16;
   table.words16.csr_row = csr_row16;
