@@ -6,8 +6,8 @@
 
 from sparseprune.recovery.data import Sampler, TokenStream
 from sparseprune.recovery.dense import to_dense
-from sparseprune.recovery.distill import Distillation
 from sparseprune.recovery.report import RecoveryReport
+from sparseprune.recovery.terms import Distillation
 from sparseprune.recovery.trainer import recover
 
 __all__ = [

@@ -19,7 +19,7 @@ from sparseprune.models.losses import Evaluate
 from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.processes import Processes
 from sparseprune.recovery.data import Sampler, join
-from sparseprune.recovery.distill import Objective
+from sparseprune.recovery.objective import Objective
 from sparseprune.recovery.report import Evaluation, StepLosses
 from sparseprune.recovery.schedule import Budget, learning_rate_factor
 from sparseprune.recovery.state import load_run, save_run
@@ -151,19 +151,21 @@ class Loop:
         counts = [self.objective.count(part) for part in parts]
         total = self.group.sum(torch.tensor([float(sum(counts))], device=self.device))
         world = self.group.world
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        names = ("total", *self.objective.terms)
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         with self._randomness(step):
             for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
                 with self.group.unsynchronised(wrapped, last=index == len(parts) - 1):
                     losses = wrapped(part)
                     share = count / total[0]
-                    (losses[0] * (share * world).to(losses[0].dtype)).backward()
-                sums += torch.stack([it.detach().double() for it in losses]) * share
+                    (losses["total"] * (share * world).to(losses["total"].dtype)).backward()
+                sums += torch.stack([losses[name].detach().double() for name in names]) * share
         self.group.sum(sums)
-        values = sums.tolist()
-        if not math.isfinite(values[0]):
+        means = dict(zip(names, sums.tolist(), strict=True))
+        total_loss = means.pop("total")
+        if not math.isfinite(total_loss):
             raise ValueError(
-                f"learning_rate: the loss is {values[0]} at step {step}; lower the learning rate, or check the model"
+                f"learning_rate: the loss is {total_loss} at step {step}; lower the learning rate, or check the model"
             )
         if options.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), options.clip)
@@ -171,8 +173,7 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.tokens += int(total)
-        total_loss, ce, divergence, hidden = values
-        self.losses.append(StepLosses(step + 1, self.seconds, total_loss, ce, divergence, hidden, rate))
+        self.losses.append(StepLosses(step + 1, self.seconds, total_loss, means, rate))
 
     def _draw(self, step: int) -> list[Batch]:
         options = self.options

@@ -14,14 +14,17 @@ _ROWS = 16  # of the printed curve; `losses` has every step
 
 @dataclass(frozen=True)
 class StepLosses:
-    """One step's losses, means over its tokens, and the learning rate it used."""
+    """One step's losses, means over its tokens, and the learning rate it used.
+
+    Attributes:
+        total: what was minimised.
+        terms: each term of it by the name of its weight in `Distillation`, not weighted; 0 where it was left out.
+    """
 
     step: int
     seconds: float
     total: float
-    cross_entropy: float
-    divergence: float
-    hidden: float
+    terms: dict[str, float]
     learning_rate: float
 
 
@@ -36,7 +39,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RecoveryReport:
-    """What `recover` did; `print(report)` shows the loss curve as a table."""
+    """What `recover` did; `print(report)` shows the loss curve as a table.
+
+    Attributes:
+        losses: of every step.
+        weights, zeros_before, zeros_after: of the layers that have zeros.
+        titles: what the table calls each term of the loss, by the name of its weight.
+        resumed_at: the steps that an earlier run had made.
+    """
 
     losses: tuple[StepLosses, ...]
     evaluations: tuple[Evaluation, ...]
@@ -46,6 +56,7 @@ class RecoveryReport:
     zeros_before: int
     zeros_after: int
     settings: dict[str, Any]
+    titles: dict[str, str]
     resumed_at: int | None = None
 
     @property
@@ -61,9 +72,7 @@ class RecoveryReport:
             Column("steps"),
             Column("seconds", ".0f"),
             Column("loss", ".4f"),
-            Column("cross-entropy", ".4f"),
-            Column("KL", ".4f"),
-            Column("hidden", ".4f"),
+            *(Column(title, ".4f") for title in self.titles.values()),
             Column("learning rate", ".2e"),
             Column("evaluation", ".4g"),
         ]
@@ -71,7 +80,7 @@ class RecoveryReport:
         rows = []
         size = max(1, -(-len(self.losses) // _ROWS))
         if 0 in evaluations:
-            rows.append((0, 0.0, None, None, None, None, None, evaluations[0]))
+            rows.append((0, 0.0, None, *(None for _ in self.titles), None, evaluations[0]))
         for start in range(0, len(self.losses), size):
             part = self.losses[start : start + size]
             last = part[-1]
@@ -80,7 +89,8 @@ class RecoveryReport:
                 (
                     last.step,
                     last.seconds,
-                    *(sum(getattr(it, name) for it in part) / len(part) for name in _CURVES),
+                    sum(it.total for it in part) / len(part),
+                    *(sum(it.terms[name] for it in part) / len(part) for name in self.titles),
                     last.learning_rate,
                     values[-1] if values else None,
                 )
@@ -102,6 +112,3 @@ class RecoveryReport:
 
     def __str__(self) -> str:
         return self.table().render()
-
-
-_CURVES = ("total", "cross_entropy", "divergence", "hidden")

@@ -23,12 +23,13 @@ from sparseprune.processes import join
 from sparseprune.pruning.zeros import Zeros
 from sparseprune.recovery.compiled import compiled_blocks
 from sparseprune.recovery.data import Sampler, as_sampler, batches_of
-from sparseprune.recovery.distill import Distillation, Objective
 from sparseprune.recovery.loop import Loop, Options
 from sparseprune.recovery.lora import adapters
+from sparseprune.recovery.objective import Objective
 from sparseprune.recovery.optimizers import Train, make_optimizer, trained_parameters
 from sparseprune.recovery.report import RecoveryReport
 from sparseprune.recovery.schedule import Budget
+from sparseprune.recovery.terms import Distillation
 from sparseprune.statistics.overlap import remember
 from sparseprune.weights.linear import SparseLinear
 
@@ -170,6 +171,7 @@ def recover(
         zeros.count,
         zeros.count_now(),
         settings,
+        {name: term.title for name, term in objective.terms.items()},
         resumed,
     )
 
@@ -187,11 +189,13 @@ def _check(model: nn.Module, teacher: nn.Module | None, distillation: Distillati
             f"model: {sparse} must be dense to be trained, it is a SparseLinear; call "
             "sparseprune.recovery.to_dense(model) first"
         )
+    of_teacher = {name: term for name, term in distillation.terms().items() if term.needs_teacher}
+    used = [term for term in of_teacher.values() if term.weight]
     if teacher is None:
-        if distillation.logits or distillation.hidden:
+        if used:
+            weights = ", ".join(f"{name}={term.weight:g}" for name, term in of_teacher.items())
             raise ValueError(
-                f"teacher: must be given for the losses logits={distillation.logits:g}, hidden={distillation.hidden:g}, "
-                "got None; or leave cross_entropy alone above 0"
+                f"teacher: must be given for the losses {weights}, got None; or leave cross_entropy alone above 0"
             )
         return
     if teacher is model or {id(it) for it in teacher.parameters()} & {id(it) for it in model.parameters()}:
@@ -199,12 +203,8 @@ def _check(model: nn.Module, teacher: nn.Module | None, distillation: Distillati
             "teacher: must be another model, it shares weights with the one to train; load the dense model again, or "
             "copy.deepcopy it before pruning"
         )
-    mine, its = (getattr(getattr(it, "config", None), "vocab_size", None) for it in (model, teacher))
-    if distillation.logits and mine != its:
-        raise ValueError(
-            f"teacher: must have the model's vocabulary of {mine}, it has {its}; pass logits=0 and a loss on hidden "
-            "states, or another teacher"
-        )
+    for term in used:
+        term.check(model, teacher)
 
 
 def _autocast_dtype(autocast: str | None, device: torch.device) -> torch.dtype | None:

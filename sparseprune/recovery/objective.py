@@ -1,11 +1,10 @@
-"""What recovery minimises: cross-entropy on the text, and distances to the dense model that is the teacher."""
+"""Student and teacher read a batch, and what recovery minimises comes out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,54 +15,12 @@ from sparseprune.models.blocks import find_blocks
 from sparseprune.models.losses import IGNORED, Loss, is_causal
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.recovery.attention import FastAttention
-from sparseprune.recovery.losses import Head, head_loss, hidden_loss
+from sparseprune.recovery.head import head_loss
+from sparseprune.recovery.terms import Distillation
+from sparseprune.recovery.terms.base import Head, LogitsTerm, Read, Term
+from sparseprune.recovery.terms.cross_entropy import OwnLoss
 
-__all__ = ["Distillation", "Losses", "Objective"]
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """How much each loss weighs; each is a mean over tokens, see `head_loss` and `hidden_loss`.
-
-    Attributes:
-        cross_entropy: on the text's own next tokens, or the batch's labels.
-        logits: KL of the teacher's distribution to the student's, over the full vocabulary.
-        temperature: softens both distributions in that divergence.
-        hidden: normalised squared error of the blocks' outputs, a mean over the blocks.
-    """
-
-    cross_entropy: float = 0.0
-    logits: float = 1.0
-    temperature: float = 1.0
-    hidden: float = 0.0
-
-    def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("cross_entropy", "logits", "hidden")}
-        for name, value in weights.items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: must be at least 0, got {value}; 0 leaves this loss out")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: must be above 0, got {self.temperature}; 1 softens nothing")
-        if not any(weights.values()):
-            raise ValueError("cross_entropy, logits, hidden: must not all be 0; make one of them 1")
-
-
-class Losses(NamedTuple):
-    """Means over a batch's tokens, each a scalar tensor; only `total`, their weighted sum, carries a gradient."""
-
-    total: Tensor
-    cross_entropy: Tensor
-    divergence: Tensor
-    hidden: Tensor
-
-
-class _Read(NamedTuple):
-    """What one model made of a batch: logits = head(states), or states where `head` is None."""
-
-    states: Tensor
-    head: Head | None
-    output: Any
-    hidden: Sequence[Tensor]
+__all__ = ["Objective"]
 
 
 class Objective(nn.Module):
@@ -86,63 +43,67 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.weights = weights
         self.loss = loss
         self.autocast = autocast
+        self.terms: dict[str, Term] = weights.terms()
+        if loss is not None:  # stands in for the cross-entropy
+            self.terms["cross_entropy"] = OwnLoss(weights.cross_entropy, loss)
         self._teacher = [] if teacher is None else [teacher]  # a list hides it from parameters()
         self._splits: dict[int, tuple[nn.Module, nn.Linear] | None] = {}
         self._frozen_head: tuple[tuple[int, int], Tensor] | None = None
         self._blocks = {id(model): find_blocks(model) for model in (student, *self._teacher)}
-        if weights.hidden and teacher is not None:
-            mine, its = (len(self._blocks[id(model)]) for model in (student, teacher))
-            if mine != its or mine == 0:
-                raise ValueError(
-                    f"hidden: needs as many blocks in the teacher as in the model, at least one, got {its} and "
-                    f"{mine}; pass hidden=0"
-                )
 
     def count(self, batch: Batch) -> int:
         """How many tokens (rows of the batch, where there are no labels) the losses are means over."""
         labels = self._labels(batch)
         return len(_first_tensor(batch)) if labels is None else int((labels != IGNORED).sum())
 
-    def forward(self, batch: Batch) -> Losses:
-        weights = self.weights
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Each term's mean over the batch's tokens, by name, a scalar; and "total", their weighted sum, which alone
+        carries a gradient.
+        """
         labels = self._labels(batch)
-        if weights.cross_entropy and labels is None and self.loss is None:
-            raise ValueError(
-                "data: batches must have labels to learn from, got none; pass mappings with 'labels', a loss, or a "
-                "teacher and cross_entropy=0"
-            )
+        used = {name: term for name, term in self.terms.items() if term.weight}
+        for term in used.values():
+            if isinstance(term, LogitsTerm) and term.needs_labels and labels is None:
+                raise ValueError(
+                    "data: batches must have labels to learn from, got none; pass mappings with 'labels', a loss, or a "
+                    "teacher and cross_entropy=0"
+                )
         taught = None
-        if self._teacher and (weights.logits or weights.hidden):
+        if any(term.needs_teacher for term in used.values()):
             with torch.no_grad(), evaluation_mode(self._teacher[0]):
                 taught = self._read(self._teacher[0], batch)
+        of_logits = {
+            name: term
+            for name, term in self.terms.items()
+            if isinstance(term, LogitsTerm)
+            and (term.weight or (term.recorded and not (term.needs_labels and labels is None)))
+        }
         device = _first_tensor(batch).device
         cast = torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
         with cast, FastAttention():
             read = self._read(self.student, batch)
-            given = self.loss(read.output, batch) if self.loss is not None else None
+            means = {
+                name: term.loss(read, taught, batch) for name, term in used.items() if name not in of_logits
+            }
         zero = read.states.new_zeros((), dtype=torch.promote_types(read.states.dtype, torch.float32))
-        total = ce = divergence = hidden = zero
-        if given is not None:
-            ce = given.detach()
-            total = total + weights.cross_entropy * given
-        if labels is not None or (taught is not None and weights.logits):
-            part, ce_mean, divergence = self._head_losses(read, taught, labels)
-            ce = ce if given is not None else ce_mean
+        total = zero
+        for name, mean in means.items():
+            total = total + used[name].weight * mean
+        if of_logits:
+            part, sums = self._of_logits(read, taught, labels, list(of_logits.values()))
+            means.update(zip(of_logits, sums, strict=True))
             total = total + part
-        if taught is not None and weights.hidden:
-            hidden = _hidden_losses(read.hidden, taught.hidden, attention_mask(batch))
-            total = total + weights.hidden * hidden
-        return Losses(total, ce, divergence, hidden.detach())
+        return {"total": total, **{name: means.get(name, zero).detach() for name in self.terms}}
 
-    def _head_losses(
-        self, read: _Read, taught: _Read | None, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _of_logits(
+        self, read: Read, taught: Read | None, labels: Tensor | None, terms: Sequence[LogitsTerm]
+    ) -> tuple[Tensor, Tensor]:
+        """(their weighted sum, each one's mean)"""
         states = read.states.flatten(0, -2)
         flat = None if labels is None else labels.flatten()
-        teacher = taught if taught is not None and self.weights.logits else None
+        teacher = taught if any(term.needs_teacher for term in terms) else None
         if flat is not None and len(flat) != len(states):
             raise ValueError(
                 f"data: labels must be one for each row of logits, got {len(flat)} for {len(states)} rows"
@@ -153,14 +114,11 @@ class Objective(nn.Module):
             flat,
             None if teacher is None else teacher.states.flatten(0, -2),
             None if teacher is None else teacher.head,
-            # a loss function of the caller's stands in for the cross-entropy
-            0.0 if self.loss is not None else self.weights.cross_entropy,
-            self.weights.logits,
-            self.weights.temperature,
+            terms,
             self.autocast if read.head is not None else None,
         )
         count = len(states) if flat is None else max(1, int((flat != IGNORED).sum()))
-        return result.total / count, result.cross_entropy / count, result.divergence / count
+        return result.total / count, result.sums / count
 
     def _cast(self, head: Head) -> Head:
         """A head that is not trained is cast once, not in every step."""
@@ -189,7 +147,7 @@ class Objective(nn.Module):
         last = torch.full_like(given[:, :1], IGNORED)
         return torch.cat([given[:, 1:], last], dim=1)
 
-    def _read(self, model: nn.Module, batch: Batch) -> _Read:
+    def _read(self, model: nn.Module, batch: Batch) -> Read:
         if (
             isinstance(batch, Mapping) and "labels" in batch
         ):  # the model would spend time on a loss of its own
@@ -197,14 +155,18 @@ class Objective(nn.Module):
         if id(model) not in self._splits:
             parts = _parts(model) if self.loss is None else None
             self._splits[id(model)] = parts if parts is not None and _splits(model, *parts, batch) else None
-        blocks = [block for _, block in self._blocks[id(model)]] if self.weights.hidden else []
+        blocks = (
+            [block for _, block in self._blocks[id(model)]]
+            if any(term.weight and term.reads_blocks for term in self.terms.values())
+            else []
+        )
         with _recording(blocks) as hidden, no_cache(model):
             parts = self._splits[id(model)]
             if parts is not None:
                 trunk, head = parts
-                return _Read(call(trunk, batch)[0], (head.weight, head.bias), None, hidden)
+                return Read(call(trunk, batch)[0], (head.weight, head.bias), None, hidden)
             output = call(model, batch)
-        return _Read(_logits(output), None, output, hidden)
+        return Read(_logits(output), None, output, hidden)
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
@@ -244,18 +206,6 @@ def _recording(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         for block in blocks:
             stack.callback(block.register_forward_hook(hook).remove)
         yield outputs
-
-
-def _hidden_losses(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    total = student[0].new_zeros((), dtype=torch.promote_types(student[0].dtype, torch.float32))
-    for mine, its in zip(student, teacher, strict=True):
-        tokens = mine.shape[:-1].numel()
-        counts = None
-        if mask is not None and mask.shape == mine.shape[:-1]:
-            counts = mask.bool()
-            tokens = int(counts.sum())
-        total = total + hidden_loss(mine, its, counts) / max(1, tokens)
-    return total / len(student)
 
 
 def _logits(output: Any) -> Tensor:
