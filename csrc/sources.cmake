@@ -10,6 +10,7 @@ function(sparseprune_add_cpu target)
     ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/core/header.cpp
     ${cpu}/ops/convert.cpp
     ${cpu}/dispatch/isa.cpp
+    ${cpu}/dispatch/x86.cpp
     ${cpu}/ops/linear.cpp
     ${cpu}/ops/pack.cpp
     ${cpu}/ops/parallel.cpp
@@ -18,14 +19,15 @@ function(sparseprune_add_cpu target)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
     set(AVX2 -mavx2 -mfma -mf16c -mbmi -mbmi2 -mpopcnt)
     set(AVX512 ${AVX2} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mprefer-vector-width=512)
-    set(AVX512_BF16 ${AVX512} -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx512bf16)
+    set(AVX512_VBMI2 ${AVX512} -mavx512vbmi -mavx512vbmi2 -mavx512vnni)
+    set(AVX512_BF16 ${AVX512_VBMI2} -mavx512bf16)
     set(AMX ${AVX512_BF16} -mamx-tile -mamx-bf16)
     # GCC 12 sees an uninitialised register in its own intrinsics (GCC bug 105593).
     set(QUIET)
     if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
       set(QUIET -Wno-maybe-uninitialized -Wno-uninitialized)
     endif()
-    foreach(isa IN ITEMS avx2 avx512 avx512_bf16 amx)
+    foreach(isa IN ITEMS avx2 avx512 avx512_vbmi2 avx512_bf16 amx)
       string(TOUPPER ${isa} flags)
       target_sources(${target} PRIVATE ${cpu}/x86/${isa}/table.cpp)
       set_source_files_properties(${cpu}/x86/${isa}/table.cpp PROPERTIES COMPILE_OPTIONS "${${flags}};${QUIET}")

@@ -109,6 +109,9 @@ void install(KernelTable& table);
 namespace avx512 {
 void install(KernelTable& table);
 }
+namespace avx512_vbmi2 {
+void install(KernelTable& table);
+}
 namespace avx512_bf16 {
 void install(KernelTable& table);
 }

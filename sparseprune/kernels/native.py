@@ -22,7 +22,7 @@ _core_linear = _core.linear
 
 
 def isa() -> str:
-    """The instruction set in force: `scalar`, `avx2`, `avx512`, `avx512_bf16` or `amx`."""
+    """The instruction set in force: `scalar`, `avx2`, `avx512`, `avx512_vbmi2`, `avx512_bf16` or `amx`."""
     return _core.isa()
 
 

@@ -52,7 +52,7 @@ int main() {
 #endif
 #else
   expect(best == "scalar" && isas_built().size() == 1, "this is a build of one level");
-  for (const char* level : {"avx2", "avx512", "avx512_bf16", "amx"}) {
+  for (const char* level : {"avx2", "avx512", "avx512_vbmi2", "avx512_bf16", "amx"}) {
     expect_refused(level, "this build has no kernels for '" + std::string(level) + "'");
   }
 #endif

@@ -16,7 +16,7 @@ from helpers.isa import LEVELS, forced
 import sparseprune
 from sparseprune.kernels import _core
 
-KNOWN = ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
+KNOWN = ["scalar", "avx2", "avx512", "avx512_vbmi2", "avx512_bf16", "amx"]
 
 
 def python(code: str, isa: str | None) -> subprocess.CompletedProcess[str]:
@@ -55,7 +55,9 @@ def test_an_unknown_level_is_an_error_that_lists_the_known_ones():
         "    try:\n        call()\n    except ValueError as error:\n        print(error)\n"
     )
     done = python(code, "avx1024")
-    message = "SPARSEPRUNE_ISA: must be one of scalar, avx2, avx512, avx512_bf16, amx, got 'avx1024'"
+    message = (
+        "SPARSEPRUNE_ISA: must be one of scalar, avx2, avx512, avx512_vbmi2, avx512_bf16, amx, got 'avx1024'"
+    )
     assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, [message] * 3, "")
 
 
@@ -87,7 +89,8 @@ def test_levels_are_what_linux_says_of_the_cpu():
         "scalar": set(),
         "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt"},
         "avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
-        "avx512_bf16": {"avx512vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bf16"},
+        "avx512_vbmi2": {"avx512vbmi", "avx512_vbmi2", "avx512_vnni"},
+        "avx512_bf16": {"avx512_bf16"},
         "amx": {"amx_tile", "amx_bf16"},
     }
     expected = []

@@ -8,10 +8,7 @@
 
 namespace sparseprune {
 
-enum class Isa { scalar = 0, avx2, avx512, avx512_bf16, amx };
-constexpr int kIsas = 5;
-
-const char* isa_name(Isa isa);
+// Slowest first: scalar, then this machine's family of instruction sets (family.h).
 std::vector<std::string> isas_built();
 std::vector<std::string> isas_available();  // built, and this CPU and OS have them
 

@@ -37,9 +37,6 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
-// Work below this is done before a second thread has woken up.
-constexpr std::int64_t kSerialProducts = 64 * 1024;
-
 std::int64_t panel_bytes(const LinearKernel& kernel, std::int64_t batch, std::int64_t kpad) {
   const bool floats = kernel.panel == Panel::rows_f32 || kernel.panel == Panel::blocks_f32;
   return round_up(batch, kernel.round) * kpad * (floats ? 4 : 2);
@@ -97,7 +94,7 @@ void linear(const LinearCall& call) {
     return buffer.reserve(scratch_bytes);
   };
 
-  const int threads = h.nnz * call.batch < kSerialProducts ? 1 : usable_threads(call.threads);
+  const int threads = plan.serial ? 1 : usable_threads(call.threads);
   if (threads == 1) {
     if (pack_units > 0) pack_fn(pack, 0, pack_units);
     kernel.run(job, 0, units, scratch());

@@ -27,6 +27,7 @@ void linear(const LinearCall& call);
 struct Plan {
   Strategy strategy;
   std::int64_t block;  // batch rows of a block of the panel
+  bool serial;         // one thread is the faster
 };
 // forced: a Strategy, or -1 for the plan's choice. Throws std::invalid_argument where it does not serve.
 Plan choose_plan(const KernelTable& table, const PackedHeader& header, std::int64_t batch, int forced = -1);

@@ -8,7 +8,8 @@
 namespace sparseprune {
 namespace {
 
-constexpr std::int64_t kL2Panel = 1 << 20;  // bytes of a csr panel that stay in L2 beside the weights' stream
+constexpr std::int64_t kSerialProducts = 64 * 1024;  // work below this is done before a second thread has woken up
+constexpr std::int64_t kL2Panel = 1 << 20;           // bytes of a csr panel that stay in L2 beside the weights' stream
 
 bool serves(const KernelTable& table, const PackedHeader& h, Strategy s) {
   const bool csr = s == Strategy::csr_gather || s == Strategy::csr_batch;
@@ -49,7 +50,7 @@ Plan choose_plan(const KernelTable& table, const PackedHeader& header, std::int6
     throw std::invalid_argument(std::string("strategy: ") + strategy_name(s) + " does not serve this weight at level '" +
                                 table.isa + "'");
   }
-  return {s, block_of(table, header, batch < 1 ? 1 : batch, s)};
+  return {s, block_of(table, header, batch < 1 ? 1 : batch, s), header.nnz * batch < kSerialProducts};
 }
 
 const char* strategy_name(Strategy s) {
