@@ -41,7 +41,14 @@ def main(
         weight = pruned_weight(out, inner, DTYPES[dtype], "csr", 1 - density)
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         timings = time_layer(linear, ["bitmap", "csr"], sizes, seconds=seconds)
-        rows.append((dtype, shape, density, *(it.sparse["bitmap"] / it.sparse["csr"] for it in timings)))
+        rows.append(
+            (
+                dtype,
+                shape,
+                density,
+                *(it.sparse_seconds["bitmap"] / it.sparse_seconds["csr"] for it in timings),
+            )
+        )
     columns: list[Column | str] = ["dtype", "shape", Column("density", ".2f")]
     columns += [Column(f"batch {size}", ".2f") for size in sizes]
     footer = [f"{torch.get_num_threads()} threads"]

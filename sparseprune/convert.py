@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from sparseprune.kernels.native import isa
 from sparseprune.measure.benchmark import bytes_past_caches, describe_device, speedups_of, time_layer
 from sparseprune.models.notes import recall
 from sparseprune.models.sites import WeightSite, find_sites
-from sparseprune.report import Column, Table, human_bytes, track
+from sparseprune.report import Column, Report, Table, alike, human_bytes, track
 from sparseprune.weights.choose import Choice, Options, fastest, options_for, smallest
 from sparseprune.weights.format import Format
 from sparseprune.weights.linear import SparseLinear
@@ -41,7 +40,7 @@ class LayerSparsified:
 
 
 @dataclass(frozen=True)
-class SparsifyReport:
+class SparsifyReport(Report):
     """What `sparsify` did, layer by layer; `print(report)` shows it as a table, like layers in one row."""
 
     layers: tuple[LayerSparsified, ...]
@@ -68,23 +67,18 @@ class SparsifyReport:
 
     def table(self, full: bool = False) -> Table:
         """One row for layers that differ in a number of their name only; `full` for a row each."""
-        speed_columns = [Column(f"speed-up, batch {batch}", ".2f") for batch in self.batches]
-        columns: list[Column | str] = [
-            "layers", "count", "shape", Column("sparsity", ".1%"), "format",
-            Column("before", human_bytes), Column("after", human_bytes),
-            *(speed_columns if self.policy == "auto" else []), "why",
-        ]  # fmt: skip
-        rows = []
-        for name, group in self._groups(full):
-            first = group[0]
-            speeds = [_mean([layer.speedups.get(batch) for layer in group]) for batch in self.batches]
-            rows.append(
-                (
-                    name, len(group), first.shape, _mean([layer.sparsity for layer in group]), first.format or "dense",
-                    sum(layer.bytes_before for layer in group), sum(layer.bytes_after for layer in group),
-                    *(speeds if self.policy == "auto" else []), first.reason,
-                )
-            )  # fmt: skip
+        columns = [
+            Column("layers", value=lambda it: it.name),
+            Column("count", value=lambda it: len(it.members)),
+            Column("shape", value=lambda it: it.first.shape),
+            Column("sparsity", ".1%", lambda it: it.mean(lambda layer: layer.sparsity)),
+            Column("format", value=lambda it: it.first.format or "dense"),
+            Column("before", human_bytes, lambda it: it.total(lambda layer: layer.bytes_before)),
+            Column("after", human_bytes, lambda it: it.total(lambda layer: layer.bytes_after)),
+            *(_speed_column(batch) for batch in self.batches if self.policy == "auto"),
+            Column("why", value=lambda it: it.first.reason),
+        ]
+        groups = alike(self.layers, lambda it: (it.shape, it.format, it.reason), full)
         share = self.bytes_after / max(1, self.bytes_before)
         footer = [
             f"{self.swapped} of {len(self.layers)} layers are sparse; their weights took "
@@ -92,35 +86,13 @@ class SparsifyReport:
         ]
         if self.policy == "auto":
             footer.append(f"speed-up: dense time over sparse time here, {self.measured_on}")
-        return Table("Sparse layers", columns, rows, footer)
-
-    def _groups(self, full: bool) -> list[tuple[str, list[LayerSparsified]]]:
-        groups: dict[Any, list[LayerSparsified]] = {}
-        for layer in self.layers:
-            pattern = layer.name if full else re.sub(r"\d+", "*", layer.name)
-            groups.setdefault((pattern, layer.shape, layer.format, layer.reason), []).append(layer)
-        return [(key[0] if len(group) > 1 else group[0].name, group) for key, group in groups.items()]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "policy": self.policy,
-            "batches": list(self.batches),
-            "isa": self.isa,
-            "threads": self.threads,
-            "measured_on": self.measured_on,
-            "swapped": self.swapped,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "layers": [{**vars(layer), "shape": list(layer.shape)} for layer in self.layers],
-        }
-
-    def __str__(self) -> str:
-        return self.table().render()
+        return Table.of("Sparse layers", columns, groups, footer)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _speed_column(batch: int) -> Column:
+    return Column(
+        f"speed-up, batch {batch}", ".2f", lambda it: it.mean(lambda layer: layer.speedups.get(batch))
+    )
 
 
 def sparsify(
@@ -184,7 +156,14 @@ def sparsify(
         for _ in track(range(len(layers)), "to sparse layers", enabled=progress)
     ]
     measured_on = ", ".join(map(describe_device, devices))
-    return SparsifyReport(tuple(rows), policy, batches, isa(), torch.get_num_threads(), measured_on)
+    return SparsifyReport(
+        tuple(rows),
+        policy=policy,
+        batches=batches,
+        isa=isa(),
+        threads=torch.get_num_threads(),
+        measured_on=measured_on,
+    )
 
 
 def _check_batches(batch: int | Iterable[int]) -> tuple[int, ...]:
@@ -206,19 +185,19 @@ def _measured(
     for layer in layers:
         kinds.setdefault(_kind(layer, options[layer.name]), []).append(layer)
     model_bytes = sum(layer.weight.nbytes for layer in layers)
-    timed = [alike for alike in kinds.values() if options[alike[0].name].candidates]
+    timed = [like for like in kinds.values() if options[like[0].name].candidates]
     share = seconds / max(1, len(timed))
     speedups: dict[str, Mapping[Format, Mapping[int, float]]] = {}
-    for alike in track(timed, "timing dense against sparse", enabled=progress):
-        formats = options[alike[0].name].formats
+    for like in track(timed, "timing dense against sparse", enabled=progress):
+        formats = options[like[0].name].formats
         timings = time_layer(
-            alike[0].module,
+            like[0].module,
             formats,
             batches,
             seconds=min(share, 0.5 * len(batches)),
-            rotated_bytes=min(model_bytes, bytes_past_caches(alike[0].weight.device)),
+            rotated_bytes=min(model_bytes, bytes_past_caches(like[0].weight.device)),
         )
-        speedups.update(dict.fromkeys([layer.name for layer in alike], speedups_of(formats, timings)))
+        speedups.update(dict.fromkeys([layer.name for layer in like], speedups_of(formats, timings)))
     return {name: fastest(it, speedups.get(name, {})) for name, it in options.items()}
 
 
@@ -248,8 +227,14 @@ def _convert(
         sparse = SparseLinear.from_dense(layer.module, choice.format)
         after = sparse.nbytes
         layer.replace(model, sparse)
-    form = None if choice.format is None else str(choice.format)
-    dtype = str(found.dtype).removeprefix("torch.")
     return LayerSparsified(
-        layer.name, found.shape, dtype, found.sparsity, form, before, after, choice.reason, choice.speedups
+        layer.name,
+        shape=found.shape,
+        dtype=str(found.dtype).removeprefix("torch."),
+        sparsity=found.sparsity,
+        format=None if choice.format is None else str(choice.format),
+        bytes_before=before,
+        bytes_after=after,
+        reason=choice.reason,
+        speedups=choice.speedups,
     )

@@ -1,16 +1,26 @@
-"""Tables for people, JSON for programs: one set of rows gives both."""
+"""Tables for people, JSON for programs: a report says once what it holds, and gives both."""
 
 from __future__ import annotations
 
 import io
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
-__all__ = ["Column", "Table", "human_bytes", "track"]
+__all__ = ["Alike", "Column", "Report", "Table", "alike", "human_bytes", "plain", "track"]
 
 T = TypeVar("T")
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=_Named)
 
 
 def human_bytes(count: float) -> str:
@@ -38,13 +48,18 @@ def _plain(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's heading, and how its values read: a format spec (".1%") or a function from value to text.
+    """A column's heading, how its values read, and where they come from.
 
-    `None` always reads "-".
+    Attributes:
+        format: a format spec (".1%") or a function from value to text. `None` always reads "-".
+        value: what it shows of the thing that a row is about, for `Table.of`.
+        optional: left out of a table where it has no value in any row.
     """
 
     name: str
     format: str | Callable[[Any], str] = _plain
+    value: Callable[[Any], Any] | None = None
+    optional: bool = False
 
     def text(self, value: Any) -> str:
         if value is None:
@@ -72,6 +87,22 @@ class Table:
                     f"rows: each row needs one value a column ({len(self.columns)}), row {index} has "
                     f"{len(row)}"
                 )
+
+    @classmethod
+    def of(
+        cls, title: str, columns: Iterable[Column], things: Iterable[Any], footer: Sequence[str] = ()
+    ) -> Table:
+        """A row for each of `things`, which every column takes its value of."""
+        things = list(things)
+        found = []
+        for column in columns:
+            if column.value is None:
+                raise ValueError(f"columns: {column.name} must say what its value is, it has none")
+            values = [column.value(thing) for thing in things]
+            if not column.optional or any(value is not None for value in values):
+                found.append((column, values))
+        rows = [tuple(values[index] for _, values in found) for index in range(len(things))]
+        return cls(title, [column for column, _ in found], rows, footer)
 
     def render(self, color: bool | None = None) -> str:
         """The table as text, wide enough for every cell. `color` defaults to whether stdout is a terminal."""
@@ -120,6 +151,71 @@ class Table:
 
     def __str__(self) -> str:
         return self.render()
+
+
+class Report(ABC):
+    """A dataclass that prints as a table, and is JSON by its fields and properties."""
+
+    @abstractmethod
+    def table(self) -> Table:
+        """What people read."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: every field and property, those of what it holds too."""
+        return dict(plain(self))
+
+    def __str__(self) -> str:
+        return self.table().render()
+
+
+def plain(value: Any) -> Any:
+    """`value` with its dataclasses as dicts of their fields and public properties, its tuples as lists."""
+    if is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        properties = [
+            name
+            for base in reversed(kind.__mro__)
+            for name, it in vars(base).items()
+            if isinstance(it, property) and not name.startswith("_")
+        ]
+        names = dict.fromkeys([*(it.name for it in fields(value)), *properties])
+        return {name: plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Alike(Generic[T]):
+    """Things that a table shows in one row; `name` has a * for the numbers in which their names differ."""
+
+    name: str
+    members: Sequence[T]
+
+    @property
+    def first(self) -> T:
+        return self.members[0]
+
+    def total(self, value: Callable[[T], float]) -> float:
+        return sum(value(it) for it in self.members)
+
+    def mean(self, value: Callable[[T], float | None]) -> float | None:
+        """Over those that have one."""
+        known = [found for it in self.members if (found := value(it)) is not None]
+        return sum(known) / len(known) if known else None
+
+
+def alike(things: Iterable[N], key: Callable[[N], Hashable], full: bool = False) -> list[Alike[N]]:
+    """Things whose names differ in numbers only, and whose keys are equal, together; `full`: each by itself."""
+    groups: dict[Any, list[N]] = {}
+    for thing in things:
+        pattern = thing.name if full else re.sub(r"\d+", "*", thing.name)
+        groups.setdefault((pattern, key(thing)), []).append(thing)
+    return [
+        Alike(pattern if len(group) > 1 else group[0].name, group) for (pattern, _), group in groups.items()
+    ]
 
 
 def track(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from sparseprune.models.notes import noted, recall
 from sparseprune.models.sites import find_sites
-from sparseprune.report import Column, Table, human_bytes
+from sparseprune.report import Column, Report, Table, alike, human_bytes
 from sparseprune.weights.choose import recognise
 from sparseprune.weights.linear import SparseLinear
 
@@ -33,8 +31,22 @@ class LayerFacts:
     nbytes: int
 
 
+COLUMNS = (
+    Column("layers", value=lambda it: it.name),
+    Column("count", value=lambda it: len(it.members)),
+    Column("shape", value=lambda it: it.first.shape),
+    Column("dtype", value=lambda it: it.first.dtype),
+    Column("format", value=lambda it: it.first.format or "dense"),
+    Column("pattern", value=lambda it: it.first.pattern),
+    Column("sparsity", ".1%", lambda it: it.mean(lambda layer: layer.sparsity)),
+    Column("bytes", human_bytes, lambda it: it.total(lambda layer: layer.nbytes)),
+    Column("why", value=lambda it: it.first.why),
+)
+"""Of layers that are alike."""
+
+
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelFacts(Report):
     """The linears (output head included) and the whole; `print` shows a table, like layers in one row."""
 
     architecture: str
@@ -42,40 +54,13 @@ class ModelFacts:
     memory_bytes: int
 
     def table(self) -> Table:
-        groups: dict[Any, list[LayerFacts]] = {}
-        for layer in self.layers:
-            key = (
-                re.sub(r"\d+", "*", layer.name),
-                layer.shape,
-                layer.dtype,
-                layer.format,
-                layer.pattern,
-                layer.why,
-            )
-            groups.setdefault(key, []).append(layer)
-        rows = []
-        for (pattern_of_names, shape, dtype, format, pattern, why), group in groups.items():
-            name = pattern_of_names if len(group) > 1 else group[0].name
-            sparsity = sum(layer.sparsity for layer in group) / len(group)
-            nbytes = sum(layer.nbytes for layer in group)
-            rows.append((name, len(group), shape, dtype, format or "dense", pattern, sparsity, nbytes, why))
-        columns: list[Column | str] = [
-            "layers", "count", "shape", "dtype", "format", "pattern", Column("sparsity", ".1%"),
-            Column("bytes", human_bytes), "why",
-        ]  # fmt: skip
         sparse = sum(layer.format is not None for layer in self.layers)
         footer = [
             f"{sparse} of {len(self.layers)} linears are sparse; all weights of the model take "
             f"{human_bytes(self.memory_bytes)} in memory"
         ]
-        return Table(self.architecture, columns, rows, footer)
-
-    def to_dict(self) -> dict[str, Any]:
-        layers = [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers]
-        return {"architecture": self.architecture, "memory_bytes": self.memory_bytes, "layers": layers}
-
-    def __str__(self) -> str:
-        return self.table().render()
+        groups = alike(self.layers, lambda it: (it.shape, it.dtype, it.format, it.pattern, it.why))
+        return Table.of(self.architecture, COLUMNS, groups, footer)
 
 
 def inspect_model(model: nn.Module) -> ModelFacts:

@@ -25,7 +25,7 @@ from sparseprune.kernels.native import isa
 from sparseprune.measure.evaluate import SpeedResult, decode_speed, prompt_speed
 from sparseprune.models.notes import recall
 from sparseprune.models.sites import find_sites, site_of
-from sparseprune.report import Column, Table, track
+from sparseprune.report import Column, Report, Table, track
 from sparseprune.weights.choose import best_of, options_for
 from sparseprune.weights.format import Format
 from sparseprune.weights.linear import SparseLinear
@@ -46,15 +46,15 @@ _CUDA_CALLS = 8  # between two events, which cost as much as a small layer
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """Lower quartiles, in seconds, of one layer at one batch size: dense, and in each sparse format by name."""
+    """Lower quartiles of one layer at one batch size: dense, and in each sparse format by name."""
 
     batch: int
-    dense: float
-    sparse: Mapping[str, float]
+    dense_seconds: float
+    sparse_seconds: Mapping[str, float]
 
     def speedup(self, format: str | Format) -> float:
         """Dense time over sparse time."""
-        return self.dense / self.sparse[str(format)]
+        return self.dense_seconds / self.sparse_seconds[str(format)]
 
 
 def alternating_quartiles(
@@ -180,8 +180,23 @@ class KindTiming:
     timings: tuple[LayerTiming, ...]
 
 
+COLUMNS = (
+    Column("example", value=lambda it: it[0].example),
+    Column("count", value=lambda it: it[0].count),
+    Column("shape", value=lambda it: it[0].shape),
+    Column("dtype", value=lambda it: it[0].dtype),
+    Column("sparsity", ".1%", lambda it: it[0].sparsity),
+    Column("format", value=lambda it: it[0].format or "dense"),
+    Column("batch", value=lambda it: it[1].batch),
+    Column("dense, us", ".1f", lambda it: it[1].dense_seconds * 1e6),
+    Column("sparse, us", ".1f", lambda it: it[0].format and it[1].sparse_seconds[it[0].format] * 1e6),
+    Column("speed-up", ".2f", lambda it: it[0].format and it[1].speedup(it[0].format)),
+)
+"""What a row shows, of a kind and one of its timings."""
+
+
 @dataclass(frozen=True)
-class ModelTiming:
+class ModelTiming(Report):
     """What `time_model` measured; `print(report)` shows tables."""
 
     kinds: tuple[KindTiming, ...]
@@ -191,43 +206,10 @@ class ModelTiming:
 
     def table(self) -> Table:
         """One row for each kind of layer and batch size."""
-        columns: list[Column | str] = [
-            "example", "count", "shape", "dtype", Column("sparsity", ".1%"), "format", "batch",
-            Column("dense, us", ".1f"), Column("sparse, us", ".1f"), Column("speed-up", ".2f"),
-        ]  # fmt: skip
-        rows = []
-        for kind in self.kinds:
-            for timing in kind.timings:
-                sparse = timing.sparse.get(kind.format) if kind.format else None
-                rows.append(
-                    (
-                        kind.example, kind.count, kind.shape, kind.dtype, kind.sparsity, kind.format or "dense",
-                        timing.batch, timing.dense * 1e6, sparse and sparse * 1e6,
-                        timing.speedup(kind.format) if kind.format else None,
-                    )
-                )  # fmt: skip
         footer = [str(speed) for speed in (self.decode, self.prompt) if speed is not None]
-        return Table(
-            "Dense against sparse, lower quartiles of calls in turn", columns, rows, [*footer, self.machine]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        kinds = []
-        for kind in self.kinds:
-            timings = [
-                {"batch": timing.batch, "dense_seconds": timing.dense, "sparse_seconds": dict(timing.sparse)}
-                for timing in kind.timings
-            ]
-            kinds.append({**vars(kind), "shape": list(kind.shape), "timings": timings})
-        speeds = {
-            name: speed.to_dict()
-            for name, speed in (("decode", self.decode), ("prompt", self.prompt))
-            if speed
-        }
-        return {"kinds": kinds, **speeds, "machine": self.machine}
-
-    def __str__(self) -> str:
-        return self.table().render()
+        rows = [(kind, timing) for kind in self.kinds for timing in kind.timings]
+        title = "Dense against sparse, lower quartiles of calls in turn"
+        return Table.of(title, COLUMNS, rows, [*footer, self.machine])
 
 
 def time_model(
@@ -256,10 +238,15 @@ def time_model(
         dense = module.to_dense() if isinstance(module, SparseLinear) else module
         timings = tuple(time_layer(dense, formats, batches, seconds=min(share, 0.5 * len(batches))))
         best = best_of(speedups_of(formats, timings)) if formats else None
-        dtype_text = str(dtype).removeprefix("torch.")
         kinds.append(
             KindTiming(
-                name, len(members), shape, dtype_text, zeros, None if best is None else str(best), timings
+                name,
+                count=len(members),
+                shape=shape,
+                dtype=str(dtype).removeprefix("torch."),
+                sparsity=zeros,
+                format=None if best is None else str(best),
+                timings=timings,
             )
         )
     decode = prompt = None

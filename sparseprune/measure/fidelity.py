@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from sparseprune.measure.evaluate import PerplexityResult, Windows, logits_of, w
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.models.sites import find_sites, linear_shape
-from sparseprune.report import Column, Table, track
+from sparseprune.report import Column, Report, Table, plain, track
 from sparseprune.weights.linear import SparseLinear
 
 __all__ = ["Fidelity", "LayerError", "LayerErrors", "divergence", "fidelity", "layer_errors"]
@@ -43,13 +43,7 @@ class Fidelity:
         return f"{self.model.protocol}{compared}; KL(reference || model) in nats a token, top-1 of the same tokens"
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "kl": self.kl,
-            "agreement": self.agreement,
-            "model": self.model.to_dict(),
-            "reference": self.reference.to_dict(),
-            "protocol": self.protocol,
-        }
+        return dict(plain(self))
 
     def __str__(self) -> str:
         text = (
@@ -121,7 +115,40 @@ class LayerError:
 
 
 @dataclass(frozen=True)
-class LayerErrors:
+class _Part:
+    """A block, or a layer outside of all: its own error, and those of the layers in it."""
+
+    name: str
+    error: float | None
+    layers: Sequence[LayerError]
+
+    @property
+    def mean(self) -> float | None:
+        return sum(it.error for it in self.layers) / len(self.layers) if self.layers else None
+
+    @property
+    def worst(self) -> LayerError | None:
+        return max(self.layers, key=lambda it: it.error, default=None)
+
+    @property
+    def worst_name(self) -> str | None:
+        """Within the part."""
+        if self.worst is None or self.worst.name == self.name:
+            return None
+        return self.worst.name.removeprefix(f"{self.name}.")
+
+
+COLUMNS = (
+    Column("part", value=lambda it: it.name),
+    Column("block", ".3f", lambda it: it.error),
+    Column("layers, mean", ".3f", lambda it: it.mean),
+    Column("worst layer", value=lambda it: it.worst_name),
+    Column("its error", ".3f", lambda it: it.worst and it.worst.error),
+)
+
+
+@dataclass(frozen=True)
+class LayerErrors(Report):
     """Errors of single linear layers and of whole blocks; `print` shows a row a block."""
 
     rows: tuple[LayerError, ...]
@@ -135,23 +162,9 @@ class LayerErrors:
             if row.kind == "layer":
                 owner = next((name for name in blocks if row.name.startswith(f"{name}.")), row.name)
                 groups.setdefault(owner, []).append(row)
-        rows = []
-        for name, layers in groups.items():
-            worst = max(layers, key=lambda it: it.error, default=None)
-            mean = sum(it.error for it in layers) / len(layers) if layers else None
-            local = worst and (worst.name.removeprefix(f"{name}.") if worst.name != name else None)
-            rows.append((name, blocks.get(name), mean, local, worst and worst.error))
-        columns: list[Column | str] = [
-            "part", Column("block", ".3f"), Column("layers, mean", ".3f"), "worst layer", Column("its error", ".3f"),
-        ]  # fmt: skip
+        parts = [_Part(name, blocks.get(name), layers) for name, layers in groups.items()]
         footer = [f"||Y - Y'|| / ||Y|| on the dense model's inputs, {self.tokens:,} tokens"]
-        return Table("Output errors", columns, rows, footer)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "rows": [asdict(row) for row in self.rows]}
-
-    def __str__(self) -> str:
-        return self.table().render()
+        return Table.of("Output errors", COLUMNS, parts, footer)
 
 
 def layer_errors(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from sparseprune.measure.evaluate import dtype_name
 from sparseprune.models.modules import evaluation_mode, max_length
-from sparseprune.report import Column, Table
+from sparseprune.report import Column, Report, Table
 
 __all__ = ["TaskScore", "TaskScores", "zero_shot"]
 
@@ -28,23 +28,24 @@ class TaskScore:
     samples: int | None
 
 
+COLUMNS = (
+    Column("task", value=lambda it: it.task),
+    Column("metric", value=lambda it: it.metric),
+    Column("value", ".4f", lambda it: it.value),
+    Column("standard error", ".4f", lambda it: it.standard_error),
+    Column("samples", value=lambda it: it.samples),
+)
+
+
 @dataclass(frozen=True)
-class TaskScores:
+class TaskScores(Report):
     """What the harness measured; `print` shows a table with the protocol under it."""
 
     scores: tuple[TaskScore, ...]
     protocol: str
 
     def table(self) -> Table:
-        columns = ("task", "metric", Column("value", ".4f"), Column("standard error", ".4f"), "samples")
-        rows = [(it.task, it.metric, it.value, it.standard_error, it.samples) for it in self.scores]
-        return Table("Tasks", columns, rows, [self.protocol])
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"scores": [asdict(score) for score in self.scores], "protocol": self.protocol}
-
-    def __str__(self) -> str:
-        return self.table().render()
+        return Table.of("Tasks", COLUMNS, self.scores, [self.protocol])
 
 
 def zero_shot(

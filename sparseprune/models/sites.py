@@ -71,6 +71,10 @@ class WeightSite(ABC):
         """[out, in], a view without gradient: writing to it changes the model."""
         return self.stored(self.parameter.detach())
 
+    def count_zeros(self) -> int:
+        """How many of its weights are zero."""
+        return self.weight.numel() - int(self.weight.count_nonzero())
+
     @property
     def bias(self) -> Tensor | None:
         """[out] or None, a view without gradient."""

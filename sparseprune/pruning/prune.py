@@ -163,14 +163,14 @@ def prune(
     if data is not None:
         remember(model, data)
     warned = [str(it.message) for it in caught if issubclass(it.category, RuntimeWarning)]
-    return PruneReport(
-        tuple(job.rows[layer.name] for layer in layers),
-        method.name,
-        str(pattern),
-        sparsity,
-        "group" if pattern.structured else ranked,
-        data.source if data is not None else None,
-        sum(parameter.numel() for parameter in model.parameters()),
+    return PruneReport.of(
+        model,
+        [job.rows[layer.name] for layer in layers],
+        method,
+        pattern,
+        data,
+        ranked,
+        sparsity=sparsity,
         inputs=job.inputs,
         allocation=allocation_name(allocation),
         blocks=tuple(job.blocks),

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from sparseprune.calibration import CalibrationData
+from sparseprune.models.sites import WeightSite
+from sparseprune.pruning.base import Method
+from sparseprune.pruning.patterns import Pattern, Scope
 from sparseprune.pruning.schedules.base import ScheduleReport
-from sparseprune.report import Column, Table
+from sparseprune.report import Column, Report, Table
 
 __all__ = ["BlockReconstructed", "LayerPruned", "PruneReport"]
 
@@ -16,7 +23,7 @@ _INPUTS = {"dense": "dense model", "sequential": "blocks pruned before"}
 
 @dataclass(frozen=True)
 class LayerPruned:
-    """What happened to one layer.
+    """What happened to one layer; `COLUMNS` says what a table shows of it.
 
     Attributes:
         shape: [out, in].
@@ -31,6 +38,12 @@ class LayerPruned:
     zeros_after: int
     error: float | None = None
 
+    @classmethod
+    def of(cls, layer: WeightSite, zeros_before: int, error: float | None = None) -> LayerPruned:
+        """The row of a layer as it is now."""
+        shape = (layer.out_features, layer.in_features)
+        return cls(layer.name, shape, zeros_before, layer.count_zeros(), error)
+
     @property
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
@@ -42,6 +55,15 @@ class LayerPruned:
     @property
     def sparsity_after(self) -> float:
         return self.zeros_after / max(self.size, 1)
+
+
+COLUMNS = (
+    Column("layer", value=lambda it: it.name),
+    Column("shape", value=lambda it: it.shape),
+    Column("zeros before", ".1%", lambda it: it.sparsity_before),
+    Column("zeros after", ".1%", lambda it: it.sparsity_after),
+    Column("output error", ".1%", lambda it: it.error, optional=True),
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +79,7 @@ class BlockReconstructed:
 
 
 @dataclass(frozen=True)
-class PruneReport:
+class PruneReport(Report):
     """What `prune` did, layer by layer; `print(report)` shows it as a table.
 
     Attributes:
@@ -83,6 +105,28 @@ class PruneReport:
     seconds: float = 0.0
     schedule: ScheduleReport | None = None
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        layers: Iterable[LayerPruned],
+        method: Method,
+        pattern: Pattern,
+        calibration: CalibrationData | None,
+        scope: Scope,
+        **rest: Any,
+    ) -> PruneReport:
+        """Of a pruning of `model`; `rest`: the other fields."""
+        return cls(
+            tuple(layers),
+            method=method.name,
+            pattern=str(pattern),
+            scope="group" if pattern.structured else scope,
+            calibration=None if calibration is None else calibration.source,
+            model_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            **rest,
+        )
+
     @property
     def weights(self) -> int:
         """Number of weights in the pruned layers."""
@@ -99,18 +143,6 @@ class PruneReport:
         return self.zeros / max(self.weights, 1)
 
     def table(self) -> Table:
-        columns: tuple[str | Column, ...] = (
-            "layer",
-            "shape",
-            Column("zeros before", ".1%"),
-            Column("zeros after", ".1%"),
-        )
-        rows: list[tuple[object, ...]] = [
-            (it.name, it.shape, it.sparsity_before, it.sparsity_after) for it in self.layers
-        ]
-        if any(it.error is not None for it in self.layers):
-            columns = (*columns, Column("output error", ".1%"))
-            rows = [(*row, it.error) for row, it in zip(rows, self.layers, strict=True)]
         title = f"Pruned by {self.method}, {self.pattern}"
         if self.scope in ("row", "layer"):
             title += f" {self.sparsity:.1%}, ranked per {self.scope}"
@@ -132,32 +164,8 @@ class PruneReport:
             )
         footer.extend(self.notes)
         footer.append(f"took {self.seconds:.1f} s")
-        return Table(title, columns, rows, footer)
-
-    def to_dict(self) -> dict[str, Any]:
-        layers = [
-            {
-                **asdict(layer),
-                "shape": list(layer.shape),
-                "sparsity_before": layer.sparsity_before,
-                "sparsity_after": layer.sparsity_after,
-            }
-            for layer in self.layers
-        ]
-        totals = {"weights": self.weights, "zeros": self.zeros, "sparsity_after": self.sparsity_after}
-        fields = (
-            "method", "pattern", "sparsity", "scope", "calibration", "model_parameters", "inputs", "allocation",
-            "notes", "seconds",
-        )  # fmt: skip
-        blocks = [asdict(block) for block in self.blocks]
-        return {
-            **{name: getattr(self, name) for name in fields},
-            **totals,
-            "schedule": None if self.schedule is None else self.schedule.to_dict(),
-            "blocks": blocks,
-            "layers": layers,
-        }
+        return Table.of(title, COLUMNS, self.layers, footer)
 
     def __str__(self) -> str:
         steps = "" if self.schedule is None else f"\n{self.schedule}"
-        return self.table().render() + steps
+        return super().__str__() + steps

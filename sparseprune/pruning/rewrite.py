@@ -12,7 +12,7 @@ from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Pruned
 from sparseprune.pruning.report import LayerPruned
 
-__all__ = ["Rewriter", "apply_mask", "count_zeros", "pack_layer_mask", "weight_of"]
+__all__ = ["Rewriter", "apply_mask", "pack_layer_mask", "weight_of"]
 
 
 class Rewriter:
@@ -41,13 +41,11 @@ class Rewriter:
 
     def write(self, layer: WeightSite, pruned: Pruned, error: float | None = None) -> LayerPruned:
         """Gives the layer its new weight."""
-        before = _zeros(layer.weight)
+        before = layer.count_zeros()
         self.remember(layer.parameter)
         layer.weight.copy_(pruned.weight)
         layer.weight.masked_fill_(~pruned.mask, 0)
-        return LayerPruned(
-            layer.name, (layer.out_features, layer.in_features), before, _zeros(layer.weight), error
-        )
+        return LayerPruned.of(layer, before, error)
 
 
 def weight_of(layer: WeightSite) -> Tensor:
@@ -64,17 +62,9 @@ def pack_layer_mask(layer: WeightSite, mask: Tensor) -> Tensor:
 def apply_mask(layer: WeightSite, bits: Tensor) -> LayerPruned:
     """Zeroes what `pack_layer_mask`'s bits leave out."""
     weight = layer.stored(layer.weight)
-    before = _zeros(weight)
+    before = layer.count_zeros()
     if weight.is_cpu and weight.is_contiguous() and weight.dtype != torch.float64:
         ops.mask_apply_packed_(weight, bits)
     else:  # float64, or another device; not a product with the mask, that would leave -0.0
         weight.masked_fill_(~ops.unpack_mask(bits, weight.shape[1]).to(weight.device), 0)
-    return LayerPruned(layer.name, (layer.out_features, layer.in_features), before, _zeros(weight))
-
-
-def count_zeros(layer: WeightSite) -> int:
-    return _zeros(layer.weight)
-
-
-def _zeros(weight: Tensor) -> int:
-    return weight.numel() - int(weight.count_nonzero())
+    return LayerPruned.of(layer, before)

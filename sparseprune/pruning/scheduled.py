@@ -13,7 +13,6 @@ from sparseprune.models.losses import Evaluate
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.pruning.report import LayerPruned, PruneReport
-from sparseprune.pruning.rewrite import count_zeros
 from sparseprune.pruning.schedules import Gradual, Greedy
 from sparseprune.pruning.schedules.base import Recover
 
@@ -58,7 +57,7 @@ def prune_scheduled(
             f"schedule: pattern {pattern} has one sparsity, so there are no steps to it; pass "
             'pattern="unstructured", or leave the schedule out'
         )
-    before = [count_zeros(layer) for layer in layers]
+    before = [layer.count_zeros() for layer in layers]
     last: list[PruneReport] = []
 
     def prune_to(to: float, include: Sequence[str] | None = None) -> None:
@@ -73,10 +72,7 @@ def prune_scheduled(
         )
     else:
         steps = schedule.run(model, prune_to, sparsity, evaluate, recover, progress)
-    rows = [
-        LayerPruned(it.name, (it.out_features, it.in_features), zeros, count_zeros(it))
-        for it, zeros in zip(layers, before, strict=True)
-    ]
+    rows = [LayerPruned.of(layer, zeros) for layer, zeros in zip(layers, before, strict=True)]
     return dataclasses.replace(
         last[0], layers=tuple(rows), sparsity=sparsity, schedule=steps, seconds=clock.now() - begin
     )

@@ -173,7 +173,7 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.tokens += int(total)
-        self.losses.append(StepLosses(step + 1, self.seconds, total_loss, means, rate))
+        self.losses.append(StepLosses(step + 1, self.seconds, total_loss, terms=means, learning_rate=rate))
 
     def _draw(self, step: int) -> list[Batch]:
         options = self.options

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from sparseprune.report import Column, Table
+from sparseprune.report import Column, Report, Table
 
 __all__ = ["Evaluation", "RecoveryReport", "StepLosses"]
 
@@ -38,7 +39,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class RecoveryReport:
+class RecoveryReport(Report):
     """What `recover` did; `print(report)` shows the loss curve as a table.
 
     Attributes:
@@ -69,32 +70,20 @@ class RecoveryReport:
 
     def table(self) -> Table:
         columns = [
-            Column("steps"),
-            Column("seconds", ".0f"),
-            Column("loss", ".4f"),
-            *(Column(title, ".4f") for title in self.titles.values()),
-            Column("learning rate", ".2e"),
-            Column("evaluation", ".4g"),
+            Column("steps", value=lambda it: it.step),
+            Column("seconds", ".0f", lambda it: it.seconds),
+            Column("loss", ".4f", lambda it: it.mean(lambda step: step.total)),
+            *(_term_column(name, title) for name, title in self.titles.items()),
+            Column("learning rate", ".2e", lambda it: it.learning_rate),
+            Column("evaluation", ".4g", lambda it: it.evaluation),
         ]
         evaluations = {it.step: it.value for it in self.evaluations}
-        rows = []
         size = max(1, -(-len(self.losses) // _ROWS))
-        if 0 in evaluations:
-            rows.append((0, 0.0, None, *(None for _ in self.titles), None, evaluations[0]))
+        parts = [_Part((), evaluations[0])] if 0 in evaluations else []
         for start in range(0, len(self.losses), size):
-            part = self.losses[start : start + size]
-            last = part[-1]
-            values = [evaluations[it.step] for it in part if it.step in evaluations]
-            rows.append(
-                (
-                    last.step,
-                    last.seconds,
-                    sum(it.total for it in part) / len(part),
-                    *(sum(it.terms[name] for it in part) / len(part) for name in self.titles),
-                    last.learning_rate,
-                    values[-1] if values else None,
-                )
-            )
+            steps = self.losses[start : start + size]
+            values = [evaluations[it.step] for it in steps if it.step in evaluations]
+            parts.append(_Part(steps, values[-1] if values else None))
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items() if value is not None)
         footer = [
             f"each row: means over the {size} steps before it" if size > 1 else "each row: one step",
@@ -104,11 +93,31 @@ class RecoveryReport:
             "the layers that have any",
             f"settings: {settings}",
         ]
-        return Table("Recovery", columns, rows, footer)
+        return Table.of("Recovery", columns, parts, footer)
 
-    def to_dict(self) -> dict[str, Any]:
-        totals = {"steps": self.steps, "tokens_per_second": self.tokens_per_second}
-        return {**asdict(self), **totals}
 
-    def __str__(self) -> str:
-        return self.table().render()
+@dataclass(frozen=True)
+class _Part:
+    """The steps that a row is about, none before the first; `evaluation` is the last one made in them."""
+
+    losses: tuple[StepLosses, ...]
+    evaluation: float | None
+
+    @property
+    def step(self) -> int:
+        return self.losses[-1].step if self.losses else 0
+
+    @property
+    def seconds(self) -> float:
+        return self.losses[-1].seconds if self.losses else 0.0
+
+    @property
+    def learning_rate(self) -> float | None:
+        return self.losses[-1].learning_rate if self.losses else None
+
+    def mean(self, value: Callable[[StepLosses], float]) -> float | None:
+        return sum(map(value, self.losses)) / len(self.losses) if self.losses else None
+
+
+def _term_column(name: str, title: str) -> Column:
+    return Column(title, ".4f", lambda it: it.mean(lambda step: step.terms[name]))

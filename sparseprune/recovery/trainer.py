@@ -163,16 +163,16 @@ def recover(
         seconds = loop.seconds
     remember(model, batches_of(sampler))
     return RecoveryReport(
-        tuple(loop.losses),
-        tuple(loop.evaluations),
-        seconds,
-        loop.tokens,
-        zeros.weights,
-        zeros.count,
-        zeros.count_now(),
-        settings,
-        {name: term.title for name, term in objective.terms.items()},
-        resumed,
+        losses=tuple(loop.losses),
+        evaluations=tuple(loop.evaluations),
+        seconds=seconds,
+        tokens=loop.tokens,
+        weights=zeros.weights,
+        zeros_before=zeros.count,
+        zeros_after=zeros.count_now(),
+        settings=settings,
+        titles={name: term.title for name, term in objective.terms.items()},
+        resumed_at=resumed,
     )
 
 

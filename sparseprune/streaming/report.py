@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from sparseprune.pruning.report import PruneReport
-from sparseprune.report import human_bytes
+from sparseprune.report import Report, Table, human_bytes
 
 __all__ = ["StreamReport"]
 
 
 @dataclass(frozen=True)
-class StreamReport:
+class StreamReport(Report):
     """What a streamed pruning did; `print(report)` shows it as a table.
 
     Attributes:
@@ -56,12 +55,8 @@ class StreamReport:
             lines.append(f"resumed at block {self.resumed_at} of {self.blocks}")
         return [*lines, *self.pruned.notes]
 
-    def to_dict(self) -> dict[str, Any]:
-        fields = (
-            "blocks", "resumed_at", "shards", "bytes_before", "bytes_after", "peak_memory", "memory", "activations",
-            "spilled", "formats", "seconds",
-        )  # fmt: skip
-        return {"pruned": self.pruned.to_dict(), **{name: getattr(self, name) for name in fields}}
+    def table(self) -> Table:
+        return self.pruned.table()
 
     def __str__(self) -> str:
-        return "\n".join([self.pruned.table().render(), *self.footer()])
+        return "\n".join([super().__str__(), *self.footer()])

@@ -140,20 +140,28 @@ def prune_folder(
             job.check({"pattern": str(pattern), "sparsity": removed, "scope": ranked, **selection}, memory)
             job.run(begin)
             job.finish(tokenizer)
-    pruned = PruneReport(
-        job.rows(), method.name, str(pattern), removed,
-        "group" if pattern.structured else ranked,
-        None if data is None else data.source,
-        sum(parameter.numel() for parameter in streamed.model.parameters()),
+    pruned = PruneReport.of(
+        streamed.model, job.rows(), method, pattern, data, ranked,
+        sparsity=removed,
         allocation=allocation_name(allocation),
         inputs=None if data is None else ("sequential" if job.sequential else "dense"),
         notes=tuple(notes),
         seconds=job.state.seconds,
     )  # fmt: skip
     return StreamReport(
-        pruned, len(blocks), job.resumed_at, job.shards, source.nbytes, job.state.nbytes,
-        job.state.peak_memory, memory, job.activations, job.state.spilled, job.state.formats, job.state.seconds,
-    )  # fmt: skip
+        pruned,
+        blocks=len(blocks),
+        resumed_at=job.resumed_at,
+        shards=job.shards,
+        bytes_before=source.nbytes,
+        bytes_after=job.state.nbytes,
+        peak_memory=job.state.peak_memory,
+        memory=memory,
+        activations=job.activations,
+        spilled=job.state.spilled,
+        formats=job.state.formats,
+        seconds=job.state.seconds,
+    )
 
 
 def _spill_folder(out: Path, spill: str | Path | None) -> Path:

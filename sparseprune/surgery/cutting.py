@@ -198,18 +198,18 @@ def cut(
     )
     data = options.data if options.compensate or options.criterion not in ("l1", "random") else None
     return StructuredReport(
-        options.structure,
-        options.criterion,
-        options.fraction,
-        cuts,
-        before[0],
-        after[0],
-        before[1],
-        after[1],
-        options.compensate,
-        None if data is None else data.source,
-        plan.reloads,
-        _sizes(model, units, plan),
+        structure=options.structure,
+        method=options.criterion,
+        sparsity=options.fraction,
+        cuts=cuts,
+        parameters_before=before[0],
+        parameters_after=after[0],
+        bytes_before=before[1],
+        bytes_after=after[1],
+        compensated=options.compensate,
+        calibration=None if data is None else data.source,
+        reloads=plan.reloads,
+        sizes=_sizes(model, units, plan),
     )
 
 

@@ -110,17 +110,19 @@ def remove_layers(
             ) from error
     after = counts(model)
     return StructuredReport(
-        "layers",
-        criterion,
-        number / len(blocks),
-        (StructureCut(stack, len(blocks), tuple(sorted(gone))),),
-        before[0],
-        after[0],
-        before[1],
-        after[1],
-        bool(planned.edits.weights),
-        data.source if data is not None and (criterion in CALIBRATED or planned.edits.weights) else None,
-        planned.reloads,
+        structure="layers",
+        method=criterion,
+        sparsity=number / len(blocks),
+        cuts=(StructureCut(stack, len(blocks), tuple(sorted(gone))),),
+        parameters_before=before[0],
+        parameters_after=after[0],
+        bytes_before=before[1],
+        bytes_after=after[1],
+        compensated=bool(planned.edits.weights),
+        calibration=data.source
+        if data is not None and (criterion in CALIBRATED or planned.edits.weights)
+        else None,
+        reloads=planned.reloads,
     )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from sparseprune.report import Column, Table, human_bytes
+from sparseprune.report import Column, Report, Table, human_bytes
 
 __all__ = ["StructureCut", "StructuredReport"]
 
@@ -24,8 +24,16 @@ class StructureCut:
         return self.before - len(self.removed)
 
 
+COLUMNS = (
+    Column("layer", value=lambda it: it.name),
+    Column("before", value=lambda it: it.before),
+    Column("after", value=lambda it: it.after),
+    Column("removed", ".1%", lambda it: len(it.removed) / max(it.before, 1)),
+)
+
+
 @dataclass(frozen=True)
-class StructuredReport:
+class StructuredReport(Report):
     """What was removed; `print(report)` shows it as a table.
 
     Attributes:
@@ -56,7 +64,6 @@ class StructuredReport:
         return sum(len(cut.removed) for cut in self.cuts) / max(sum(cut.before for cut in self.cuts), 1)
 
     def table(self) -> Table:
-        rows = [(cut.name, cut.before, cut.after, len(cut.removed) / max(cut.before, 1)) for cut in self.cuts]
         title = f"Removed {self.removed_fraction:.1%} of the {self.structure} by {self.method}"
         if self.compensated:
             title += ", compensated by least squares"
@@ -71,15 +78,4 @@ class StructuredReport:
             footer[:0] = [f"removed from {cut.name}: {', '.join(map(str, cut.removed))}" for cut in self.cuts]
         if self.calibration is not None:
             footer.append(f"calibration: {self.calibration}")
-        return Table(title, ("layer", "before", "after", Column("removed", ".1%")), rows, footer)
-
-    def to_dict(self) -> dict[str, Any]:
-        cuts = [
-            {"name": cut.name, "before": cut.before, "after": cut.after, "removed": list(cut.removed)}
-            for cut in self.cuts
-        ]
-        values = {key: value for key, value in asdict(self).items() if key not in ("cuts", "sizes")}
-        return {**values, "removed_fraction": self.removed_fraction, "cuts": cuts, "sizes": dict(self.sizes)}
-
-    def __str__(self) -> str:
-        return self.table().render()
+        return Table.of(title, COLUMNS, self.cuts, footer)

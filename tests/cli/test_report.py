@@ -1,8 +1,9 @@
 import json
+from dataclasses import dataclass
 
 import pytest
 
-from sparseprune.report import Column, Table, human_bytes, track
+from sparseprune.report import Column, Report, Table, alike, human_bytes, track
 
 
 @pytest.mark.parametrize(
@@ -87,3 +88,67 @@ def test_track_yields_all_and_is_silent_unless_enabled(capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert "loud" in err
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    shape: tuple[int, int]
+    error: float | None = None
+
+    @property
+    def size(self):
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Parts(Report):
+    parts: tuple[Part, ...]
+    by_batch: dict[int, float]
+
+    @property
+    def total(self):
+        return sum(part.size for part in self.parts)
+
+    def table(self):
+        return Table.of("Parts", COLUMNS, self.parts, [f"{self.total} in all"])
+
+
+COLUMNS = (
+    Column("part", value=lambda it: it.name),
+    Column("weights", ",d", lambda it: it.size),
+    Column("error", ".1%", lambda it: it.error, optional=True),
+)
+
+
+def test_a_column_says_once_what_it_shows():
+    report = Parts((Part("a", (30, 40)), Part("b", (1, 2))), {1: 0.5})
+    assert "1,200" in str(report) and "1202 in all" in str(report)
+    assert [column.name for column in report.table().columns] == ["part", "weights"]  # no part has an error
+    known = Parts((Part("a", (30, 40)), Part("b", (1, 2), 0.25)), {})
+    assert known.table().rows == [("a", 1200, None), ("b", 2, 0.25)]
+    with pytest.raises(ValueError, match="columns: part must say what its value is"):
+        Table.of("t", [Column("part")], [1])
+
+
+def test_fields_and_properties_are_json():
+    report = Parts((Part("a", (3, 4)),), {1: 0.5})
+    assert json.loads(json.dumps(report.to_dict())) == {
+        "parts": [{"name": "a", "shape": [3, 4], "error": None, "size": 12}],
+        "by_batch": {"1": 0.5},
+        "total": 12,
+    }
+
+
+def test_things_alike_are_one_row():
+    parts = [
+        Part("x.0.up", (2, 2), 0.5),
+        Part("x.1.up", (2, 2)),
+        Part("x.2.up", (2, 3)),
+        Part("x.3.up", (2, 2), 1.0),
+    ]
+    like, single = alike(parts, lambda it: it.shape)
+    assert (like.name, len(like.members), single.name) == ("x.*.up", 3, "x.2.up")
+    assert like.total(lambda it: it.size) == 12 and like.mean(lambda it: it.error) == 0.75
+    assert single.mean(lambda it: it.error) is None and single.first is parts[2]
+    assert [it.name for it in alike(parts, lambda it: it.shape, full=True)] == [it.name for it in parts]

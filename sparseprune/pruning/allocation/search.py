@@ -232,7 +232,7 @@ def layer_seconds(context: AllocationContext, options: Sequence[float], batch: i
             note(site_of(linear), "unstructured")
             formats = options_for(linear.weight, note=noted(linear)).formats
             timing = time_layer(linear, formats, (batch,), seconds=0.3)[0]
-            found.append(min(timing.dense, *timing.sparse.values(), math.inf))
+            found.append(min(timing.dense_seconds, *timing.sparse_seconds.values(), math.inf))
         seconds.update((name, found) for name in names)
     return seconds
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from sparseprune.models.losses import Evaluate
-from sparseprune.report import Column, Table
+from sparseprune.report import Column, Report, Table
 
 __all__ = [
     "Recover",
@@ -40,8 +40,19 @@ class Step:
     seconds: float
 
 
+COLUMNS = (
+    Column("step", value=lambda it: it.number),
+    Column("pruned", value=lambda it: it.pruned),
+    Column("zeros", ".1%", lambda it: it.sparsity),
+    Column("loss, pruned", ".4f", lambda it: it.loss_pruned),
+    Column("loss, recovered", ".4f", lambda it: it.loss),
+    Column("trials", value=lambda it: it.trials),
+    Column("seconds", ".1f", lambda it: it.seconds),
+)
+
+
 @dataclass(frozen=True)
-class ScheduleReport:
+class ScheduleReport(Report):
     """What a schedule did, step by step; `stopped` says why it ended."""
 
     schedule: str
@@ -55,26 +66,10 @@ class ScheduleReport:
         return self.steps[-1].sparsity if self.steps else 0.0
 
     def table(self) -> Table:
-        columns = (
-            "step",
-            "pruned",
-            Column("zeros", ".1%"),
-            Column("loss, pruned", ".4f"),
-            Column("loss, recovered", ".4f"),
-            "trials",
-            Column("seconds", ".1f"),
-        )
-        rows = [tuple(asdict(step).values()) for step in self.steps]
         footer = [f"stopped: {self.stopped}"]
         if self.loss_before is not None:
             footer.append(f"loss before: {self.loss_before:.4f}")
-        return Table(f"{self.schedule} to {self.target:.1%}", columns, rows, footer)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "sparsity": self.sparsity, "steps": [asdict(step) for step in self.steps]}
-
-    def __str__(self) -> str:
-        return self.table().render()
+        return Table.of(f"{self.schedule} to {self.target:.1%}", COLUMNS, self.steps, footer)
 
 
 def check_target(target: float) -> None:

@@ -165,7 +165,7 @@ class _Search:
 
     def _zeros_in(self, names: Iterable[str]) -> int:
         layers = [it for name in names for it in self.layers[name]]
-        return sum(it.weight.numel() - int(it.weight.count_nonzero()) for it in layers)
+        return sum(it.count_zeros() for it in layers)
 
     def _best(self, missing: float) -> tuple[_Trial | None, int]:
         """The trial whose loss grows least for a weight removed, and how many were made; the model is put back."""
