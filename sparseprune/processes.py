@@ -24,6 +24,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "join",
+    "mean",
     "rank",
     "share",
     "total",
@@ -81,6 +82,11 @@ def total(value: float) -> float:
     tensor = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(tensor)
     return float(tensor)
+
+
+def mean(value: float) -> float:
+    """The mean of everyone's `value`."""
+    return total(value) / world_size()
 
 
 def add_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -80,8 +80,8 @@ def prune(
         schedule: "one-shot"; "gradual" or "greedy" (or a `Gradual` or `Greedy` with options) for many steps, with
             `recover(model)` after each, any training loop: what is zero stays zero in it. Greedy steps go where
             `evaluate(model)`, a loss, grows least.
-        minutes: how long it may take: reconstruction makes as many of its epochs as fit, an allocation that searches
-            stops in time.
+        minutes: how long it may take: blocks read fewer of the calibration batches and reconstruction makes fewer
+            epochs, if more would not fit (the report says so), and an allocation that searches stops in time.
         seed: of whatever is drawn at random.
         progress: show bars on stderr.
 
@@ -116,7 +116,7 @@ def prune(
     notes = []
     automatic = method == "auto"
     if automatic:
-        recipe = choose(pattern, bool(find_blocks(model)), minutes)
+        recipe = choose(pattern, model, minutes)
         method, options = recipe.method, options or recipe.reconstruction
         notes.append(recipe.reason)
     method = find_method(method, seed)
@@ -154,9 +154,9 @@ def prune(
         walk_sequentially = (
             method.changes_weights or options is not None if sequential is None else sequential
         )
-        seconds = None if minutes is None else 60 * minutes - (clock.now() - begin)
+        until = None if minutes is None else begin + 60 * minutes
         job.run(
-            BlockRun(walk_sequentially, options, seconds), required=bool(sequential) or bool(reconstruction)
+            BlockRun(walk_sequentially, options, until), required=bool(sequential) or bool(reconstruction)
         )
     for layer in layers:
         targets[layer.name].note(layer)
@@ -345,9 +345,16 @@ class _Job:
         with Rewriter() as rewriter:
             if outside and not options.sequential:
                 self._each(outside, self._collect(outside), rewriter)
+            batches = len(walk.hidden)
             rows, self.blocks = prune_blocks(
                 blocks, inside, walk, self.method, self.targets, options, rewriter, self.progress
             )
+            if len(walk.hidden) < batches:
+                self.notes.append(
+                    f"calibrated on {len(walk.hidden)} of {batches} batches or more in each block: all of them did not fit in the time"
+                )
+            if options.reconstruction is not None and not self.blocks:
+                self.notes.append("no block was reconstructed: not one epoch fits in the time")
             self.rows.update((row.name, row) for row in rows)
             if outside and options.sequential:  # the head, say: it reads what the pruned blocks give
                 self._each(outside, self._collect(outside), rewriter)

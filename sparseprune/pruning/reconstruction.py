@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune import clock, processes
+from sparseprune import processes
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.pruning.report import BlockReconstructed
 from sparseprune.pruning.rewrite import Rewriter
@@ -63,13 +63,11 @@ def reconstruct(
     targets: Sequence[Tensor],
     options: Reconstruction,
     rewriter: Rewriter,
-    seconds: float | None = None,
 ) -> BlockReconstructed:
     """Trains block `index` of the walk on its hidden states towards `targets`, one [batch, tokens, features] a batch.
 
     Args:
         zeros: of the block.
-        seconds: make fewer epochs than `options` says if they would not fit, by the time of the first pass.
 
     The block's parameters that are floating point are trained, in float32; passes run in the walk's precision. If the
     outcome is no better than the beginning, the beginning is kept. Where `torch.distributed` runs several processes,
@@ -97,23 +95,15 @@ def reconstruct(
             return processes.total(float(sum(loss(batch) for batch in range(len(targets)))))
 
     start = [it.detach().clone() for it in trained]
-    begin = clock.now()
     before = total()
-    epochs = options.epochs
-    if seconds is not None:
-        # an epoch takes about 3.5 such passes; the loss and the hidden states afterwards another two
-        took = processes.total(clock.now() - begin) / processes.world_size()
-        epochs = min(epochs, int((seconds / max(took, 1e-6) - 3) / 3.5))
-        if epochs < 1:
-            return BlockReconstructed(name, before, before, 0)
     with _training(trained), torch.enable_grad():
-        _train(trained, zeros, loss, len(targets), replace(options, epochs=epochs), index)
+        _train(trained, zeros, loss, len(targets), options, index)
     after = total()
     if not after < before:  # NaN too
         for parameter, value in zip(trained, start, strict=True):
             parameter.data = value
         after = before
-    return BlockReconstructed(name, before, after, epochs)
+    return BlockReconstructed(name, before, after, options.epochs)
 
 
 def _token_weights(target: Tensor, mask: Tensor | None) -> Tensor:

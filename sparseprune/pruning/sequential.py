@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparseprune import clock
 from sparseprune.memory import all_finite
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Method, Target
+from sparseprune.pruning.pace import Pace
 from sparseprune.pruning.reconstruction import Reconstruction, reconstruct
 from sparseprune.pruning.report import BlockReconstructed, LayerPruned
 from sparseprune.pruning.rewrite import Rewriter, weight_of
 from sparseprune.pruning.zeros import Zeros
 from sparseprune.report import track
 from sparseprune.statistics.inputs import Statistic
-from sparseprune.statistics.walk import Walk, advance, block_statistics
+from sparseprune.statistics.walk import Walk, advance, block_statistics, seconds_a_pass
 
 __all__ = ["BlockRun", "prune_blocks", "prune_layer"]
 
@@ -31,12 +31,13 @@ class BlockRun:
         sequential: statistics on the outputs of the pruned blocks before, rather than the dense ones.
         reconstruction: how each block is trained towards the dense one's outputs; None: not at all.
         statistics: of every layer, where they were taken before; None: taken in each block.
-        seconds: for the whole walk; reconstruction makes as many of its epochs as fit.
+        until: when by `sparseprune.clock` the walk should be over: calibration batches are dropped, and fewer epochs
+            made, if they would not fit; None: it takes what it takes.
     """
 
     sequential: bool = True
     reconstruction: Reconstruction | None = None
-    seconds: float | None = None
+    until: float | None = None
     statistics: Mapping[str, Any] | None = None
 
 
@@ -62,45 +63,42 @@ def prune_blocks(
     rows: list[LayerPruned] = []
     reconstructed: list[BlockReconstructed] = []
     # the dense model's hidden states, beside those that the pruned blocks give
-    dense = list(walk.hidden) if run.reconstruction is not None else None
-    end = None if run.seconds is None else clock.now() + run.seconds
+    dense = list(walk.hidden) if run.reconstruction is not None else []
+    probe = seconds_a_pass(blocks[0][1], walk, 0) if run.until is not None else 0.0
+    pace = Pace(run.until, len(blocks), len(walk.hidden), probe, run.reconstruction)
     for index, (name, block) in enumerate(track(blocks, f"pruning ({method.name})", enabled=progress)):
         inside = [layer for layer in layers if layer.name.startswith(f"{name}.")]
-        begin = clock.now()
-        share = None if end is None else (end - begin) / (len(blocks) - index)
-        outputs = None
-        if dense is not None:
-            outputs = Walk(dense, walk.calls, walk.masks, walk.autocast)
-            advance(block, outputs, index)
-        masks: dict[nn.Parameter, Tensor] = {}
-        if inside:
-            statistics: dict[str, Any] = {}
-            if run.statistics is not None:
-                statistics = dict(run.statistics)
-            elif method.statistic is not None:
-                statistics = block_statistics(block, inside, walk, index, method.statistic)
-            if not run.sequential:
+        with pace.block() as batches:
+            walk.keep(batches)
+            del dense[batches:]
+            if run.reconstruction is not None:
+                advance(block, Walk(dense, walk.calls, walk.masks, walk.autocast), index)
+            masks: dict[nn.Parameter, Tensor] = {}
+            if inside:
+                statistics: dict[str, Any] = {}
+                if run.statistics is not None:
+                    statistics = dict(run.statistics)
+                elif method.statistic is not None:
+                    statistics = block_statistics(block, inside, walk, index, method.statistic)
+                if not run.sequential:
+                    advance(block, walk, index)
+                with pace.timed("solving"):
+                    for layer in inside:
+                        row, mask = prune_layer(
+                            layer, method, statistics.get(layer.name), targets[layer.name], rewriter
+                        )
+                        rows.append(row)
+                        masks[layer.parameter] = layer.stored(mask)
+                statistics.clear()
+                if (options := pace.epochs()) is not None:
+                    zeros = Zeros(block, ())
+                    zeros.set({own: ~masks[it] for own, it in block.named_parameters() if it in masks})
+                    with pace.timed("training"):
+                        reconstructed.append(
+                            reconstruct(name, block, index, zeros, walk, dense, options, rewriter)
+                        )
+            if run.sequential or not inside:
                 advance(block, walk, index)
-            for layer in inside:
-                row, mask = prune_layer(
-                    layer, method, statistics.get(layer.name), targets[layer.name], rewriter
-                )
-                rows.append(row)
-                masks[layer.parameter] = layer.stored(mask)
-            statistics.clear()
-            if run.reconstruction is not None and outputs is not None:
-                zeros = Zeros(block, ())
-                zeros.set({own: ~masks[it] for own, it in block.named_parameters() if it in masks})
-                left = None if share is None else begin + share - clock.now()
-                reconstructed.append(
-                    reconstruct(
-                        name, block, index, zeros, walk, outputs.hidden, run.reconstruction, rewriter, left
-                    )
-                )
-        if run.sequential or not inside:
-            advance(block, walk, index)
-        if outputs is not None:
-            dense = list(outputs.hidden)
     return rows, reconstructed
 
 

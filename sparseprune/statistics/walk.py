@@ -15,14 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseprune import processes
+from sparseprune import clock, processes
 from sparseprune.models.batches import Batch, attention_mask, call, check_lengths, no_cache, to_device, trunk
 from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
 from sparseprune.statistics.inputs import Statistic, collect_in
 
-__all__ = ["Call", "Walk", "WalkError", "advance", "block_statistics", "capture", "run_block"]
+__all__ = [
+    "Call",
+    "Walk",
+    "WalkError",
+    "advance",
+    "block_statistics",
+    "capture",
+    "run_block",
+    "seconds_a_pass",
+]
 
 
 class WalkError(ValueError):
@@ -53,6 +62,12 @@ class Walk:
     calls: list[list[Call]]
     masks: list[Tensor | None]
     autocast: torch.dtype | None = None
+
+    def keep(self, batches: int) -> None:
+        """Forgets all batches but the first so many."""
+        del self.hidden[batches:], self.masks[batches:]
+        for calls in self.calls:
+            del calls[batches:]
 
     def precision(self) -> AbstractContextManager[None]:
         """What a block runs in."""
@@ -139,6 +154,17 @@ def advance(block: nn.Module, walk: Walk, index: int) -> None:
         for batch, how in enumerate(walk.calls[index]):
             hidden = walk.hidden[batch]
             walk.hidden[batch] = run_block(block, hidden, how).to(hidden.dtype)
+
+
+def seconds_a_pass(block: nn.Module, walk: Walk, index: int) -> float:
+    """How long the block takes over one batch, once it has run."""
+    seconds = 0.0
+    with torch.no_grad(), evaluation_mode(block), walk.precision():
+        for _ in range(2):
+            begin = clock.now()
+            run_block(block, walk.hidden[0], walk.calls[index][0])
+            seconds = clock.now() - begin
+    return seconds
 
 
 class _Pool:

@@ -140,10 +140,12 @@ class TestBlockByBlock:
 
     def test_auto_makes_do_with_the_time_it_has(self, ticks):
         _, report, _ = self.losses(method="auto", minutes=1e-6)
-        assert {block.epochs for block in report.blocks} == {0}
-        assert report.method == "admm"
+        assert (report.method, report.blocks) == ("wanda", ())
+        assert "no block was reconstructed: not one epoch fits in the time" in report.notes
         _, report, _ = self.losses(method="auto", minutes=5, reconstruction=Reconstruction(2))
+        assert report.method == "admm+permute"
         assert {block.epochs for block in report.blocks} == {2}
+        assert not any("batches" in note for note in report.notes)
         assert report.seconds < 5 * 60
 
     def test_auto_without_a_chain_of_blocks(self):
