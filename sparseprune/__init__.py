@@ -12,9 +12,9 @@ Names are imported when they are first used: torch takes seconds to import, and 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sparseprune.lazy import lazily
 from sparseprune.version import __version__
 
 if TYPE_CHECKING:
@@ -33,6 +33,31 @@ if TYPE_CHECKING:
     from sparseprune.weights.format import Format
     from sparseprune.weights.linear import SparseLinear
     from sparseprune.weights.sparse_weight import SparseWeight
+
+_PLACES = {
+    "CheckpointError": "io.safetensors",
+    "Format": "weights.format",
+    "SparseLinear": "weights.linear",
+    "SparseWeight": "weights.sparse_weight",
+    "calibration": "calibration:",
+    "cuda_info": "kernels.cuda",
+    "cut": "surgery.cut",
+    "isa": "kernels.native",
+    "isas_available": "kernels.native",
+    "load": "io.checkpoint",
+    "models": "models:",
+    "ops": "kernels.ops:",
+    "perplexity": "measure.evaluate",
+    "prune": "pruning.prune",
+    "pruning": "pruning:",
+    "recover": "recovery.trainer",
+    "recovery": "recovery:",
+    "save": "io.checkpoint",
+    "sparsify": "convert",
+    "streaming": "streaming:",
+    "surgery": "surgery:",
+    "tasks": "measure.tasks:",
+}
 
 __all__ = [
     "CheckpointError",
@@ -60,41 +85,5 @@ __all__ = [
     "tasks",
 ]
 
-# Where each name is defined, as the imports above say; a module by itself where there is no colon.
-_PLACES = {
-    "CheckpointError": "io.safetensors:",
-    "Format": "weights.format:",
-    "SparseLinear": "weights.linear:",
-    "SparseWeight": "weights.sparse_weight:",
-    "calibration": "calibration",
-    "cuda_info": "kernels.cuda:",
-    "cut": "surgery.cut:",
-    "isa": "kernels.native:",
-    "isas_available": "kernels.native:",
-    "load": "io.checkpoint:",
-    "models": "models",
-    "ops": "kernels.ops",
-    "perplexity": "measure.evaluate:",
-    "prune": "pruning.prune:",
-    "pruning": "pruning",
-    "recover": "recovery.trainer:",
-    "recovery": "recovery",
-    "save": "io.checkpoint:",
-    "sparsify": "convert:",
-    "streaming": "streaming",
-    "surgery": "surgery",
-    "tasks": "measure.tasks",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'sparseprune' has no attribute {name!r}")
-    path, colon, _ = _PLACES[name].partition(":")
-    module = import_module(f"sparseprune.{path}")
-    globals()[name] = getattr(module, name) if colon else module
-    return globals()[name]
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    __getattr__, __dir__ = lazily(__name__, _PLACES)

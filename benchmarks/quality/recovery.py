@@ -16,7 +16,7 @@ from protocol import LENGTH, Protocol, arguments, read_results, setup, write_res
 import sparseprune as sp
 from sparseprune.measure.fidelity import fidelity
 from sparseprune.pruning import PruneReport
-from sparseprune.recovery import Distillation, TokenStream, recover
+from sparseprune.recovery import Distillation, TokenStream, Training, recover
 
 RECIPES: dict[str, dict[str, float]] = {
     "distillation": {},
@@ -82,8 +82,7 @@ def main() -> None:
                 teacher=teacher,
                 minutes=minutes,
                 distillation=losses,
-                learning_rate=options.learning_rate,
-                batch=2,
+                training=Training(options.learning_rate),
                 evaluate=lambda it: quick_perplexity(protocol, it),
                 evaluate_every=50,
                 progress=True,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import sparseprune as sp
 from sparseprune.pruning.schedules import Gradual, Greedy, LotteryTicket
-from sparseprune.recovery import TokenStream, recover
+from sparseprune.recovery import TokenStream, Training, recover
 
 SPARSITY = 0.4
 
@@ -32,7 +32,8 @@ def language_model(protocol: Protocol, recovery_steps: int) -> dict[str, float]:
 
     def distill(steps: int) -> Callable[[nn.Module], Any]:
         data = TokenStream(protocol.calibration_ids, length=512)
-        return lambda model: recover(model, data, teacher=protocol.model, steps=steps, learning_rate=2e-4)
+        training = Training(2e-4)
+        return lambda model: recover(model, data, teacher=protocol.model, steps=steps, training=training)
 
     def pruned(**arguments: Any) -> float:
         model = copy.deepcopy(protocol.model)

@@ -12,7 +12,7 @@ from protocol import arguments, read_results, setup, write_results
 
 import sparseprune as sp
 from sparseprune.measure.evaluate import decode_speed, prompt_speed
-from sparseprune.recovery import TokenStream, recover
+from sparseprune.recovery import TokenStream, Training, recover
 
 CASES = {
     "a quarter of the neurons": ("neurons", 0.25),
@@ -59,7 +59,7 @@ def main() -> None:
                 TokenStream(protocol.calibration_ids, length=512),
                 teacher=dense,
                 minutes=options.minutes,
-                learning_rate=options.learning_rate,
+                training=Training(options.learning_rate),
                 progress=True,
             )
             results[key] = found | {"perplexity": protocol.perplexity(model)} | measures(model)

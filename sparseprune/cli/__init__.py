@@ -9,6 +9,7 @@ torch and transformers take seconds to import, and `--help` must not wait for th
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from sparseprune.cli.demo import demo
 from sparseprune.cli.errors import spoken
 from sparseprune.cli.evaluate import evaluate
 from sparseprune.cli.inspect import inspect
+from sparseprune.cli.options import flat
 from sparseprune.cli.prune import prune
 from sparseprune.cli.recover import recover
 
@@ -52,13 +54,17 @@ app = typer.Typer(
     "MODEL is a Hugging Face folder, a GGUF file, or a folder that `sparseprune prune` wrote.",
     epilog="SPARSEPRUNE_ISA forces an instruction set, SPARSEPRUNE_TRACEBACK=1 shows where an error came from.",
 )
-app.command()(demo)
-app.command()(prune)
-app.command()(cut)
-app.command()(recover)
-app.command(name="eval")(evaluate)
-app.command()(bench)
-app.command()(inspect)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "prune": prune,
+    "cut": cut,
+    "recover": recover,
+    "eval": evaluate,
+    "bench": bench,
+    "inspect": inspect,
+}
+for name, command in _COMMANDS.items():
+    app.command(name)(flat(command))
 
 
 def _print_version(wanted: bool) -> None:

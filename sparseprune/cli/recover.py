@@ -10,56 +10,43 @@ from typing import Annotated, Any
 import typer
 
 from sparseprune.cli import console, files
-from sparseprune.cli.options import Batches, DType, Exclude, Include, Json, Model, Policy
+from sparseprune.cli.options import Batches, DType, Json, Model, Out, Policy
+from sparseprune.options import Layers
+from sparseprune.recovery.options import Budget, Training
+from sparseprune.recovery.terms import Distillation
 
 __all__ = ["recover"]
 
 
 def recover(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.")],
+    out: Out,
+    budget: Budget,
+    distillation: Distillation,
+    training: Training,
+    layers: Layers,
     text: Annotated[Path, typer.Option(help="Text file to learn from, UTF-8.")],
     teacher: Annotated[
         Path | None,
         typer.Option(help="The dense model, to distill from [default: learn from the text alone]."),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="How long to train; or --steps.")] = None,
-    steps: Annotated[int | None, typer.Option(help="How many steps to train; or --minutes.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-4,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text in a step.")] = 2,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    cross_entropy: Annotated[
-        float | None, typer.Option(help="Weight of the loss on the text [default: 0 with a teacher, else 1].")
-    ] = None,
-    hidden: Annotated[float, typer.Option(help="Weight of the loss on the blocks' outputs.")] = 0.0,
-    temperature: Annotated[
-        float, typer.Option(help="Softens teacher and student in their divergence.")
-    ] = 1.0,
-    optimizer: Annotated[str, typer.Option(help='"adamw", "adam", "sgd" or "adagrad".')] = "adamw",
-    lora: Annotated[
-        int | None, typer.Option(help="Train adapters of this rank and merge them [default: the weights].")
-    ] = None,
-    compile: Annotated[
-        bool,
-        typer.Option("--compile", help="Compile the blocks: half a minute, then a fifth faster. Needs g++."),
-    ] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder for the state of the run; a killed run goes on from it.")
     ] = None,
     dev: Annotated[
         Path | None, typer.Option(help="Other text, to measure perplexity before and after.")
     ] = None,
-    evaluate_every: Annotated[int | None, typer.Option(min=1, help="And every so many steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the order of the windows.")] = 0,
+    evaluate_every: Annotated[
+        int | None, typer.Option(min=1, help="With --dev: and every so many steps.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the order of the windows.")] = 0,
     format: Annotated[str, typer.Option(help='"auto", "2:4" (any "N:M"), "bitmap" or "csr".')] = "auto",
     policy: Annotated[
         Policy,
         typer.Option(help="auto: swap the layers that get faster here; always: swap all, measure nothing."),
     ] = Policy.auto,
     batch: Batches = [1],  # noqa: B006, typer reads the default and never changes it
-    include: Include = None,
-    exclude: Exclude = None,
-    lm_head: Annotated[bool, typer.Option("--lm-head", help="Keep the output head's zeros too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train the pruned MODEL around its zeros, towards the dense TEACHER, and write the result to the folder OUT.
@@ -69,20 +56,15 @@ def recover(
     from sparseprune.convert import sparsify
     from sparseprune.io.checkpoint import save
     from sparseprune.models.modules import max_length
-    from sparseprune.recovery import Distillation, TokenStream, to_dense
+    from sparseprune.recovery import TokenStream, to_dense
     from sparseprune.recovery import recover as recover_model
-    from sparseprune.recovery.schedule import Budget
 
     files.check_out(model, out)
     files.check_text("--text", text)
     files.check_text("--dev", dev)
-    Budget(steps, minutes)
-    weights = Distillation(
-        cross_entropy=(0.0 if teacher else 1.0) if cross_entropy is None else cross_entropy,
-        logits=1.0 if teacher else 0.0,
-        temperature=temperature,
-        hidden=hidden,
-    )
+    distillation.terms(teacher is not None)
+    if evaluate_every is not None and dev is None:
+        raise ValueError("--evaluate-every: must come with --dev; pass a text file to read")
     loaded, tokenizer = files.load_any(model, DType.auto)
     if tokenizer is None:
         raise ValueError(
@@ -93,29 +75,23 @@ def recover(
     data = TokenStream(
         files.read_text("--text", text), tokenizer, length if limit is None else min(length, limit)
     )
-    layers: dict[str, Any] = {"include": include or None, "exclude": exclude or None, "lm_head": lm_head}
     report = recover_model(
         to_dense(loaded),
         data,
         teacher=dense,
-        steps=steps,
-        minutes=minutes,
-        learning_rate=learning_rate,
-        batch=windows,
-        distillation=weights,
-        optimizer=optimizer,
-        lora=lora,
-        compile=compile,
+        **vars(budget),
+        distillation=distillation,
+        training=training,
+        **vars(layers),
         evaluate=None if dev is None else _perplexity(dev, tokenizer, limit),
         evaluate_every=evaluate_every,
         checkpoint=checkpoint,
         seed=seed,
         progress=True,
-        **layers,
     )
     if int(os.environ.get("RANK", "0")):
         return  # of several processes, the first writes
-    converted = sparsify(loaded, format, policy=policy.value, batch=batch, progress=True, **layers)
+    converted = sparsify(loaded, format, policy=policy.value, batch=batch, progress=True, **vars(layers))
     with console.bar("saving") as update:
         save(loaded, out, tokenizer, progress=update)
     result = {"recovered": report.to_dict(), "converted": converted.to_dict(), "saved": str(out)}

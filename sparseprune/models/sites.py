@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparseprune.options import Layers
+
 __all__ = [
     "KINDS",
     "Conv1DSite",
@@ -22,6 +24,7 @@ __all__ = [
     "find_sites",
     "is_linear",
     "linear_shape",
+    "matches",
     "site_of",
 ]
 
@@ -312,10 +315,12 @@ def find_sites(
     (`nn.MultiheadAttention.out_proj`) is not a site.
 
     Raises:
-        ValueError: a listed site's weight is computed by a parametrization, so that writing to it is lost.
+        ValueError: a listed site's weight is computed by a parametrization, so that writing to it is lost; a pattern
+            that matches no linear, dense or sparse, and so would be ignored.
     """
-    included = _patterns("include", "*" if include is None else include)
-    excluded = _patterns("exclude", () if exclude is None else exclude)
+    layers = Layers(include, exclude, lm_head)
+    included = ("*",) if include is None else layers.patterns("include")
+    excluded = layers.patterns("exclude")
     heads = set() if lm_head else _head_weights(model)
     places: dict[Any, list[WeightSite]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -325,13 +330,14 @@ def find_sites(
             parametrized = parametrize.is_parametrized(module, site.parameter_name)
             key = id(module) if parametrized else id(site.parameter)
             places.setdefault((key, getattr(site, "expert", 0)), []).append(site)
+    _check_patterns(model, [site.name for sites in places.values() for site in sites], layers)
     sites = []
     for (key, _), (first, *others) in places.items():
         names = [site.name for site in (first, *others)]
         if (
             (key in heads and not isinstance(first, EmbeddingSite))
-            or not _match(names, included)
-            or _match(names, excluded)
+            or not matches(names, included)
+            or matches(names, excluded)
         ):
             continue
         if parametrize.is_parametrized(first.module, first.parameter_name):
@@ -369,16 +375,24 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     return stated if all(type(it) is int for it in stated) else None  # type: ignore[return-value]
 
 
-def _match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+def matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether some name matches some shell pattern."""
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _patterns(argument: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else tuple(value)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{argument}: must be shell patterns over layer names, got {pattern!r}")
-    return patterns
+def _check_patterns(model: nn.Module, names: Sequence[str], layers: Layers) -> None:
+    """Every pattern must match a linear of the model, be it sparse already or left out for another reason."""
+    sparse = [
+        name for name, it in model.named_modules(remove_duplicate=False) if linear_shape(it) is not None
+    ]
+    known = list(dict.fromkeys([*names, *sparse]))
+    for argument in ("include", "exclude"):
+        for pattern in layers.patterns(argument) if known else ():
+            if not matches(known, [pattern]):
+                raise ValueError(
+                    f"{argument}: {pattern!r} matches no linear layer of this {type(model).__name__}; names are such as "
+                    f"{known[0]}, see sparseprune.models.sites.find_sites(model)"
+                )
 
 
 def _is_matrix(weight: object) -> bool:

@@ -17,11 +17,13 @@ from sparseprune import clock
 from sparseprune.models.batches import Batch, check_lengths, to_device
 from sparseprune.models.losses import Evaluate
 from sparseprune.models.modules import device_of, evaluation_mode
+from sparseprune.options import require_at_least
 from sparseprune.processes import Processes
 from sparseprune.recovery.data import Sampler, join
 from sparseprune.recovery.objective import Objective
+from sparseprune.recovery.options import Budget, Checkpointing, Training
 from sparseprune.recovery.report import Evaluation, StepLosses
-from sparseprune.recovery.schedule import Budget, learning_rate_factor
+from sparseprune.recovery.schedule import learning_rate_factor
 from sparseprune.recovery.state import load_run, save_run
 
 __all__ = ["Loop", "Options"]
@@ -29,43 +31,39 @@ __all__ = ["Loop", "Options"]
 _CHECKPOINT_SECONDS = 300
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """What `recover` was asked for, as far as the loop is concerned; see there."""
 
     budget: Budget
-    batch: int
-    accumulate: int
-    warmup: float
-    final: float
-    clip: float | None
-    seed: int
+    training: Training
+    checkpoint: Checkpointing | None
     evaluate: Evaluate | None
     evaluate_every: int | None
-    folder: Path | None
-    checkpoint_every: int | None
+    seed: int
     progress: bool
 
     def __post_init__(self) -> None:
-        for name in ("batch", "accumulate", "evaluate_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup: must be in [0, 1), got {self.warmup}; pass a fraction of the budget")
-        if not 0 <= self.final <= 1:
-            raise ValueError(f"final: must be in [0, 1], got {self.final}; pass a fraction of learning_rate")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip: must be above 0, got {self.clip}; pass None not to clip")
+        require_at_least(1, evaluate_every=self.evaluate_every)
+        require_at_least(0, seed=self.seed)
+        if self.evaluate is not None and not callable(self.evaluate):
+            raise ValueError(f"evaluate: must be a function of the model, got {self.evaluate!r}")
         if self.evaluate_every is not None and self.evaluate is None:
             raise ValueError("evaluate_every: needs evaluate, got None; pass a function of the model")
-        if self.checkpoint_every is not None and self.folder is None:
-            raise ValueError("checkpoint_every: needs checkpoint, got None; pass a folder")
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the state of the run is kept, if it is."""
+        return None if self.checkpoint is None else Path(self.checkpoint.folder)
 
     def settings(self) -> dict[str, Any]:
         """Those that decide what the weights become, JSON-ready."""
-        names = ("batch", "accumulate", "warmup", "final", "clip", "seed")
-        return {"budget": str(self.budget), **{name: getattr(self, name) for name in names}}
+        names = ("windows", "accumulate", "warmup", "final", "clip")
+        return {
+            "budget": str(self.budget),
+            **{name: getattr(self.training, name) for name in names},
+            "seed": self.seed,
+        }
 
 
 class Loop:
@@ -96,21 +94,22 @@ class Loop:
         self._before = 0.0  # seconds of the run that this one resumes
         self._began = clock.now()
         self._saved = self._began
-        share = len(group.share(options.batch))
-        if share % options.accumulate:
+        share = len(group.share(options.training.windows))
+        if share % options.training.accumulate:
             raise ValueError(
-                f"accumulate: must divide the {share} samples that a process reads in a step, got "
-                f"{options.accumulate}"
+                f"accumulate: must divide the {share} windows that a process reads in a step, got "
+                f"{options.training.accumulate}"
             )
 
     @property
     def seconds(self) -> float:
         return self._before + clock.now() - self._began
 
-    def restore(self, identity: dict[str, Any], resume: bool) -> int | None:
+    def restore(self, identity: dict[str, Any]) -> int | None:
         """Goes on from the checkpoint, if there is one and it may; gives the steps it had behind it."""
         self.identity = identity
-        if self.options.folder is None or not resume:
+        checkpoint = self.options.checkpoint
+        if self.options.folder is None or checkpoint is None or not checkpoint.resume:
             return None
         saved = load_run(self.options.folder, self.parameters, self.optimizer, identity)
         if saved is None:
@@ -129,7 +128,9 @@ class Loop:
         with self._bar() as show:
             while (done := self._progress()) < 1:
                 for part, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                    part["lr"] = rate * learning_rate_factor(done, options.warmup, options.final)
+                    part["lr"] = rate * learning_rate_factor(
+                        done, options.training.warmup, options.training.final
+                    )
                 self._step(wrapped)
                 step = len(self.losses)
                 if options.evaluate_every is not None and step % options.evaluate_every == 0:
@@ -167,8 +168,8 @@ class Loop:
             raise ValueError(
                 f"learning_rate: the loss is {total_loss} at step {step}; lower the learning rate, or check the model"
             )
-        if options.clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters.values(), options.clip)
+        if options.training.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), options.training.clip)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -177,11 +178,10 @@ class Loop:
 
     def _draw(self, step: int) -> list[Batch]:
         options = self.options
-        first = step * options.batch
-        samples = [
-            self.sampler.draw(first + index, options.seed) for index in self.group.share(options.batch)
-        ]
-        size = len(samples) // options.accumulate
+        windows = options.training.windows
+        first = step * windows
+        samples = [self.sampler.draw(first + index, options.seed) for index in self.group.share(windows)]
+        size = len(samples) // options.training.accumulate
         parts = [
             to_device(batch, self.device)
             for start in range(0, len(samples), size)
@@ -209,7 +209,7 @@ class Loop:
         self.evaluations.append(Evaluation(len(self.losses), self.seconds, value))
 
     def _save_if_due(self, step: int) -> None:
-        every = self.options.checkpoint_every
+        every = None if self.options.checkpoint is None else self.options.checkpoint.every
         due = step % every == 0 if every else clock.now() - self._saved > _CHECKPOINT_SECONDS
         if due:
             self._save()

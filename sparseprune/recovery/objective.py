@@ -12,13 +12,12 @@ from torch.nn import functional as F
 
 from sparseprune.models.batches import Batch, attention_mask, call, no_cache
 from sparseprune.models.blocks import find_blocks
-from sparseprune.models.losses import IGNORED, Loss, is_causal
+from sparseprune.models.losses import IGNORED, is_causal
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.recovery.attention import FastAttention
 from sparseprune.recovery.head import head_loss
 from sparseprune.recovery.terms import Distillation
-from sparseprune.recovery.terms.base import Head, LogitsTerm, Read, Term
-from sparseprune.recovery.terms.cross_entropy import OwnLoss
+from sparseprune.recovery.terms.base import Head, LogitsTerm, Read
 
 __all__ = ["Objective"]
 
@@ -37,17 +36,15 @@ class Objective(nn.Module):
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        weights: Distillation,
-        loss: Loss | None = None,
+        distillation: Distillation,
+        *,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.student = student
-        self.loss = loss
+        self.loss = distillation.loss
         self.autocast = autocast
-        self.terms: dict[str, Term] = weights.terms()
-        if loss is not None:  # stands in for the cross-entropy
-            self.terms["cross_entropy"] = OwnLoss(weights.cross_entropy, loss)
+        self.terms = distillation.terms(teacher is not None)
         self._teacher = [] if teacher is None else [teacher]  # a list hides it from parameters()
         self._splits: dict[int, tuple[nn.Module, nn.Linear] | None] = {}
         self._frozen_head: tuple[tuple[int, int], Tensor] | None = None

@@ -297,7 +297,10 @@ def bad(folders, tmp_path):
         (("prune", dense, dense), "OUT: .* holds a model that is not of sparseprune; name another"),
         (("prune", dense, text), "OUT: must be a folder, got the file"),
         (("bench", dense, "--format", "coo"), "--format: must be"),
-        (("prune", dense, tmp_path / "out", "--include", "nothing"), "has no linear layer to prune"),
+        (
+            ("prune", dense, tmp_path / "out", "--include", "nothing"),
+            "--include: .nothing. matches no linear layer",
+        ),
     ]
 
 

@@ -90,7 +90,12 @@ class TestFindLinears:
         assert len(names(model, include="*.mlp.*")) == 6
         assert len(names(model, include=["*.mlp.*", "*.q_proj"], exclude="*layers.0*")) == 4
         assert names(model, exclude="*") == []
-        assert names(model, include="*MLP*") == []
+        with pytest.raises(
+            ValueError, match=r"include: '\*MLP\*' matches no linear layer .* such as model.layers.0"
+        ):
+            names(model, include=["*.mlp.*", "*MLP*"])
+        with pytest.raises(ValueError, match="exclude: 'layers' matches no linear layer"):
+            names(model, exclude="layers")
         assert len(names(model, include=[], exclude=[])) == 0
         with pytest.raises(TypeError, match="include: must be shell patterns"):
             find_sites(model, include=[3])

@@ -15,6 +15,7 @@ import sparseprune as sp
 from sparseprune.io.checkpoint import CheckpointError
 from sparseprune.models.notes import carry, digest_of, kept_bits, note, noted, recall
 from sparseprune.models.sites import ExpertSite, find_sites
+from sparseprune.recovery import Training
 from sparseprune.streaming import prune_folder
 from sparseprune.weights.choose import recognise
 from sparseprune.weights.linear import SparseLinear
@@ -79,10 +80,10 @@ def test_a_state_dict_round_trip_keeps_it(pruned):
 @pytest.mark.parametrize("lora", [None, 2])
 def test_recovery_keeps_it(lora):
     model, teacher = pruned_pair()
-    sp.recover(model, stream(), teacher=teacher, steps=3, lora=lora)
+    sp.recover(model, stream(), teacher=teacher, steps=3, training=Training(lora=lora))
     assert reasons(model) == {"pruned to 2:4"}
     sp.prune(model, "unstructured", sparsity=0.7)
-    sp.recover(model, stream(), teacher=teacher, steps=3, lora=lora)
+    sp.recover(model, stream(), teacher=teacher, steps=3, training=Training(lora=lora))
     assert reasons(model) == {"pruned unstructured"}
 
 

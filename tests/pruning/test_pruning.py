@@ -326,7 +326,7 @@ class TestErrorsComeBeforeAnyChange:
         self.check(model, "batches: must hold at least one", method="wanda", calibration=[])
         self.check(model, "scope: pattern 2:4 ranks", scope="row")
         self.check(model, "scope: must be", "unstructured", sparsity=0.5, scope="model")
-        self.check(model, "has no linear layer to prune under include='nothing'", include="nothing")
+        self.check(model, "include: 'nothing' matches no linear layer of this Llama", include="nothing")
 
     def test_width_that_the_pattern_cannot_divide(self):
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 4))

@@ -10,7 +10,7 @@ from torch import nn
 
 import sparseprune as sp
 from sparseprune.models.sites import find_sites
-from sparseprune.recovery import recover
+from sparseprune.recovery import Training, recover
 from sparseprune.recovery.lora import adapters
 
 
@@ -56,7 +56,7 @@ def test_adapters_of_a_shared_weight_are_shared():
 def test_recovery_by_adapters(tmp_path):
     model, teacher = pruned_pair()
     before, dense = divergence(model, teacher), weights(model)
-    options = {"learning_rate": 1e-2, "batch": 4, "autocast": None, "lora": 8, "steps": 80}
+    options = {"training": Training(1e-2, windows=4, autocast=None, lora=8), "steps": 80}
     report = recover(model, stream(), teacher=teacher, checkpoint=tmp_path, **options)
     assert divergence(model, teacher) < 0.6 * before
     assert report.zeros_after == report.zeros_before == 7680
@@ -65,5 +65,5 @@ def test_recovery_by_adapters(tmp_path):
     assert recover(resumed, stream(), teacher=teacher, checkpoint=tmp_path, **options).resumed_at == 80
     for name, tensor in weights(model).items():
         assert torch.equal(weights(resumed)[name], tensor)
-    with pytest.raises(ValueError, match="rank must be at least 1"):
-        recover(model, stream(), teacher=teacher, steps=1, lora=0)
+    with pytest.raises(ValueError, match="rank must be at least 1"), adapters(find_sites(model), rank=0):
+        pass

@@ -11,7 +11,7 @@ from helpers.torchrun import torchrun
 from torch import Tensor
 
 from sparseprune.processes import Processes
-from sparseprune.recovery import Distillation, RecoveryReport, recover
+from sparseprune.recovery import Distillation, RecoveryReport, Training, recover
 
 KINDS = {"plain": {}, "accumulated": {"accumulate": 2}, "lora": {"lora": 4}}
 
@@ -36,13 +36,15 @@ def results(folder: str | Path) -> dict[str, tuple[dict[str, Tensor], dict]]:
             stream(),
             teacher=teacher,
             steps=12,
-            batch=4,
-            autocast=None,
             distillation=Distillation(cross_entropy=0.5, hidden=0.3),
-            # epsilon: where a gradient is zero but for rounding, rounding must not decide where a weight goes
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, eps=1e-4),
+            training=Training(
+                windows=4,
+                autocast=None,
+                # epsilon: where a gradient is zero but for rounding, rounding must not decide where a weight goes
+                optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, eps=1e-4),
+                **options,
+            ),
             checkpoint=Path(folder) / kind,
-            **options,
         )
         found[kind] = (model.state_dict(), report.to_dict())
     return found

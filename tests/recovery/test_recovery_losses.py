@@ -12,7 +12,7 @@ from helpers.recovery import divergence, peaked, pruned_pair, stream
 from torch.nn import functional as F
 
 from sparseprune.models.losses import IGNORED
-from sparseprune.recovery import Distillation, recover
+from sparseprune.recovery import Distillation, Training, recover
 from sparseprune.recovery.attention import FastAttention
 from sparseprune.recovery.head import head_loss
 from sparseprune.recovery.objective import Objective
@@ -235,7 +235,9 @@ class Own(Distillation):
 def test_terms_of_ones_own_share_the_pass_with_the_others():
     model, teacher = pruned_pair()
     ids = tiny.ids(3, 20)
-    objective = Objective(model, teacher, Own(0.5, 0.7, squares=0.3, power=2.0, last=0.2))
+    objective = Objective(
+        model, teacher, Own(cross_entropy=0.5, logits=0.7, squares=0.3, power=2.0, last=0.2)
+    )
     losses = objective(ids)
     losses["total"].backward()
     found = {name: it.grad.clone() for name, it in model.named_parameters() if it.grad is not None}
@@ -274,9 +276,7 @@ def test_a_term_of_ones_own_is_trained_checked_and_reported():
         stream(),
         teacher=teacher,
         steps=60,
-        learning_rate=3e-3,
-        batch=4,
-        autocast=None,
+        training=Training(3e-3, windows=4, autocast=None),
         distillation=recipe,
     )
     assert divergence(model, teacher) < 0.7 * before

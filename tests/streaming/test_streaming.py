@@ -399,6 +399,8 @@ def test_what_cannot_work_is_said_before_it_starts(tmp_path, llama, monkeypatch)
     with pytest.raises(ValueError, match="sequential: method magnitude looks at weights only"):
         wanda(llama, out, method="magnitude", calibration=None, sequential=True)
     with pytest.raises(ValueError, match="folder: has no linear layer to prune in its blocks"):
+        wanda(llama, out, exclude="*")
+    with pytest.raises(ValueError, match="include: 'nothing' matches no linear layer"):
         wanda(llama, out, include="nothing")
     assert not out.exists()
 

@@ -415,7 +415,11 @@ class TestErrors:
             (lambda: remove_neurons(model, 0.5, "l1", compensate=True), "calibration: compensate needs some"),
             (lambda: remove_neurons(model, 0.01, "l1"), "a multiple of 8 below 48 must stay"),
             (lambda: remove_neurons(model, 0.5, "l1", multiple_of=0), "multiple_of: must be at least 1"),
-            (lambda: remove_neurons(model, 0.5, "l1", include="nothing"), "has no hidden neurons to remove"),
+            (
+                lambda: remove_neurons(model, 0.5, "l1", include="nothing"),
+                "include: 'nothing' matches no linear layer",
+            ),
+            (lambda: remove_neurons(model, 0.5, "l1", include="*.q_proj"), "has no hidden neurons to remove"),
             (lambda: remove_heads(model, 0.1, "l1"), "fraction: of 4 heads in 2 groups none can go at 0.1"),
             (lambda: remove_heads(model, 0.5, "l1", unit="key"), 'unit: must be "group" or "query"'),
             (

@@ -215,7 +215,8 @@ def test_auto_on_this_machine_measures_for_real():
         ({"batch": ()}, "batch: must be one or several"),
         ({"batch": (1, 2.5)}, "batch: must be one or several"),
         ({"seconds": 0}, "seconds: must be above 0"),
-        ({"include": "nothing"}, "has no linear layer to convert under include='nothing'"),
+        ({"include": "nothing"}, "include: 'nothing' matches no linear layer"),
+        ({"exclude": "*"}, "has no linear layer to convert under include=None, exclude='\\*'"),
     ],
 )
 def test_arguments(arguments, message):

@@ -12,7 +12,7 @@ from torch import nn
 from sparseprune import clock
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.losses import Evaluate
-from sparseprune.models.sites import find_sites
+from sparseprune.models.sites import find_sites, matches
 from sparseprune.models.snapshot import Snapshot
 from sparseprune.pruning.schedules.base import (
     Recover,
@@ -119,7 +119,11 @@ class _Search:
         self.options, self.model = options, model
         self.prune_to, self.evaluate, self.recover = prune_to, evaluate, recover
         self.patterns = _groups(model, options.groups)
-        self.layers = {name: find_sites(model, include=patterns) for name, patterns in self.patterns.items()}
+        sites = {site: [site.name, *(name for name, _ in site.tied)] for site in find_sites(model)}
+        self.layers = {
+            name: [site for site, names in sites.items() if matches(names, patterns)]
+            for name, patterns in self.patterns.items()
+        }
         empty = next((name for name, layers in self.layers.items() if not layers), None)
         if empty is not None:
             raise ValueError(f"groups: each must match some linear, {empty} matches none of the model's")

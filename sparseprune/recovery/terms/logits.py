@@ -24,10 +24,6 @@ class Divergence(LogitsTerm):
 
     title: ClassVar[str] = "KL"
 
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: must be above 0, got {self.temperature}; 1 softens nothing")
-
     @property
     def scale(self) -> float:
         return self.temperature**2

@@ -1,0 +1,137 @@
+"""How an option is written: once, for Python and for the command line.
+
+The options of a recipe are a frozen dataclass that checks itself when it is made. A field that `option` makes has a line of
+help and becomes an option of the commands that take the class (`sparseprune/cli/options.py`); a plain field, a callable
+say, is for Python alone. Nothing here imports torch, so that `--help` need not wait for it: a check that has to look
+something up imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "Layers",
+    "Option",
+    "option",
+    "require_above",
+    "require_among",
+    "require_at_least",
+    "require_made",
+    "require_share",
+]
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line knows of a field beside its name, type and default.
+
+    Attributes:
+        help: one sentence for `--help`.
+        flag: "--name" where it is not the field's own.
+        given: the type of what is typed, where the field's is not one that can be typed.
+        read: from what is typed to the field's value.
+    """
+
+    help: str
+    flag: str | None = None
+    given: Any = None
+    read: Callable[[Any], Any] | None = None
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    given: Any = None,
+    read: Callable[[Any], Any] | None = None,
+) -> Any:
+    """A dataclass field that is an option of the command line, too; see `Option`."""
+    return field(default=default, metadata={"option": Option(help, flag, given, read)})
+
+
+def require_at_least(least: int, **values: int | None) -> None:
+    """Raises ValueError unless each of `values` is None or a whole number of at least `least`."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name}: must be a whole number of at least {least}, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name}: must be at least {least}, got {value}")
+
+
+def require_above(limit: float, remedy: str = "", **values: float | None) -> None:
+    """Raises ValueError unless each of `values` is None or a finite number above `limit`."""
+    for name, value in values.items():
+        if value is not None and not (_is_number(value) and limit < value < math.inf):
+            raise ValueError(_sentence(f"{name}: must be above {limit:g}, got {value!r}", remedy))
+
+
+def require_share(remedy: str = "", whole: bool = False, **values: float | None) -> None:
+    """Raises ValueError unless each of `values` is None or in [0, 1); `whole`: or 1."""
+    for name, value in values.items():
+        if value is not None and not (_is_number(value) and (0 <= value < 1 or (whole and value == 1))):
+            bounds = "[0, 1]" if whole else "[0, 1)"
+            raise ValueError(_sentence(f"{name}: must be in {bounds}, got {value!r}", remedy))
+
+
+def require_among(known: Sequence[str], **values: str | None) -> None:
+    """Raises ValueError unless each of `values` is None or one of `known`."""
+    for name, value in values.items():
+        if value is not None and value not in known:
+            raise ValueError(f"{name}: must be one of {', '.join(known)}, got {value!r}")
+
+
+def require_made(kind: type, **values: Any) -> None:
+    """Raises TypeError unless each of `values` is a `kind`."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: must be a {kind.__name__}, got {value!r}; pass {kind.__name__}(...)")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _sentence(rule: str, remedy: str) -> str:
+    return f"{rule}; {remedy}" if remedy else rule
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which of a model's linears, by name.
+
+    Attributes:
+        include, exclude: shell patterns over names, one or several; a linear is meant if it matches some `include` (None:
+            any) and no `exclude`. A pattern that matches nothing is an error.
+        lm_head: the output head, too, and every linear whose weight is an embedding's.
+    """
+
+    include: str | Sequence[str] | None = option(
+        None, "Only layers whose name matches this shell pattern (repeatable).", given=list[str]
+    )
+    exclude: str | Sequence[str] | None = option(
+        None, "Leave out layers that match this shell pattern (repeatable).", given=list[str]
+    )
+    lm_head: bool = option(False, "The output head, too.")
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            for pattern in self.patterns(name):
+                if not isinstance(pattern, str):
+                    raise TypeError(f"{name}: must be shell patterns over layer names, got {pattern!r}")
+        if not isinstance(self.lm_head, bool):
+            raise ValueError(f"lm_head: must be True or False, got {self.lm_head!r}")
+
+    def patterns(self, name: Literal["include", "exclude"]) -> tuple[str, ...]:
+        """One of the two as a tuple; nothing given is empty, be it all or none that is meant."""
+        given = getattr(self, name)
+        return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+    def __str__(self) -> str:
+        return f"include={self.include!r}, exclude={self.exclude!r}, lm_head={self.lm_head}"
