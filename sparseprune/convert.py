@@ -143,11 +143,12 @@ def sparsify(
         layer.name: options_for(layer.weight, form, recall(layer))
         for layer in track(layers, "looking at the weights", enabled=progress)
     }
-    choices = (
-        _measured(layers, options, batches, seconds, progress)
-        if policy == "auto"
-        else {name: smallest(it) for name, it in options.items()}
-    )
+    stay = {layer.name: Choice(None, layer.stays) for layer in layers if layer.stays is not None}
+    free = [layer for layer in layers if layer.name not in stay]
+    if policy == "auto":
+        choices = stay | _measured(free, options, batches, seconds, progress)
+    else:
+        choices = stay | {layer.name: smallest(options[layer.name]) for layer in free}
     devices = dict.fromkeys(layer.weight.device for layer in layers)
     layers.reverse()
     # Popped, not iterated over: a layer that was swapped must not live on in a list.
@@ -198,7 +199,7 @@ def _measured(
             rotated_bytes=min(model_bytes, bytes_past_caches(like[0].weight.device)),
         )
         speedups.update(dict.fromkeys([layer.name for layer in like], speedups_of(formats, timings)))
-    return {name: fastest(it, speedups.get(name, {})) for name, it in options.items()}
+    return {layer.name: fastest(options[layer.name], speedups.get(layer.name, {})) for layer in layers}
 
 
 def _kind(layer: WeightSite, options: Options) -> Any:
@@ -219,9 +220,6 @@ def _convert(
     model: nn.Module, layer: WeightSite, options: Mapping[str, Options], choices: Mapping[str, Choice]
 ) -> LayerSparsified:
     found, choice = options[layer.name], choices[layer.name]
-    sharing = [name for name, module in layer.tied if module is not layer.module]
-    if sharing:
-        choice = Choice(None, f"weight shared with {sharing[0]}")
     before = after = layer.weight.nbytes
     if choice.format is not None:
         sparse = SparseLinear.from_dense(layer.module, choice.format)

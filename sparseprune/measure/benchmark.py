@@ -259,7 +259,7 @@ def time_model(
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    dense = {layer.name: layer.module for layer in find_sites(model)}
+    dense = {layer.name for layer in find_sites(model) if layer.stays is None}
     return [
         (name, module)
         for name, module in model.named_modules()

@@ -65,14 +65,18 @@ class WeightSite(ABC):
         """Tells the weights of one module from each other."""
         return self.parameter_name
 
+    def matrix(self, stored: Tensor) -> Tensor:
+        """The site's [out, in] of a tensor (a gradient) that is as the parameter is, a view."""
+        return stored
+
     def stored(self, matrix: Tensor) -> Tensor:
-        """A matrix [out, in] (a mask, a gradient) as the parameter has it, a view; its own inverse for these kinds."""
+        """A matrix [out, in] (a mask) as the parameter has it, a view."""
         return matrix
 
     @property
     def weight(self) -> Tensor:
         """[out, in], a view without gradient: writing to it changes the model."""
-        return self.stored(self.parameter.detach())
+        return self.matrix(self.parameter.detach())
 
     def count_zeros(self) -> int:
         """How many of its weights are zero."""
@@ -158,15 +162,20 @@ class WeightSite(ABC):
         """The module's attributes that state `out` and `in`."""
         return "out_features", "in_features"
 
+    @property
+    def stays(self) -> str | None:
+        """Why no other module can take the place of the site's, such as a `SparseLinear`; None where one can."""
+        sharing = [name for name, module in self.tied if module is not self.module]
+        return f"weight shared with {sharing[0]}" if sharing else None
+
     def replace(self, model: nn.Module, new: nn.Module) -> None:
         """Puts `new` wherever `model` has the site's module.
 
         Raises:
-            ValueError: a kind that no other module can stand in for, or places that only share the weight.
+            ValueError: the site `stays`.
         """
-        sharing = [name for name, module in self.tied if module is not self.module]
-        if sharing:
-            raise ValueError(f"{self.name}: its weight is shared with {sharing[0]}; replace neither")
+        if self.stays is not None:
+            raise ValueError(f"{self.name}: no other module can take its place: {self.stays}; leave it dense")
         for parent in model.modules():
             for attribute, child in parent._modules.items():
                 if child is self.module:
@@ -192,6 +201,9 @@ class Conv1DSite(WeightSite):
         bases = type(module).__mro__
         named = any(it.__name__ == "Conv1D" and it.__module__.startswith("transformers.") for it in bases)
         return named and _is_matrix(module.weight)
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        return stored.t()
 
     def stored(self, matrix: Tensor) -> Tensor:
         return matrix.t()
@@ -250,12 +262,12 @@ class ExpertSite(WeightSite):
     def slot(self) -> str:
         return f"{self.parameter_of}[{self.expert}]"
 
-    def stored(self, matrix: Tensor) -> Tensor:
-        return matrix.t() if self.transposed else matrix
+    def matrix(self, stored: Tensor) -> Tensor:
+        return self.stored(stored[self.expert])
 
-    @property
-    def weight(self) -> Tensor:
-        return self.stored(self.parameter.detach()[self.expert])
+    def stored(self, matrix: Tensor) -> Tensor:
+        """As the expert's slice of the parameter has it."""
+        return matrix.t() if self.transposed else matrix
 
     @property
     def bias(self) -> Tensor | None:
@@ -285,8 +297,9 @@ class ExpertSite(WeightSite):
     def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
         raise ValueError(f"{self.name}: one expert cannot change its size, all share a parameter")
 
-    def replace(self, model: nn.Module, new: nn.Module) -> None:
-        raise ValueError(f"{self.name}: a slice of a parameter; no module can take its place")
+    @property
+    def stays(self) -> str | None:
+        return "a slice of a parameter"
 
 
 KINDS: tuple[type[WeightSite], ...] = (LinearSite, Conv1DSite)
@@ -299,7 +312,7 @@ def find_sites(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     lm_head: bool = False,
-    kinds: Sequence[type[WeightSite]] = KINDS,
+    kinds: Sequence[type[WeightSite]] | None = None,
 ) -> list[WeightSite]:
     """The sites of the model's floating-point weights, in model order.
 
@@ -308,7 +321,7 @@ def find_sites(
             `include` (default: all) and no `exclude`.
         lm_head: also list the output head, i.e. what `get_output_embeddings()` returns, and every linear
             whose weight is an embedding's.
-        kinds: which to look for; `EmbeddingSite` and `ExpertSite` only where they are named.
+        kinds: which to look for, by default `KINDS`; `EmbeddingSite` and `ExpertSite` only where they are named.
 
     A weight that several modules share is listed once, under its first name, the others in `tied`; it is
     listed if any of its names is included and none excluded. A linear that its owner never calls
@@ -324,7 +337,7 @@ def find_sites(
     heads = set() if lm_head else _head_weights(model)
     places: dict[Any, list[WeightSite]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        kind = next((it for it in kinds if it.holds(module)), None)
+        kind = next((it for it in (KINDS if kinds is None else kinds) if it.holds(module)), None)
         for site in () if kind is None else kind.within(name, module):
             # a parametrized weight is a new tensor at each access, its module stands for it
             parametrized = parametrize.is_parametrized(module, site.parameter_name)

@@ -56,12 +56,12 @@ def weight_of(layer: WeightSite) -> Tensor:
 
 def pack_layer_mask(layer: WeightSite, mask: Tensor) -> Tensor:
     """A mask [out, in] as bits, turned as the layer stores its weight: an eighth of a byte a weight."""
-    return ops.pack_mask(layer.stored(mask).cpu())
+    return ops.pack_mask(layer.stored(mask).cpu().flatten(1))
 
 
 def apply_mask(layer: WeightSite, bits: Tensor) -> LayerPruned:
     """Zeroes what `pack_layer_mask`'s bits leave out."""
-    weight = layer.stored(layer.weight)
+    weight = layer.stored(layer.weight).flatten(1)
     before = layer.count_zeros()
     if weight.is_cpu and weight.is_contiguous() and weight.dtype != torch.float64:
         ops.mask_apply_packed_(weight, bits)

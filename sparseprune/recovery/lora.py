@@ -27,7 +27,7 @@ class _MaskedLora(nn.Module):
     def __init__(self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()
         self.keep: Tensor
-        rows, columns = weight.shape
+        rows, columns = weight.flatten(1).shape
         exact = torch.promote_types(weight.dtype, torch.float32)
         start = torch.rand(rank, columns, generator=generator, dtype=exact).sub_(0.5) * (
             2 / math.sqrt(columns)
@@ -40,7 +40,7 @@ class _MaskedLora(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
             # a product, where +0.0 + -0.0 is +0.0 again: masked_fill takes four times as long on a CPU
-            delta = (self.b @ self.a) * (self.keep * self.scale)
+            delta = (self.b @ self.a).view_as(weight) * (self.keep * self.scale)
             return weight + delta.to(weight.dtype)
 
 

@@ -174,7 +174,7 @@ def _hook(layer: WeightSite, statistic: WeightGradients) -> Callable[[Tensor], N
         weight.grad = None
         assert gradient is not None
         try:
-            statistic.update(layer.stored(gradient))
+            statistic.update(layer.matrix(gradient))
         except FloatingPointError:
             raise ValueError(
                 f"batches: the gradient of {layer.name} must be finite, got NaN or Inf; check the batches, or "

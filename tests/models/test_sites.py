@@ -1,19 +1,26 @@
 """Every kind of site: its view, writing, hooks, sizes, replacing. On real transformers classes, with random weights."""
 
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import tiny
 from torch import nn
 
+import sparseprune as sp
+from sparseprune.models import sites as sites_module
 from sparseprune.models.sites import (
     Conv1DSite,
     EmbeddingSite,
     ExpertSite,
     LinearSite,
+    WeightSite,
     find_sites,
     linear_shape,
     site_of,
 )
+from sparseprune.pruning.methods import find_method
 
 
 def mixtral():
@@ -85,7 +92,7 @@ def test_replace_reaches_every_place_of_one_module_and_refuses_a_shared_weight()
     assert model[0] is model[2] is new
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
-    with pytest.raises(ValueError, match="0: its weight is shared with 1; replace neither"):
+    with pytest.raises(ValueError, match="0: no other module can take its place: weight shared with 1"):
         find_sites(tied)[0].replace(tied, new)
 
 
@@ -133,7 +140,7 @@ class TestExperts:
     def test_what_it_cannot_do_is_said(self):
         model = mixtral()
         gate, down = (find_sites(model, kinds=[ExpertSite])[index] for index in (0, 4))
-        with pytest.raises(ValueError, match=r"gate_up_proj\[0\]: a slice of a parameter"):
+        with pytest.raises(ValueError, match=r"gate_up_proj\[0\]: .*: a slice of a parameter"):
             gate.replace(model, nn.Identity())
         with pytest.raises(ValueError, match=r"gate_up_proj\[0\]: one expert cannot change its size"):
             gate.set(gate.weight[:4])
@@ -148,3 +155,76 @@ def test_only_a_linear_has_a_site_of_its_own():
     with pytest.raises(TypeError, match="must be an nn.Linear or a transformers Conv1D, got ReLU"):
         site_of(nn.ReLU())
     assert linear_shape(nn.ReLU()) is None and linear_shape(None) is None
+
+
+class PointwiseSite(WeightSite):
+    """`nn.Conv1d` with a kernel of 1: a linear of channels [batch, in, tokens], its weight [out, in, 1]."""
+
+    @classmethod
+    def holds(cls, module):
+        return type(module) is nn.Conv1d and module.kernel_size == (1,) and module.groups == 1
+
+    def matrix(self, stored):
+        return stored[:, :, 0]
+
+    def stored(self, matrix):
+        return matrix.unsqueeze(2)
+
+    @property
+    def stays(self):
+        return "a convolution"
+
+    @contextmanager
+    def on_inputs(self, see):
+        with ExitStack() as stack:
+            for module in self.places:
+                hook = module.register_forward_pre_hook(lambda module, args: see(args[0].transpose(1, 2)))
+                stack.callback(hook.remove)
+            yield
+
+
+class Pointwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mix, self.head = nn.Embedding(64, 32), nn.Conv1d(32, 48, 1), nn.Linear(48, 64)
+
+    def forward(self, ids):
+        return self.head(torch.relu(self.mix(self.embed(ids).transpose(1, 2))).transpose(1, 2))
+
+
+class TestAKindOfOnesOwn:
+    """Nothing but the class knows how the weight is stored, and what passes it."""
+
+    @pytest.fixture(autouse=True)
+    def known(self, monkeypatch):
+        monkeypatch.setattr(sites_module, "KINDS", (*sites_module.KINDS, PointwiseSite))
+
+    @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "taylor", "admm"])
+    def test_methods(self, method):
+        model, data = Pointwise(), [torch.randint(64, (2, 9)) for _ in range(3)]
+        method = find_method(method)
+        if method.name == "taylor":
+            method = replace(method, loss=lambda output, batch: output.square().mean())
+        report = sp.prune(model, "2:4", method, calibration=None if method.name == "magnitude" else data)
+        assert [layer.shape for layer in report.layers] == [(48, 32), (64, 48)]
+        assert (model.mix.weight.reshape(48, 8, 4).count_nonzero(dim=2) == 2).all()
+        if method.name == "wanda":
+            norms = torch.cat([Pointwise().embed(it).flatten(0, 1) for it in data]).norm(dim=0)
+            scores = (Pointwise().mix.weight[:, :, 0].abs() * norms).reshape(48, 8, 4)
+            kept = model.mix.weight.reshape(48, 8, 4) != 0
+            assert (scores.masked_fill(~kept, torch.inf).amin(2) >= scores.masked_fill(kept, 0).amax(2)).all()
+
+    @pytest.mark.parametrize("lora", [None, 2])
+    def test_recovery_and_conversion(self, lora):
+        model = Pointwise()
+        sp.prune(model, "2:4")
+        before, zeros = model.mix.weight.detach().clone(), model.mix.weight == 0
+        batches = [{"ids": torch.randint(64, (2, 9))} for _ in range(3)]
+        loss = sp.recovery.Distillation(loss=lambda output, batch: output.square().mean())
+        training = sp.recovery.Training(lora=lora, autocast=None)
+        sp.recover(model, batches, steps=3, distillation=loss, training=training)
+        assert torch.equal(model.mix.weight == 0, zeros) and not torch.equal(model.mix.weight, before)
+        mix, head = sp.sparsify(model, policy="always").layers
+        assert (mix.format, mix.reason, head.format) == (None, "a convolution", "2:4")
+        assert sp.sparsify(Pointwise(), batch=1, seconds=0.1).layers[0].reason == "a convolution"
