@@ -143,12 +143,8 @@ def sparsify(
         layer.name: options_for(layer.weight, form, recall(layer))
         for layer in track(layers, "looking at the weights", enabled=progress)
     }
-    stay = {layer.name: Choice(None, layer.stays) for layer in layers if layer.stays is not None}
-    free = [layer for layer in layers if layer.name not in stay]
-    if policy == "auto":
-        choices = stay | _measured(free, options, batches, seconds, progress)
-    else:
-        choices = stay | {layer.name: smallest(options[layer.name]) for layer in free}
+    choices = {layer.name: Choice(None, layer.stays) for layer in layers if layer.stays is not None}
+    choices |= _choose(layers, options, batches, policy, seconds, progress)
     devices = dict.fromkeys(layer.weight.device for layer in layers)
     layers.reverse()
     # Popped, not iterated over: a layer that was swapped must not live on in a list.
@@ -172,6 +168,21 @@ def _check_batches(batch: int | Iterable[int]) -> tuple[int, ...]:
     if not batches or not all(isinstance(size, int) and size >= 1 for size in batches):
         raise ValueError(f"batch: must be one or several whole numbers of at least 1, got {batch!r}")
     return tuple(dict.fromkeys(batches))
+
+
+def _choose(
+    layers: Sequence[WeightSite],
+    options: Mapping[str, Options],
+    batches: tuple[int, ...],
+    policy: str,
+    seconds: float,
+    progress: bool,
+) -> dict[str, Choice]:
+    """What becomes of each layer that a sparse one can take the place of."""
+    free = [layer for layer in layers if layer.stays is None]
+    if policy == "always":
+        return {layer.name: smallest(options[layer.name]) for layer in free}
+    return _measured(free, options, batches, seconds, progress)
 
 
 def _measured(
