@@ -13,6 +13,7 @@ function(sparseprune_add_cpu target)
     ${cpu}/dispatch/x86.cpp
     ${cpu}/ops/linear.cpp
     ${cpu}/ops/pack.cpp
+    ${cpu}/ops/pack_codes.cpp
     ${cpu}/ops/parallel.cpp
     ${cpu}/ops/plan.cpp
     ${cpu}/scalar/table.cpp)

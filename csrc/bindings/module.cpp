@@ -107,10 +107,11 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def(
       "pack",
-      [](Address values, Address bits, Address offsets, Address blob, std::int64_t rows, std::int64_t cols,
-         std::int64_t packing, int threads) {
+      [](Address values, Address bits, Address offsets, Address scales, Address minimums, Address blob, std::int64_t rows,
+         std::int64_t cols, std::int64_t packing, int threads) {
         pack(rows, cols, to_packing(packing),
-             {ptr<const void>(values), ptr<const std::uint8_t>(bits), ptr<const std::int64_t>(offsets)},
+             {ptr<const void>(values), ptr<const std::uint8_t>(bits), ptr<const std::int64_t>(offsets),
+              ptr<const std::uint16_t>(scales), ptr<const std::uint16_t>(minimums)},
              ptr<std::uint8_t>(blob), threads);
       },
       nogil);
@@ -124,6 +125,13 @@ PYBIND11_MODULE(_core, m) {
       "unpack_values",
       [](Address blob, std::int64_t size, Address offsets, Address values, int threads) {
         unpack_values(ptr<const std::uint8_t>(blob), size, ptr<const std::int64_t>(offsets), ptr<void>(values), threads);
+      },
+      nogil);
+  m.def(
+      "unpack_scales",
+      [](Address blob, std::int64_t size, Address scales, Address minimums, int threads) {
+        unpack_scales(ptr<const std::uint8_t>(blob), size, ptr<std::uint16_t>(scales), ptr<std::uint16_t>(minimums),
+                      threads);
       },
       nogil);
   m.def(

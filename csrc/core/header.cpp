@@ -6,6 +6,8 @@
 
 #include "core/layouts/bitmap8.h"
 #include "core/layouts/csr.h"
+#include "core/layouts/octets.h"
+#include "core/layouts/quads.h"
 #include "core/layouts/sparse24.h"
 #include "core/layouts/tile.h"
 
@@ -31,7 +33,9 @@ bool is_sane(std::int64_t rows, std::int64_t cols) {
 
 bool is_known(const Packing& p) {
   return static_cast<int>(p.layout) < kLayouts && static_cast<int>(p.dtype) < kDTypes &&
-         static_cast<int>(p.encoding) < kEncodings && has_group(p.encoding, p.group) &&
+         static_cast<int>(p.encoding) < kEncodings && has_scales(p.encoding, p.group, p.scales) &&
+         is_of_codes(p.layout) == (p.encoding != Encoding::plain) &&
+         (p.layout != Layout::octets || p.encoding != Encoding::int4_minimum) &&
          (p.layout != Layout::sparse24 || value_bits(p.encoding, p.dtype) == sparse24::kBits);
 }
 
@@ -43,11 +47,19 @@ std::int64_t value_bytes(const Packing& p, std::int64_t count) {
 std::int64_t stored_in(const PackedHeader& h, std::int64_t stored) {
   switch (h.layout) {
     case Layout::tile:
-    case Layout::csr: return h.nnz;
+    case Layout::csr:
+    case Layout::quads:
+    case Layout::octets: return h.nnz;
     case Layout::sparse24: return sparse24::units(h.rows, h.cols) * sparse24::kValues;
     case Layout::bitmap8: return stored;
   }
   return 0;
+}
+
+// The number of values where the layout decides it.
+std::int64_t nnz_in(const PackedHeader& h, std::int64_t nnz) {
+  if (h.layout == Layout::quads) return h.rows * h.cols;
+  return h.layout == Layout::octets ? h.rows * (h.cols / 2) : nnz;
 }
 
 std::string shape(std::int64_t rows, std::int64_t cols) {
@@ -63,7 +75,8 @@ DType to_dtype(int code) {
 
 Packing to_packing(std::int64_t code) {
   const Packing p{static_cast<Layout>(code & 0xff), static_cast<DType>(code >> 8 & 0xff),
-                  static_cast<Encoding>(code >> 16 & 0xff), static_cast<std::uint16_t>(code >> 24 & 0xffff)};
+                  static_cast<Encoding>(code >> 16 & 0xff), static_cast<std::uint16_t>(code >> 24 & 0xffff),
+                  static_cast<DType>(code >> 40 & 0xff)};
   if (!is_known(p) || to_code(p) != code) {
     throw std::invalid_argument("packing: must be a number that packing() gives, got " + std::to_string(code));
   }
@@ -88,6 +101,9 @@ PackedHeader make_header(Home home, std::int64_t rows, std::int64_t cols, const 
   }
   if (!is_sane(rows, cols))
     throw std::invalid_argument("shape: must be of less than 2^40 entries, got " + shape(rows, cols));
+  if (packing.layout == Layout::octets && cols % 4 != 0) {
+    throw std::invalid_argument("cols: must be a multiple of 4 for layout octets, got " + std::to_string(cols));
+  }
   PackedHeader h{};
   std::memcpy(h.magic, kMagic, sizeof h.magic);
   h.version = kPackedVersion;
@@ -95,10 +111,11 @@ PackedHeader make_header(Home home, std::int64_t rows, std::int64_t cols, const 
   h.dtype = packing.dtype;
   h.encoding = packing.encoding;
   h.group = packing.group;
+  h.scales = packing.scales;
   h.interleave = static_cast<std::uint8_t>(interleave);
   h.rows = rows;
   h.cols = cols;
-  h.nnz = nnz;
+  h.nnz = nnz_in(h, nnz);
   h.stored = stored_in(h, stored);
   h.checksum = checksum_of(h);
   return h;
@@ -111,6 +128,8 @@ Geometry geometry_of(const PackedHeader& h) {
     case Layout::csr: return csr_geometry(h.rows, h.cols, h.nnz, bytes);
     case Layout::sparse24: return sparse24::geometry(h.rows, h.cols, bytes);
     case Layout::bitmap8: return bitmap8::geometry(h.rows, h.cols, bytes);
+    case Layout::quads: return quads::geometry(h.rows, h.cols, packing_of(h));
+    case Layout::octets: return octets::geometry(h.rows, h.cols, packing_of(h));
   }
   return {};
 }
@@ -137,7 +156,8 @@ PackedHeader read_header(Home home, const void* begin, std::int64_t size) {
   }
   constexpr std::int64_t kMax = std::int64_t{1} << 40;
   const bool sane = is_known(packing) && is_sane(h.rows, h.cols) && h.nnz >= 0 && h.nnz < kMax && h.stored >= 0 &&
-                    h.stored < kMax && (h.interleave == 1 || h.interleave == 2) && h.stored == stored_in(h, h.stored);
+                    h.stored < kMax && (h.interleave == 1 || h.interleave == 2) && h.stored == stored_in(h, h.stored) &&
+                    h.nnz == nnz_in(h, h.nnz) && (h.layout != Layout::octets || h.cols % 4 == 0);
   if (!sane || geometry_of(h).total != size) {
     throw std::invalid_argument("packed: the header does not fit the size of " + std::to_string(size) +
                                 " bytes; the weight is damaged, pack it again");

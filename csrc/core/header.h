@@ -21,7 +21,8 @@ struct PackedHeader {
   std::int64_t rows, cols, nnz;
   std::int64_t stored;  // values in the blob, on a GPU the padding among them
   std::uint16_t group;
-  std::uint8_t reserved[6];
+  DType scales;
+  std::uint8_t reserved[5];
   std::uint64_t checksum;  // of the bytes before it
 };
 static_assert(sizeof(PackedHeader) == kHeaderBytes, "the header is one cache line");
@@ -29,13 +30,13 @@ static_assert(sizeof(PackedHeader) == kHeaderBytes, "the header is one cache lin
 constexpr std::uint32_t kPackedVersion = 1;
 
 static constexpr Packing packing_of(const PackedHeader& h) {
-  return {h.layout, h.dtype, h.encoding, h.group};
+  return {h.layout, h.dtype, h.encoding, h.group, h.scales};
 }
 
 // Where a blob lies decides which layouts it may have.
 enum class Home { cpu, cuda };
 
-// stored: bitmap8's number of values with their padding; the other layouts' follows from the rest.
+// nnz: ignored where it follows from the shape (quads, octets). stored: bitmap8's number of values with their padding; the other layouts' follows from the rest.
 PackedHeader make_header(Home home, std::int64_t rows, std::int64_t cols, const Packing& packing, std::int64_t nnz,
                          std::int64_t stored = 0, int interleave = 1);
 

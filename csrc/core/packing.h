@@ -10,15 +10,18 @@
 
 namespace sparseprune {
 
-// A file each in core/layouts. CPU: `tile`, `csr`. GPU: `sparse24`, `bitmap8`.
-enum class Layout : std::uint8_t { tile = 0, csr = 1, sparse24 = 2, bitmap8 = 3 };
-constexpr int kLayouts = 4;
+// A file each in core/layouts. CPU: `tile`, `csr` of plain values, `quads`, `octets` of codes. GPU: `sparse24`, `bitmap8`.
+enum class Layout : std::uint8_t { tile = 0, csr = 1, sparse24 = 2, bitmap8 = 3, quads = 4, octets = 5 };
+constexpr int kLayouts = 6;
 
 static constexpr bool is_cuda(Layout layout) {
   return layout == Layout::sparse24 || layout == Layout::bitmap8;
 }
+static constexpr bool is_of_codes(Layout layout) {
+  return layout == Layout::quads || layout == Layout::octets;
+}
 static constexpr const char* layout_name(Layout layout) {
-  constexpr const char* names[kLayouts] = {"tile", "csr", "sparse24", "bitmap8"};
+  constexpr const char* names[kLayouts] = {"tile", "csr", "sparse24", "bitmap8", "quads", "octets"};
   return names[static_cast<int>(layout)];
 }
 
@@ -26,17 +29,21 @@ struct Packing {
   Layout layout;
   DType dtype;
   Encoding encoding;
-  std::uint16_t group;  // columns of the dense weight that share a scale; 0 for plain values
+  std::uint16_t group = 0;  // columns of the dense weight that share a scale; 0 for plain values
+  DType scales{};           // their dtype
 };
 
 static constexpr bool operator==(const Packing& a, const Packing& b) {
-  return a.layout == b.layout && a.dtype == b.dtype && a.encoding == b.encoding && a.group == b.group;
+  return a.layout == b.layout && a.dtype == b.dtype && a.encoding == b.encoding && a.group == b.group &&
+         a.scales == b.scales;
 }
 
-// As one number: from the lowest byte on layout, dtype, encoding, and two bytes of the group (sparseprune/kernels/packing.py).
+// As one number: from the lowest byte on layout, dtype, encoding, two bytes of the group, the scales' dtype
+// (sparseprune/kernels/packing.py).
 static constexpr std::int64_t to_code(const Packing& p) {
   return static_cast<std::int64_t>(p.layout) | static_cast<std::int64_t>(p.dtype) << 8 |
-         static_cast<std::int64_t>(p.encoding) << 16 | static_cast<std::int64_t>(p.group) << 24;
+         static_cast<std::int64_t>(p.encoding) << 16 | static_cast<std::int64_t>(p.group) << 24 |
+         static_cast<std::int64_t>(p.scales) << 40;
 }
 
 // Numbers from outside to types; std::invalid_argument where nothing has such a number. header.cpp

@@ -19,9 +19,10 @@ enum class Panel : std::uint8_t {
   rows_f32,    // float [batch][kpad]
   blocks_f32,  // blocks of float [kpad][width]
   pairs_bf16,  // blocks of bf16 [kpad/2][width][2]
-  tiles_bf16   // bf16 [ceil(batch/16)][kpad/32][16][32]: the A operand of tdpbf16ps
+  tiles_bf16,  // bf16 [ceil(batch/16)][kpad/32][16][32]: the A operand of tdpbf16ps
+  bytes        // blocks of bytes, quantized in groups of columns: bytes_panel.inl
 };
-constexpr int kPanels = 4;
+constexpr int kPanels = 5;
 
 struct PanelJob {
   const void* x;
@@ -29,8 +30,11 @@ struct PanelJob {
   std::int64_t stride;  // elements between rows of x; columns are contiguous
   std::int64_t block, round;
   void* panel;
+  std::int64_t group;  // bytes: columns that share a scale, 32 or 64
+  std::int32_t zero;   // bytes: the weights' codes are so much too large
+  std::uint8_t flip;   // bytes: xor of each
 };
-// Units: rows of x (rows_f32), 16 columns (blocks_f32, pairs_bf16), 32 columns (tiles_bf16).
+// Units: rows of x (rows_f32), 16 columns (blocks_f32, pairs_bf16), 32 columns (tiles_bf16), 64 columns (bytes).
 using PanelFn = void (*)(const PanelJob& job, std::int64_t begin, std::int64_t end);
 
 // out[b, r] = bias[r] + sum_k w[r, k] * x[b, k]
@@ -44,6 +48,11 @@ struct LinearJob {
   const void* panel;
   const void* bias;  // [rows] of the value type, or null
   void* out;         // [batch, rows], contiguous
+  DType dtype;       // of bias and out
+  // Codes:
+  const std::uint16_t *scales, *minimums;  // [tiles][groups][16]; minimums or null
+  DType scale_dtype;
+  std::int64_t group, x_group;  // columns that share a scale, of the weight and of the panel
 };
 // Computes the output rows of units [begin, end); a unit is `unit_rows` rows. `scratch` is this thread's.
 using LinearFn = void (*)(const LinearJob& job, std::int64_t begin, std::int64_t end, void* scratch);
@@ -54,6 +63,8 @@ struct LinearKernel {
   std::int64_t max_block, round;  // of the panel
   std::size_t (*scratch_bytes)(const LinearJob& job);
   LinearFn run;
+  std::int32_t zero = 0;  // of the panel (bytes)
+  std::uint8_t flip = 0;
 };
 
 // The ways to multiply; which one serves a call is decided in plan.cpp.
@@ -63,9 +74,11 @@ enum class Strategy : std::uint8_t {
   tile_batch,  // lanes are batch rows: zeros cost nothing
   tile_amx,    // expand to AMX tiles, multiply as dense
   csr_gather,  // one dot product a row, activations gathered
-  csr_batch    // lanes are batch rows
+  csr_batch,   // lanes are batch rows
+  quads_rows,  // dense codes: decoded in registers for a few batch rows, integer sums
+  octets_rows  // 2:4 codes: the same, with activations picked by the kept places
 };
-constexpr int kStrategies = 6;
+constexpr int kStrategies = 8;
 
 // Operations on rows of raw words (W bytes an element): a zero is +0.0 or -0.0, NaN is not.
 struct WordKernels {

@@ -192,6 +192,8 @@ def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, packing: int)
         values.data_ptr(),
         bits.data_ptr(),
         offsets.data_ptr(),
+        0,
+        0,
         packed.data_ptr(),
         rows,
         cols,

@@ -44,7 +44,8 @@ from sparseprune.kernels.checks import (
     check_values,
     check_vector,
 )
-from sparseprune.kernels.packing import Packed, dtype_of, packing_code
+from sparseprune.kernels.codes import dequantize, unpack_codes
+from sparseprune.kernels.packing import Packed, dtype_of, encoding_of, group_of, packing_code
 
 _lib = torch.library.Library("sparseprune", "DEF")
 
@@ -274,6 +275,10 @@ def _unpack_fake(packed: Tensor, rows: int, cols: int, packing: int) -> tuple[Te
 
 def _unpack(packed: Tensor, rows: int, cols: int, packing: int) -> tuple[Tensor, Tensor]:
     check_packed(packed)
+    check(
+        encoding_of(packing) == "plain",
+        lambda: f"packed: must hold plain values, got {encoding_of(packing)}; use codes.unpack_codes",
+    )
     return backend.of(packed).unpack(packed, rows, cols, packing)
 
 
@@ -312,7 +317,11 @@ def _grad_input_fake(grad: Tensor, packed: Tensor, rows: int, cols: int, packing
 def _grad_input(grad: Tensor, packed: Tensor, rows: int, cols: int, packing: int) -> Tensor:
     """grad @ weight: the weight is expanded to dense for the time of this call."""
     check_grad(grad, packed, rows, cols, packing)
-    return grad @ backend.of(packed).dense(packed, rows, cols, packing)
+    if encoding_of(packing) == "plain":
+        return grad @ backend.of(packed).dense(packed, rows, cols, packing)
+    codes, mask, scales, minimums = unpack_codes(Packed(packed, rows, cols, packing))
+    weight = dequantize(encoding_of(packing), codes, mask, scales, minimums, cols, group_of(packing))
+    return grad @ weight.to(grad.dtype)
 
 
 _define(

@@ -11,25 +11,60 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "LAYOUTS", "Packed", "dtype_of", "layout_of", "packing_code"]
+__all__ = [
+    "DTYPES",
+    "ENCODINGS",
+    "LAYOUTS",
+    "Packed",
+    "dtype_of",
+    "encoding_of",
+    "group_of",
+    "layout_of",
+    "packing_code",
+    "scale_dtype_of",
+]
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What weights compute in: the dtype of activations, bias and output."""
 
-LAYOUTS: dict[str, int] = {"tile": 0, "csr": 1, "sparse24": 2, "bitmap8": 3}
-"""The first two are the CPU's."""
+LAYOUTS: dict[str, int] = {"tile": 0, "csr": 1, "sparse24": 2, "bitmap8": 3, "quads": 4, "octets": 5}
+"""`sparse24` and `bitmap8` are a GPU's; `quads` and `octets` hold codes, the others plain values."""
+
+ENCODINGS: dict[str, int] = {"plain": 0, "int8": 1, "int4": 2, "int4_minimum": 3}
+"""How values are stored; the numbers are also those of `spec` in a file (weights/spec.py)."""
 
 _LAYOUT_OF = {code: layout for layout, code in LAYOUTS.items()}
 _DTYPE_OF = {code: dtype for dtype, code in DTYPES.items()}
+_ENCODING_OF = {code: encoding for encoding, code in ENCODINGS.items()}
 
 
-def packing_code(layout: str, dtype: torch.dtype, encoding: int = 0, group_size: int = 0) -> int:
-    """The number for a layout, a dtype and a value encoding (`weights/encoding.py`), plain by default."""
-    return LAYOUTS[layout] | DTYPES[dtype] << 8 | encoding << 16 | group_size << 24
+def packing_code(
+    layout: str,
+    dtype: torch.dtype,
+    encoding: str = "plain",
+    group_size: int = 0,
+    scale_dtype: torch.dtype | None = None,
+) -> int:
+    """The number for a layout, a dtype and an encoding; codes have a group size and a dtype of their scales."""
+    scales = 0 if scale_dtype is None else DTYPES[scale_dtype]
+    return LAYOUTS[layout] | DTYPES[dtype] << 8 | ENCODINGS[encoding] << 16 | group_size << 24 | scales << 40
 
 
 def layout_of(packing: int) -> str:
     return _LAYOUT_OF[packing & 0xFF]
+
+
+def encoding_of(packing: int) -> str:
+    return _ENCODING_OF[packing >> 16 & 0xFF]
+
+
+def group_of(packing: int) -> int:
+    """Columns that share a scale; 0 for plain values."""
+    return packing >> 24 & 0xFFFF
+
+
+def scale_dtype_of(packing: int) -> torch.dtype:
+    return _DTYPE_OF[packing >> 40 & 0xFF]
 
 
 class _Dtypes(dict[int, torch.dtype]):

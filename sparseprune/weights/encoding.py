@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from sparseprune.kernels.packing import ENCODINGS
+
 __all__ = ["PLAIN", "Encoding", "Part"]
+
+_GROUP_SIZES = (32, 64, 128)
+_SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -19,29 +24,58 @@ class Part:
 
 @dataclass(frozen=True)
 class Encoding:
-    """`plain`: each value in the dtype that the weight computes in.
+    """`plain`: each value in the dtype that the weight computes in. The others are codes with a scale for each group of
+    columns of a row: `int8` is code * scale, `int4` (code - 8) * scale, `int4_minimum` code * scale + minimum.
 
-    group_size: dense columns that share what the encoding keeps beside the values; 0 for `plain`, which keeps nothing.
+    group_size: dense columns that share a scale: 32, 64 or 128; 0 for `plain`, which has no scales.
+    scale_dtype: of scales and minimums, float16 or bfloat16; None for `plain`.
     """
 
     kind: str = "plain"
     group_size: int = 0
+    scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in CODES:
-            raise ValueError(f"encoding: kind must be one of {', '.join(CODES)}, got {self.kind!r}")
-        if self.kind == "plain" and self.group_size:
-            raise ValueError(f"encoding: plain values have no groups, got a group size of {self.group_size}")
+        if self.kind not in ENCODINGS:
+            raise ValueError(f"encoding: kind must be one of {', '.join(ENCODINGS)}, got {self.kind!r}")
+        if self.kind == "plain":
+            if self.group_size or self.scale_dtype is not None:
+                raise ValueError(
+                    f"encoding: plain values have no groups, got a group size of {self.group_size}, scales of "
+                    f"{self.scale_dtype}; leave them out"
+                )
+        elif self.group_size not in _GROUP_SIZES:
+            raise ValueError(
+                f"encoding: group_size must be 32, 64 or 128 for {self.kind}, got {self.group_size}"
+            )
+        elif self.scale_dtype not in _SCALE_DTYPES:
+            raise ValueError(
+                f"encoding: scale_dtype must be float16 or bfloat16 for {self.kind}, got {self.scale_dtype}"
+            )
+
+    @classmethod
+    def parse(cls, text: str | Encoding, group_size: int = 64) -> Encoding:
+        """`"int8"`, `"int4"`, `"int4_minimum"` or `"plain"` with float16 scales; an `Encoding` is given back as it is."""
+        if isinstance(text, Encoding):
+            return text
+        return cls() if text == "plain" else cls(text, group_size, torch.float16)
 
     def __str__(self) -> str:
-        return self.kind
+        return self.kind if self.kind == "plain" else f"{self.kind}, groups of {self.group_size}"
+
+    @property
+    def bits(self) -> int:
+        """Of a code; 0 for `plain`."""
+        return {"plain": 0, "int8": 8}.get(self.kind, 4)
 
     def parts(self, shape: tuple[int, int], nnz: int, dtype: torch.dtype) -> dict[str, Part]:
         """The tensors that hold the `nnz` kept values of a weight of this shape that computes in `dtype`, by name."""
-        return {"values": Part(dtype, (nnz,))}
+        if self.scale_dtype is None:
+            return {"values": Part(dtype, (nnz,))}
+        codes = Part(torch.int8, (nnz,)) if self.bits == 8 else Part(torch.uint8, (-(-nnz // 2),))
+        per_group = Part(self.scale_dtype, (shape[0], -(-shape[1] // self.group_size)))
+        parts = {"values": codes, "scales": per_group}
+        return {**parts, "minimums": per_group} if self.kind == "int4_minimum" else parts
 
-
-CODES = {"plain": 0}
-"""The encodings and their numbers, in files as in csrc/core/encoding.h."""
 
 PLAIN = Encoding()

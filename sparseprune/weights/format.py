@@ -1,4 +1,4 @@
-"""How a weight is sparse: N:M, bitmap or CSR."""
+"""Which entries of a weight are kept: N:M, bitmap, CSR, or all of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sparseprune.kernels import ops
 
 __all__ = ["Format", "group_counts", "popcounts"]
 
-KINDS = ("nm", "bitmap", "csr")
+KINDS = ("nm", "bitmap", "csr", "dense")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight is sparse: `nm` (N of every M columns kept), `bitmap` or `csr` (unstructured)."""
+    """How a weight is sparse: `nm` (N of every M columns kept), `bitmap` or `csr` (unstructured); or `dense`."""
 
     kind: str
     n: int = 0
@@ -36,14 +36,14 @@ class Format:
 
     @classmethod
     def parse(cls, text: str | Format) -> Format:
-        """`"2:4"`, `"4:8"`, `"bitmap"` or `"csr"` to a format (a `Format` is given back as it is)."""
+        """`"2:4"`, `"4:8"`, `"bitmap"`, `"csr"` or `"dense"` to a format (a `Format` is given back as it is)."""
         if isinstance(text, Format):
             return text
-        if text in ("bitmap", "csr"):
+        if text in ("bitmap", "csr", "dense"):
             return cls(text)
         match = re.fullmatch(r"(\d{1,2}):(\d{1,2})", text) if isinstance(text, str) else None
         if match is None:
-            raise ValueError(f'format: must be "N:M" such as "2:4", "bitmap" or "csr", got {text!r}')
+            raise ValueError(f'format: must be "N:M" such as "2:4", "bitmap", "csr" or "dense", got {text!r}')
         return cls("nm", int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -51,8 +51,15 @@ class Format:
 
     def kept(self, weight: Tensor) -> int:
         """Entries of `weight` [rows, cols], which fits the format, that it keeps: N:M counts explicit zeros too."""
-        rows, cols = weight.shape
-        return rows * (cols // self.m) * self.n if self.kind == "nm" else int(weight.count_nonzero())
+        count = self.count((weight.shape[0], weight.shape[1]))
+        return int(weight.count_nonzero()) if count is None else count
+
+    def count(self, shape: tuple[int, int]) -> int | None:
+        """Entries kept of a weight of this shape, None where that depends on the weight."""
+        rows, cols = shape
+        if self.kind == "dense":
+            return rows * cols
+        return rows * (cols // self.m) * self.n if self.kind == "nm" else None
 
 
 def popcounts(mask: Tensor) -> Tensor:

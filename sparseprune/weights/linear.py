@@ -14,8 +14,9 @@ from sparseprune.kernels import backend, native, ops
 from sparseprune.kernels.packing import Packed, packing_code
 from sparseprune.models import notes
 from sparseprune.models.sites import site_of
+from sparseprune.weights.encoding import PLAIN, Encoding
 from sparseprune.weights.format import Format
-from sparseprune.weights.sparse_weight import SparseWeight
+from sparseprune.weights.sparse_weight import SparseWeight, layout_of_codes
 from sparseprune.weights.spec import DTYPES, SPEC, WeightSpec
 
 __all__ = ["SparseLinear"]
@@ -25,10 +26,12 @@ _linear_undispatched = ops._linear
 
 
 class SparseLinear(nn.Module):
-    """`y = x W^T + b` with `W` `[out_features, in_features]` in 2:4 (any N:M), bitmap or CSR form.
+    """`y = x W^T + b` with `W` `[out_features, in_features]` in 2:4 (any N:M), bitmap or CSR form, or in int8 or int4 codes
+    (2:4 or dense).
 
     Input `[..., in_features]` and output `[..., out_features]` have the weight's dtype (float32, bfloat16, float16);
-    sums are kept in float32. The weight is frozen; gradients reach the input and the bias.
+    sums are kept in float32. Codes meet activations that are rounded to int8, 64 (or 32) columns at a time; their products are
+    added exactly, and group by group in float32. The weight is frozen; gradients reach the input and the bias.
 
     The weight is the non-persistent `uint8` buffer `packed`, in the form that the kernels of its device read (CPU or
     CUDA); `.to(device)` packs it anew. A state dict holds the parts of its canonical form instead, as `weight.values`,
@@ -47,28 +50,38 @@ class SparseLinear(nn.Module):
         format: str | Format = "2:4",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        encoding: str | Encoding = PLAIN,
     ) -> None:
         """An all-zero layer, as a place for a state dict. `from_dense` makes one from a dense layer."""
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        self.spec = WeightSpec((out_features, in_features), dtype, Format.parse(format))
+        self.spec = WeightSpec(
+            (out_features, in_features), dtype, Format.parse(format), Encoding.parse(encoding)
+        )
         self.nnz = 0
         self.packing = self._packing_on_cpu()  # how `packed` is packed (kernels/packing.py)
         self.register_buffer("packed", torch.empty(0, dtype=torch.uint8, device="meta"), persistent=False)
         if device is None or torch.device(device).type != "meta":
-            zero = SparseWeight.from_dense(torch.zeros(self.spec.shape, dtype=dtype), self.format)
+            zero = SparseWeight.from_dense(
+                torch.zeros(self.spec.shape, dtype=dtype), self.format, self.encoding
+            )
             self._set_weight(zero.to(device=device))
         zeros = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", zeros)
 
     @classmethod
-    def from_dense(cls, linear: nn.Module, format: str | Format = "2:4") -> SparseLinear:
-        """Sparse twin of an `nn.Linear` or a transformers `Conv1D`; ValueError where the weight does not fit."""
+    def from_dense(
+        cls, linear: nn.Module, format: str | Format = "2:4", encoding: str | Encoding = PLAIN
+    ) -> SparseLinear:
+        """Sparse twin of an `nn.Linear` or a transformers `Conv1D`; ValueError where the weight does not fit.
+
+        encoding: see `SparseWeight.from_dense`.
+        """
         bias: Any = linear.bias
         layer = cls.from_weight(
-            SparseWeight.from_dense(site_of(linear).weight, format), bias, training=linear.training
+            SparseWeight.from_dense(site_of(linear).weight, format, encoding), bias, training=linear.training
         )
         notes.carry(linear, layer)
         return layer
@@ -83,7 +96,7 @@ class SparseLinear(nn.Module):
             raise ValueError(
                 f"bias: shape must be ({rows},) for a weight of {rows} x {cols}, got {tuple(bias.shape)}"
             )
-        layer = cls(cols, rows, bias=False, format=weight.format, dtype=weight.dtype, device="meta")
+        layer = cls(cols, rows, False, weight.format, weight.dtype, "meta", weight.encoding)
         layer._set_weight(weight)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, bias.requires_grad)
@@ -123,7 +136,12 @@ class SparseLinear(nn.Module):
         return self.spec.format
 
     @property
+    def encoding(self) -> Encoding:
+        return self.spec.encoding
+
+    @property
     def dtype(self) -> torch.dtype:
+        """Of activations, bias and output."""
         return self.spec.dtype
 
     @property
@@ -153,16 +171,20 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         dense = max(1, self.out_features * self.in_features * self.dtype.itemsize)
+        values = "" if self.encoding == PLAIN else f"values={self.encoding}, "
         kernels = f"isa={native.isa()}" if self.packed.is_cpu else f"device={self.packed.device}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format}, sparsity={self.sparsity:.3f}, dtype={str(self.dtype).removeprefix('torch.')}, "
+            f"format={self.format}, {values}sparsity={self.sparsity:.3f}, dtype={str(self.dtype).removeprefix('torch.')}, "
             f"nbytes={self.nbytes} ({self.nbytes / dense:.2f} of dense), {kernels}"
         )
 
     def _packing_on_cpu(self) -> int:
         """For a layer without data, which need only know its dtype."""
-        form = self.format
+        form, values = self.format, self.encoding
+        if values != PLAIN:
+            layout = layout_of_codes(form)
+            return packing_code(layout, self.dtype, values.kind, values.group_size, values.scale_dtype)
         return packing_code(native.layout_for(form.kind, form.n, form.m, self.dtype), self.dtype)
 
     def _set_weight(self, weight: SparseWeight) -> None:

@@ -1,8 +1,8 @@
 """Sparse weights independent of the machine: the canonical form that files, state dicts and pickles carry.
 
-A weight `[rows, cols]` is kept as named parts: `values` (the kept entries in row-major order), `mask`
-(`uint8 [rows, ceil(cols / 8)]`: bit `c % 8` of byte `c // 8` stands for column `c`, padding bits are zero) and `spec`,
-which says how to read them (docs/formats.md). Whoever stores a weight asks `SparseWeight.parts` and iterates.
+A weight `[rows, cols]` is kept as named parts: `values` (the kept entries in row-major order, or their codes, then with
+`scales`, perhaps `minimums`), `mask` (`uint8 [rows, ceil(cols / 8)]`: bit `c % 8` of byte `c // 8` stands for column `c`,
+padding bits are zero; none if all are kept) and `spec`, which says how to read them (docs/formats.md). Whoever stores a weight asks `SparseWeight.parts` and iterates.
 The packed form that the kernels read is made from it by `SparseWeight.pack` and never leaves the process.
 """
 
@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from sparseprune.kernels import backend, ops
-from sparseprune.kernels.packing import Packed
+from sparseprune.kernels.codes import dequantize, pack_codes, unpack_codes
+from sparseprune.kernels.packing import Packed, packing_code
+from sparseprune.weights.encoding import PLAIN, Encoding
 from sparseprune.weights.format import Format, group_counts, popcounts
+from sparseprune.weights.rounding import Grid, codes_of, fit_grid, stored_codes
 from sparseprune.weights.spec import DTYPES, SPEC, WeightSpec
 
 __all__ = ["SparseWeight"]
@@ -27,18 +30,27 @@ __all__ = ["SparseWeight"]
 class SparseWeight:
     """A sparse weight in canonical form (see the module's docstring).
 
-    values: `[nnz]`, float32, bfloat16 or float16; mask: `uint8 [rows, ceil(cols / 8)]`; spec: shape, dtype and format.
-    Nothing is checked at construction; whatever comes from outside goes through `validate` first.
+    values: `[nnz]`, float32, bfloat16 or float16, or codes (`kernels/codes.py`) with `scales` and `minimums` `[rows,
+    ceil(cols / group_size)]`; mask: `uint8 [rows, ceil(cols / 8)]`, None in the format `dense`; spec: shape, dtype, format
+    and encoding. Nothing is checked at construction; whatever comes from outside goes through `validate` first.
     """
 
     values: Tensor
-    mask: Tensor
+    mask: Tensor | None
     spec: WeightSpec
+    scales: Tensor | None = None
+    minimums: Tensor | None = None
 
     @classmethod
-    def from_dense(cls, weight: Tensor, format: str | Format) -> SparseWeight:
-        """Canonical form of `weight` `[rows, cols]`; ValueError says where a weight does not fit the format."""
-        form = Format.parse(format)
+    def from_dense(
+        cls, weight: Tensor, format: str | Format, encoding: str | Encoding = PLAIN
+    ) -> SparseWeight:
+        """Canonical form of `weight` `[rows, cols]`; ValueError says where a weight does not fit the format.
+
+        encoding: "int8", "int4", "int4_minimum" (groups of 64, float16 scales), or an `Encoding`: values are rounded to
+            the nearest code. `sparseprune.quantization` has methods that lose less.
+        """
+        form, values_as = Format.parse(format), Encoding.parse(encoding)
         if weight.dim() != 2:
             raise ValueError(f"weight: must have 2 dimensions [out, in], got shape {tuple(weight.shape)}")
         if weight.dtype not in DTYPES:
@@ -46,11 +58,27 @@ class SparseWeight:
                 f"weight: dtype must be float32, bfloat16 or float16, got {weight.dtype}; cast it first"
             )
         weight = weight.detach()
+        spec = WeightSpec((weight.shape[0], weight.shape[1]), weight.dtype, form, values_as)
+        values: Tensor
+        mask: Tensor | None
         if form.kind == "nm":
             values, mask = ops.dense_to_nm(weight, form.n, form.m)
+        elif form.kind == "dense":
+            values, mask = weight, None
         else:
             values, mask = ops.dense_to_bitmap(weight)
-        return cls(values, mask, WeightSpec((weight.shape[0], weight.shape[1]), weight.dtype, form))
+        if values_as == PLAIN:
+            return cls(values, mask, spec)
+        kept = None if mask is None else ops.unpack_mask(mask, weight.shape[1])
+        grid = fit_grid(weight, values_as, kept)
+        return cls.from_codes(codes_of(weight, grid)[0], mask, grid, spec)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, mask: Tensor | None, grid: Grid, spec: WeightSpec) -> SparseWeight:
+        """From the codes of all entries, `[rows, cols]`; those that the mask leaves out are dropped."""
+        if mask is not None:
+            codes = codes[ops.unpack_mask(mask, spec.shape[1])]
+        return cls(stored_codes(codes.flatten(), spec.encoding), mask, spec, grid.scales, grid.minimums)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,7 +95,8 @@ class SparseWeight:
     @property
     def nnz(self) -> int:
         """Entries kept, the explicit zeros that fill an N:M group among them."""
-        return self.values.numel()
+        count = self.format.count(self.shape)
+        return self.values.numel() if count is None else count
 
     @property
     def density(self) -> float:
@@ -81,23 +110,69 @@ class SparseWeight:
 
     def dense(self) -> Tensor:
         """The weight `[rows, cols]`."""
-        return ops.bitmap_to_dense(self.values, self.mask, self.shape[1])
+        if self.scales is None:
+            return ops.bitmap_to_dense(self.values, self.kept_bits(), self.shape[1])
+        values = self.encoding
+        dense = dequantize(
+            values.kind, self.values, self.mask, self.scales, self.minimums, self.shape[1], values.group_size
+        )
+        return dense.to(self.dtype)
+
+    def kept_bits(self) -> Tensor:
+        """The mask, of a dense weight too."""
+        if self.mask is not None:
+            return self.mask
+        return ops.pack_mask(torch.ones(self.shape, dtype=torch.bool, device=self.values.device))
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.spec.encoding
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the canonical form, over all entries."""
+        return 8 * self.nbytes / max(1, math.prod(self.shape))
 
     def pack(self) -> Packed:
-        """For the kernels of the device that the weight is on."""
-        form = self.format
-        layout = backend.of(self.values).layout_for(form.kind, form.n, form.m, self.dtype)
-        return ops.pack(self.values, self.mask, self.shape[1], layout)
+        """For the kernels of the device that the weight is on.
+
+        Raises:
+            ValueError: int8 or int4 values on a GPU, which has no kernels for them.
+        """
+        form, values = self.format, self.encoding
+        if self.scales is None:
+            layout = backend.of(self.values).layout_for(form.kind, form.n, form.m, self.dtype)
+            return ops.pack(self.values, self.kept_bits(), self.shape[1], layout)
+        if not self.values.is_cpu:
+            raise ValueError(
+                f"device: {values.kind} weights have kernels for the CPU only, got {self.values.device}; keep the layer "
+                "there, or make it dense with to_dense()"
+            )
+        packing = packing_code(
+            layout_of_codes(form), self.dtype, values.kind, values.group_size, values.scale_dtype
+        )
+        return pack_codes(self.values, self.mask, self.scales, self.minimums, self.shape[1], packing)
 
     @classmethod
     def unpack(cls, packed: Packed, spec: WeightSpec) -> SparseWeight:
         """Inverse of `pack`; the spec is not read from the blob, which must hold a weight of its shape."""
-        return cls(*ops.unpack(packed), spec)
+        if spec.encoding == PLAIN:
+            return cls(*ops.unpack(packed), spec)
+        codes, mask, scales, minimums = unpack_codes(packed)
+        return cls(codes, mask, spec, scales, minimums)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> SparseWeight:
-        """The weight with its values cast and all parts moved; the mask stays although a value may round to 0."""
-        values, mask = self.values.to(device=device, dtype=dtype), self.mask.to(device=device)
-        return SparseWeight(values, mask, replace(self.spec, dtype=values.dtype))
+        """The weight with its plain values cast and all parts moved; the mask stays although a value may round to 0.
+        Codes and scales are not cast: `dtype` is what the weight computes in."""
+        parts = {name: part.to(device=device) for name, part in self._tensors().items()}
+        if self.scales is None:
+            parts["values"] = parts["values"].to(dtype)
+        dtype = self.dtype if dtype is None else dtype
+        return self._of(parts, replace(self.spec, dtype=dtype))
+
+    @classmethod
+    def _of(cls, parts: Mapping[str, Tensor], spec: WeightSpec) -> SparseWeight:
+        return cls(parts["values"], parts.get("mask"), spec, parts.get("scales"), parts.get("minimums"))
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.spec.part_names if name != SPEC}
@@ -115,7 +190,8 @@ class SparseWeight:
         missing = [name for name in spec.part_names if name not in parts]
         if missing:
             raise ValueError(f"{missing[0]}: missing, though {SPEC} is there; save the weight again")
-        weight = cls(spec=spec, **{name: parts[name] for name in spec.part_names if name != SPEC})
+        tensors = {name: parts[name] for name in spec.part_names if name != SPEC}
+        weight = cls._of(tensors, spec)
         weight.validate()
         return weight
 
@@ -123,19 +199,21 @@ class SparseWeight:
         """Check all that a kernel relies on; ValueError names the first thing that is wrong."""
         spec, (rows, cols), form = self.spec, self.shape, self.format
         spec.check_shape()
-        self._check_part("mask", 0)
-        if cols % 8 and rows:
-            padded = (self.mask[:, -1] >> (cols % 8)) != 0
-            if bool(padded.any()):
-                row = int(padded.to(torch.uint8).argmax())
-                raise ValueError(f"mask: bits past column {cols - 1} must be 0, got a 1 in row {row}")
+        mask = self.mask
+        if mask is not None:
+            self._check_part("mask", 0)
+            if cols % 8 and rows:
+                padded = (mask[:, -1] >> (cols % 8)) != 0
+                if bool(padded.any()):
+                    row = int(padded.to(torch.uint8).argmax())
+                    raise ValueError(f"mask: bits past column {cols - 1} must be 0, got a 1 in row {row}")
         if form.kind == "nm" and cols % form.m:
             raise ValueError(f"mask: columns must be a multiple of {form.m} for {form}, got {cols}")
-        kept = int(popcounts(self.mask).sum())
+        kept = rows * cols if mask is None else int(popcounts(mask).sum())
         for name in self._tensors():
             self._check_part(name, kept)
-        if form.kind == "nm":
-            counts = group_counts(self.mask, cols, form.m)
+        if form.kind == "nm" and mask is not None:
+            counts = group_counts(mask, cols, form.m)
             wrong = (counts != form.n).flatten()
             if bool(wrong.any()):
                 row, group = divmod(int(wrong.to(torch.uint8).argmax()), cols // form.m)
@@ -143,6 +221,16 @@ class SparseWeight:
                     f"mask: every group of {form.m} columns must keep {form.n} for {form}, "
                     f"got {int(counts[row, group])} in row {row}, group {group}"
                 )
+        for name, part in (("scales", self.scales), ("minimums", self.minimums)):
+            if part is not None and not bool(torch.isfinite(part).all()):
+                row = int((~torch.isfinite(part)).any(1).to(torch.uint8).argmax())
+                raise ValueError(
+                    f"{name}: must be finite, got NaN or Inf in row {row}; quantize the weight again"
+                )
+        if self.encoding.bits == 4 and kept % 2 and int(self.values[-1]) > 15:
+            raise ValueError(
+                f"values: the high nibble past {kept} codes must be 0, got {int(self.values[-1]) >> 4}"
+            )
 
     def _check_part(self, name: str, kept: int) -> None:
         tensor, part = getattr(self, name), self.spec.parts(kept)[name]
@@ -156,5 +244,10 @@ class SparseWeight:
             raise ValueError(
                 f"{name}: shape must be {part.shape} for a weight of {rows} x {cols}{keeps}, got {tuple(tensor.shape)}"
             )
-        if tensor.device != self.mask.device:
-            raise ValueError(f"{name}: must lie where mask lies ({self.mask.device}), got {tensor.device}")
+        if tensor.device != self.values.device:
+            raise ValueError(f"{name}: must lie where values lie ({self.values.device}), got {tensor.device}")
+
+
+def layout_of_codes(form: Format) -> str:
+    """The layout in which the CPU's kernels read int8 and int4 codes."""
+    return "quads" if form.kind == "dense" else "octets"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprune.weights import encoding
+from sparseprune.kernels.packing import ENCODINGS
 from sparseprune.weights.encoding import PLAIN, Encoding, Part
 from sparseprune.weights.format import Format
 
@@ -20,11 +20,11 @@ DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 SPEC = "spec"
 """Name of the part that every sparse weight has: it says what the other parts are."""
 
-SPEC_FIELDS = ("version", "kind", "n", "m", "rows", "cols", "dtype", "encoding", "group_size")
-"""What the nine integers of the `spec` tensor mean."""
+SPEC_FIELDS = ("version", "kind", "n", "m", "rows", "cols", "dtype", "encoding", "group_size", "scale_dtype")
+"""What the ten integers of the `spec` tensor mean. Version 1, which plain values still have, ends with `group_size`."""
 
-_VERSION = 1
-_KIND_CODES = {"nm": 1, "bitmap": 2, "csr": 3}  # 0 is no kind: a spec of zeros is refused
+_VERSION_FIELDS = {1: 9, 2: 10}
+_KIND_CODES = {"nm": 1, "bitmap": 2, "csr": 3, "dense": 4}  # 0 is no kind: a spec of zeros is refused
 _MAX_SIDE = 2**31 - 1  # the kernels count columns in 32 bits
 
 
@@ -37,42 +37,66 @@ class WeightSpec:
     format: Format
     encoding: Encoding = PLAIN
 
+    def __post_init__(self) -> None:
+        form, plain = self.format, self.encoding == PLAIN
+        if plain and form.kind == "dense":
+            raise ValueError(
+                "format: dense is for int8 and int4 values, got plain ones; that is an nn.Linear"
+            )
+        if not plain and str(form) not in ("dense", "2:4"):
+            raise ValueError(
+                f"format: must be dense or 2:4 for {self.encoding.kind} values, got {form}; others are plain"
+            )
+        if self.encoding.kind == "int4_minimum" and form.kind != "dense":
+            raise ValueError(f"format: must be dense for values with minimums, got {form}; use int4")
+
     def parts(self, nnz: int) -> dict[str, Part]:
         """The tensors of such a weight that keeps `nnz` entries, by name, in the order of a state dict."""
         rows, cols = self.shape
-        return {
-            **self.encoding.parts(self.shape, nnz, self.dtype),
-            "mask": Part(torch.uint8, (rows, -(-cols // 8))),
-            SPEC: Part(torch.int64, (len(SPEC_FIELDS),)),
-        }
+        parts = self.encoding.parts(self.shape, nnz, self.dtype)
+        if self.format.kind != "dense":
+            parts["mask"] = Part(torch.uint8, (rows, -(-cols // 8)))
+        parts[SPEC] = Part(torch.int64, (_VERSION_FIELDS[self._version],))
+        return parts
+
+    @property
+    def _version(self) -> int:
+        return 1 if self.encoding == PLAIN else 2
 
     @property
     def part_names(self) -> tuple[str, ...]:
         return tuple(self.parts(0))
 
     def to_tensor(self) -> Tensor:
-        """`int64 [9]`: see `SPEC_FIELDS`."""
-        form, codes = self.format, encoding.CODES
+        """`int64 [9]`, of codes `[10]`: see `SPEC_FIELDS`."""
+        form, values = self.format, self.encoding
         kind, dtype = _KIND_CODES[form.kind], DTYPES.index(self.dtype)
-        values = codes[self.encoding.kind], self.encoding.group_size
-        return torch.tensor([_VERSION, kind, form.n, form.m, *self.shape, dtype, *values])
+        fields = [kind, form.n, form.m, *self.shape, dtype, ENCODINGS[values.kind], values.group_size]
+        if values.scale_dtype is not None:
+            fields.append(DTYPES.index(values.scale_dtype))
+        return torch.tensor([self._version, *fields])
 
     @classmethod
     def from_tensor(cls, spec: Tensor) -> WeightSpec:
         """What a `spec` tensor states; ValueError says which field is wrong."""
-        if spec.dtype != torch.int64 or tuple(spec.shape) != (len(SPEC_FIELDS),):
+        if spec.dtype != torch.int64 or spec.dim() != 1 or spec.numel() not in _VERSION_FIELDS.values():
             raise ValueError(
-                f"spec: must be int64 of shape ({len(SPEC_FIELDS)},), got {spec.dtype} of shape {tuple(spec.shape)}"
+                f"spec: must be int64 of shape (9,) or (10,), got {spec.dtype} of shape {tuple(spec.shape)}"
             )
-        fields = dict(zip(SPEC_FIELDS, spec.tolist(), strict=True))
-        _require(fields, "version", {_VERSION: None}, "a newer sparseprune may have written it: upgrade")
+        fields = dict(zip(SPEC_FIELDS, spec.tolist(), strict=False))
+        count = _require(
+            fields, "version", _VERSION_FIELDS, "a newer sparseprune may have written it: upgrade"
+        )
+        if spec.numel() != count:
+            raise ValueError(f"spec: version {fields['version']} has {count} integers, got {spec.numel()}")
         kind = _require(fields, "kind", _inverse(_KIND_CODES))
-        values = _require(fields, "encoding", _inverse(encoding.CODES))
+        values = _require(fields, "encoding", _inverse(ENCODINGS))
+        scales = _require(fields, "scale_dtype", dict(enumerate(DTYPES))) if count > 9 else None
         dtype = _require(fields, "dtype", dict(enumerate(DTYPES)))
         try:
             form = Format(kind, fields["n"], fields["m"])
             stated = cls(
-                (fields["rows"], fields["cols"]), dtype, form, Encoding(values, fields["group_size"])
+                (fields["rows"], fields["cols"]), dtype, form, Encoding(values, fields["group_size"], scales)
             )
         except ValueError as error:
             raise ValueError(f"spec: {error}") from None

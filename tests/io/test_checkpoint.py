@@ -272,7 +272,7 @@ BAD = {
     "mask groups": (put("up.weight.mask", (0, 0), 0b01110001), "up.weight: mask: every group of 4 columns must keep 2"),
     "spec rows lie": (put("up.weight.spec", 4, 41), r"up.weight: mask: shape must be \(41, 2\)"),
     "spec cols lie": (put("up.weight.spec", 5, 12), "up.weight: (values: shape must be|mask: bits past column 11)"),
-    "spec version": (put("up.weight.spec", 0, 2), "up.weight: spec: version must be one of"),
+    "spec version": (put("up.weight.spec", 0, 3), "up.weight: spec: version must be one of"),
     "spec dtype": (put("up.weight.spec", 6, 1), "up.weight: values: dtype must be torch.bfloat16, as spec says"),
     "spec shape": (lambda t: t.update({"up.weight.spec": t["up.weight.spec"][:5]}), "up.weight: spec: must be int64 of shape"),
     "other layer's weight": (

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.backends import running
 from helpers.compare import assert_linear, assert_same_bits, linear_bound, product
-from helpers.isa import DTYPES, LEVELS, STRATEGIES, forced, layout_of, serves, threads
+from helpers.isa import CODE_STRATEGIES, DTYPES, LEVELS, STRATEGIES, forced, layout_of, serves, threads
 from helpers.kernels import CPU_KERNELS, GPU_KERNELS, KERNELS, Kernel, cpu_linear
 from helpers.shapes import BATCHES, INPUTS, LONG, SPARSITIES, arranged, mask, whole
 from hypothesis import given, settings
@@ -370,7 +370,7 @@ def test_strategy_of_the_other_layout_is_refused(strategy):
 
 def test_unknown_strategy_is_refused():
     with pytest.raises(ValueError, match="strategy: unknown does not serve"):
-        cpu_linear(torch.ones(2, 16), packed(torch.eye(16), "tile"), None, len(STRATEGIES))
+        cpu_linear(torch.ones(2, 16), packed(torch.eye(16), "tile"), None, len(STRATEGIES + CODE_STRATEGIES))
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -91,7 +91,9 @@ def test_a_missing_part_is_named(missing):
 
 
 def test_an_encoding_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="encoding: kind must be one of plain, got 'int3'"):
+    with pytest.raises(
+        ValueError, match="encoding: kind must be one of plain, int8, int4, int4_minimum, got 'int3'"
+    ):
         Encoding("int3")
 
 
@@ -144,8 +146,9 @@ def tensors_of(text="2:4", rows=6, cols=12):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", 2, "spec: version must be one of .1., got 2; .*upgrade"),
-        ("kind", 0, "spec: kind must be one of .1, 2, 3., got 0"),
+        ("version", 3, "spec: version must be one of .1, 2., got 3; .*upgrade"),
+        ("version", 2, "spec: version 2 has 10 integers, got 9"),
+        ("kind", 0, "spec: kind must be one of .1, 2, 3, 4., got 0"),
         ("kind", 2, "spec: format: bitmap takes no N and M"),
         ("n", 5, "spec: format: N:M needs"),
         ("n", 1, "every group of 4 columns must keep 1 for 1:4, got 2 in row 0, group 0"),
@@ -157,7 +160,8 @@ def tensors_of(text="2:4", rows=6, cols=12):
         ("cols", 8, r"mask: shape must be \(6, 1\)"),
         ("dtype", 1, "values: dtype must be torch.bfloat16, as spec says"),
         ("dtype", 9, "spec: dtype must be one of"),
-        ("encoding", 1, "spec: encoding must be one of .0., got 1; upgrade"),
+        ("encoding", 4, "spec: encoding must be one of .0, 1, 2, 3., got 4; upgrade"),
+        ("encoding", 1, "spec: encoding: group_size must be 32, 64 or 128 for int8, got 0"),
         ("group_size", 64, "spec: encoding: plain values have no groups, got a group size of 64"),
     ],
 )

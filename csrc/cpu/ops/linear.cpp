@@ -37,7 +37,13 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
-std::int64_t panel_bytes(const LinearKernel& kernel, std::int64_t batch, std::int64_t kpad) {
+// int8 activations share a scale as far as the weight's do, but for no more columns than these.
+std::int64_t panel_group(std::int64_t weight_group) {
+  return weight_group < 64 ? weight_group : 64;
+}
+
+std::int64_t panel_bytes(const LinearKernel& kernel, std::int64_t batch, std::int64_t kpad, std::int64_t group) {
+  if (kernel.panel == Panel::bytes) return batch * kpad + 12 * batch * (kpad / group);
   const bool floats = kernel.panel == Panel::rows_f32 || kernel.panel == Panel::blocks_f32;
   return round_up(batch, kernel.round) * kpad * (floats ? 4 : 2);
 }
@@ -48,13 +54,14 @@ std::int64_t panel_units(Panel panel, std::int64_t batch, std::int64_t kpad) {
     case Panel::blocks_f32:
     case Panel::pairs_bf16: return kpad / 16;
     case Panel::tiles_bf16: return kpad / kTileK;
+    case Panel::bytes: return kpad / 64;
   }
   return 0;
 }
 
 // Whether x already is what the kernel reads: one row of full width (pairs are read as 32-bit words).
 bool is_panel(const LinearKernel& kernel, const LinearCall& call, std::int64_t kpad) {
-  if (call.batch != 1 || call.cols != kpad || kernel.round != 1) return false;
+  if (call.batch != 1 || call.cols != kpad || kernel.round != 1 || kernel.panel == Panel::bytes) return false;
   if (kernel.panel == Panel::pairs_bf16) return reinterpret_cast<std::uintptr_t>(call.x) % 4 == 0;
   return call.packing.dtype == DType::f32;
 }
@@ -78,14 +85,36 @@ void linear(const LinearCall& call) {
 
   static thread_local Buffer shared_panel;
   const std::int64_t kpad = w.geometry.kpad;
+  const std::int64_t group = panel_group(h.group);
   const bool ready = is_panel(kernel, call, kpad);
-  const void* panel = ready ? call.x : shared_panel.reserve(static_cast<std::size_t>(panel_bytes(kernel, call.batch, kpad)));
+  const void* panel =
+      ready ? call.x : shared_panel.reserve(static_cast<std::size_t>(panel_bytes(kernel, call.batch, kpad, group)));
 
   const int columns = csr_column_bytes(call.cols);
-  const PanelJob pack{call.x, call.batch, call.cols, kpad, call.stride, plan.block, kernel.round, const_cast<void*>(panel)};
+  const PanelJob pack{call.x, call.batch,  call.cols,  kpad, call.stride, plan.block, kernel.round, const_cast<void*>(panel),
+                      group,  kernel.zero, kernel.flip};
   const PanelFn pack_fn = table.panel[static_cast<int>(kernel.panel)][static_cast<int>(h.dtype)];
-  const LinearJob job{call.rows, call.cols, kpad,     call.batch, plan.block, w.offsets,
-                      w.index,   columns,   w.values, panel,      call.bias,  call.out};
+  const auto scales = [&](std::int64_t section) {
+    return section == 0 ? nullptr : reinterpret_cast<const std::uint16_t*>(call.packed + section);
+  };
+  const LinearJob job{call.rows,
+                      call.cols,
+                      kpad,
+                      call.batch,
+                      plan.block,
+                      w.offsets,
+                      w.index,
+                      columns,
+                      w.values,
+                      panel,
+                      call.bias,
+                      call.out,
+                      h.dtype,
+                      scales(w.geometry.scales),
+                      scales(w.geometry.minimums),
+                      h.scales,
+                      h.group,
+                      group};
   const std::int64_t units = ceil_div(call.rows, kernel.unit_rows);
   const std::int64_t pack_units = ready ? 0 : panel_units(kernel.panel, call.batch, kpad);
   const std::size_t scratch_bytes = kernel.scratch_bytes(job);

@@ -2,10 +2,12 @@
 #include "cpu/ops/pack.h"
 
 #include <cstring>
+#include <stdexcept>
 
 #include "core/layouts/csr.h"
 #include "core/layouts/tile.h"
 #include "cpu/dispatch/isa.h"
+#include "cpu/ops/pack_codes.h"
 #include "cpu/ops/parallel.h"
 
 namespace sparseprune {
@@ -152,9 +154,10 @@ std::int64_t packed_bytes(std::int64_t rows, std::int64_t cols, const Packing& p
 
 void pack(std::int64_t rows, std::int64_t cols, const Packing& packing, const Canonical& weight, std::uint8_t* blob,
           int threads) {
-  const PackedHeader h = header_for(rows, cols, packing, weight.offsets[rows]);
+  const PackedHeader h = header_for(rows, cols, packing, weight.offsets ? weight.offsets[rows] : 0);
   const Geometry g = geometry_of(h);
   std::memcpy(blob, &h, sizeof h);
+  if (is_of_codes(h.layout)) return pack_codes(h, g, weight, blob, threads);
   // Padding between sections and the tail: defined bytes, so that equal weights make equal blobs.
   std::memset(blob + g.offsets, 0, static_cast<std::size_t>(g.index - g.offsets));
   const std::int64_t value_bytes = g.total - kTailBytes - g.values;
@@ -182,6 +185,7 @@ void pack(std::int64_t rows, std::int64_t cols, const Packing& packing, const Ca
 
 void unpack_bits(const std::uint8_t* blob, std::int64_t size, std::uint8_t* bits, int threads) {
   const PackedView v = view_packed(blob, size);
+  if (is_of_codes(v.header.layout)) return unpack_code_bits(v, bits, threads);
   if (v.header.layout == Layout::csr) {
     if (csr_column_bytes(v.header.cols) == 2) {
       unpack_columns<std::uint16_t>(v, bits, threads);
@@ -219,6 +223,7 @@ void unpack_bits(const std::uint8_t* blob, std::int64_t size, std::uint8_t* bits
 
 void unpack_values(const std::uint8_t* blob, std::int64_t size, const std::int64_t* offsets, void* values, int threads) {
   const PackedView v = view_packed(blob, size);
+  if (is_of_codes(v.header.layout)) return unpack_codes(v, static_cast<std::uint8_t*>(values), threads);
   if (v.header.layout == Layout::csr) {
     std::memcpy(values, v.values, static_cast<std::size_t>(v.geometry.total - kTailBytes - v.geometry.values));
   } else if (value_bits(v.header.encoding, v.header.dtype) == 16) {
@@ -226,6 +231,15 @@ void unpack_values(const std::uint8_t* blob, std::int64_t size, const std::int64
   } else {
     unpack_tiles(v, offsets, static_cast<std::uint32_t*>(values), threads);
   }
+}
+
+void unpack_scales(const std::uint8_t* blob, std::int64_t size, std::uint16_t* scales, std::uint16_t* minimums,
+                   int threads) {
+  const PackedView v = view_packed(blob, size);
+  if (!is_of_codes(v.header.layout)) {
+    throw std::invalid_argument("packed: holds " + describe(packing_of(v.header)) + ", which has no scales");
+  }
+  unpack_code_scales(v, blob, scales, minimums, threads);
 }
 
 }  // namespace sparseprune

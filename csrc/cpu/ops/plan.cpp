@@ -11,12 +11,23 @@ namespace {
 constexpr std::int64_t kSerialProducts = 64 * 1024;  // work below this is done before a second thread has woken up
 constexpr std::int64_t kL2Panel = 1 << 20;           // bytes of a csr panel that stay in L2 beside the weights' stream
 
+Layout layout_of(Strategy s) {
+  switch (s) {
+    case Strategy::csr_gather:
+    case Strategy::csr_batch: return Layout::csr;
+    case Strategy::quads_rows: return Layout::quads;
+    case Strategy::octets_rows: return Layout::octets;
+    default: return Layout::tile;
+  }
+}
+
 bool serves(const KernelTable& table, const PackedHeader& h, Strategy s) {
-  const bool csr = s == Strategy::csr_gather || s == Strategy::csr_batch;
-  return csr == (h.layout == Layout::csr) && kernel_of(table, s, h.encoding, h.dtype).run != nullptr;
+  return layout_of(s) == h.layout && kernel_of(table, s, h.encoding, h.dtype).run != nullptr;
 }
 
 Strategy choose(const KernelTable& table, const PackedHeader& h, std::int64_t batch) {
+  if (h.layout == Layout::quads) return Strategy::quads_rows;
+  if (h.layout == Layout::octets) return Strategy::octets_rows;
   if (h.layout == Layout::csr) return batch <= 2 ? Strategy::csr_gather : Strategy::csr_batch;
   // 16 batch rows cost AMX no more than one, and the expansion hides behind memory from the first.
   if (serves(table, h, Strategy::tile_amx)) return Strategy::tile_amx;
@@ -61,6 +72,8 @@ const char* strategy_name(Strategy s) {
     case Strategy::tile_amx: return "tile_amx";
     case Strategy::csr_gather: return "csr_gather";
     case Strategy::csr_batch: return "csr_batch";
+    case Strategy::quads_rows: return "quads_rows";
+    case Strategy::octets_rows: return "octets_rows";
   }
   return "unknown";
 }

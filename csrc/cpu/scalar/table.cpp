@@ -1,5 +1,5 @@
 #include "cpu/kernels.h"
-#include "cpu/scalar/vec.h"
+#include "cpu/scalar/quant.h"
 
 namespace sparseprune::scalar {
 namespace {
@@ -18,11 +18,20 @@ namespace {
 
 #include "cpu/kernels/install.inl"
 
+#include "cpu/kernels/bytes_panel.inl"
+
+#include "cpu/kernels/quant_rows.inl"
+
+#include "cpu/kernels/quads.inl"
+
+#include "cpu/kernels/octets.inl"
+
 }  // namespace
 
 void install(KernelTable& table) {
   table.isa = "scalar";
   install_all(table);
+  install_quant(table);
 }
 
 }  // namespace sparseprune::scalar

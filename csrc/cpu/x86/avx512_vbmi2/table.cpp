@@ -1,11 +1,18 @@
-// AVX-512 with VBMI2: 16-bit words are compressed and expanded by one instruction, 32 at a time.
+// AVX-512 with VBMI2 and VNNI: words are compressed and expanded by one instruction, 32 at a time; codes are multiplied by
+// vpdpbusd, and vpermb picks the activations of 64 columns.
 #include "cpu/kernels.h"
-#include "cpu/x86/avx512/vec.h"
+#include "cpu/x86/avx512_vbmi2/quant.h"
 
 namespace sparseprune::avx512_vbmi2 {
 namespace {
 
-using namespace sparseprune::avx512;
+#include "cpu/kernels/bytes_panel.inl"
+
+#include "cpu/kernels/quant_rows.inl"
+
+#include "cpu/kernels/quads.inl"
+
+#include "cpu/kernels/octets.inl"
 
 inline __mmask32 first32(std::int64_t n) {
   return n >= 32 ? ~0u : (1u << n) - 1u;
@@ -62,6 +69,7 @@ void install(KernelTable& table) {
   table.words16.compress = compress16;
   table.words16.expand = expand16;
   table.words16.csr_row = csr_row16;
+  install_quant(table);
 }
 
 }  // namespace sparseprune::avx512_vbmi2

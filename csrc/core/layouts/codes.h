@@ -1,0 +1,28 @@
+// What the layouts of int8 and int4 codes share: tiles of codes, then their scales, then their minimums.
+#pragma once
+
+#include "core/layouts/geometry.h"
+#include "core/packing.h"
+
+namespace sparseprune::codes {
+
+constexpr std::int64_t kRows = 16;  // of a tile
+
+// Groups of columns that have a scale, the padding's among them.
+static constexpr std::int64_t groups(std::int64_t kpad, const Packing& p) {
+  return ceil_div(kpad, p.group);
+}
+
+static constexpr Geometry geometry(std::int64_t tiles, std::int64_t kpad, std::int64_t tile_bytes, const Packing& p) {
+  Geometry g{};
+  g.units = tiles;
+  g.kpad = kpad;
+  g.offsets = g.index = g.values = kHeaderBytes;
+  g.scales = round_up(g.values + tiles * tile_bytes, kAlign);
+  const std::int64_t end = round_up(g.scales + tiles * groups(kpad, p) * kRows * 2, kAlign);
+  g.minimums = p.encoding == Encoding::int4_minimum ? end : 0;
+  g.total = g.minimums == 0 ? end : end + (end - g.scales);
+  return g;
+}
+
+}  // namespace sparseprune::codes

@@ -1,0 +1,221 @@
+// Runs once a layer: plain C++, parallel over tiles. 16 rows of codes begin at a whole byte, so that no two tiles share one.
+#include "cpu/ops/pack_codes.h"
+
+#include <cstring>
+
+#include "core/layouts/octets.h"
+#include "core/layouts/quads.h"
+#include "cpu/ops/parallel.h"
+
+namespace sparseprune {
+namespace {
+
+struct Codes {
+  std::int64_t rows, cols;
+  int bits;
+};
+
+Codes codes_of(const PackedHeader& h) {
+  return {h.rows, h.cols, static_cast<int>(value_bits(h.encoding, h.dtype))};
+}
+
+int code_at(const std::uint8_t* codes, int bits, std::int64_t i) {
+  return bits == 8 ? codes[i] : codes[i / 2] >> (i % 2 * 4) & 15;
+}
+// Sets a nibble among zeros, or a byte.
+void set_code(std::uint8_t* codes, int bits, std::int64_t i, int code) {
+  if (bits == 8) {
+    codes[i] = static_cast<std::uint8_t>(code);
+  } else {
+    codes[i / 2] = static_cast<std::uint8_t>(codes[i / 2] | code << (i % 2 * 4));
+  }
+}
+void replace(std::uint8_t* byte, int mask, int shift, int value) {
+  *byte = static_cast<std::uint8_t>((*byte & ~(mask << shift)) | value << shift);
+}
+
+// body(tile, rows in it, its first row)
+template <typename Body>
+void for_tiles(std::int64_t rows, int threads, const Body& body) {
+  parallel_for(ceil_div(rows, codes::kRows), threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      const std::int64_t first = t * codes::kRows, left = rows - first;
+      body(t, static_cast<int>(left < codes::kRows ? left : codes::kRows), first);
+    }
+  });
+}
+std::size_t code_bytes(const Codes& c, std::int64_t n) {
+  return static_cast<std::size_t>(ceil_div(n * c.bits, 8));
+}
+
+// A mask's 2 columns of each 4, in order: visit(column, which of the two).
+template <typename Visit>
+void kept_columns(const Codes& c, const std::uint8_t* mask, const Visit& visit) {
+  for (std::int64_t k = 0; k < c.cols; k += 4) {
+    const unsigned four = mask[k / 8] >> (k % 8) & 15u;
+    int nth = 0;
+    for (unsigned bits = four; bits != 0; bits &= bits - 1) visit(k + __builtin_ctz(bits), nth++);
+  }
+}
+
+void pack_quads(const Codes& c, const std::uint8_t* codes, std::uint8_t* values, int threads) {
+  const std::int64_t bytes = quads::tile_bytes(c.bits, round_up(c.cols > 0 ? c.cols : 1, quads::kCols));
+  const int mask = c.bits == 8 ? 255 : 15, flip = c.bits == 8 ? 128 : 0;
+  for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
+    std::uint8_t* tile = values + t * bytes;
+    std::memset(tile, quads::padding(c.bits), static_cast<std::size_t>(bytes));
+    for (int r = 0; r < rows; ++r) {
+      const std::int64_t row = (first + r) * c.cols;
+      for (std::int64_t k = 0; k < c.cols; ++k) {
+        const int code = code_at(codes, c.bits, row + k) ^ flip;
+        replace(tile + quads::byte_of(c.bits, r, k), mask, quads::shift_of(c.bits, k), code);
+      }
+    }
+  });
+}
+
+void unpack_quads(const Codes& c, const std::uint8_t* values, std::uint8_t* codes, int threads) {
+  const std::int64_t bytes = quads::tile_bytes(c.bits, round_up(c.cols > 0 ? c.cols : 1, quads::kCols));
+  const int mask = c.bits == 8 ? 255 : 15, flip = c.bits == 8 ? 128 : 0;
+  for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
+    const std::uint8_t* tile = values + t * bytes;
+    std::memset(codes + first * c.cols * c.bits / 8, 0, code_bytes(c, rows * c.cols));
+    for (int r = 0; r < rows; ++r) {
+      const std::int64_t row = (first + r) * c.cols;
+      for (std::int64_t k = 0; k < c.cols; ++k) {
+        const int code = tile[quads::byte_of(c.bits, r, k)] >> quads::shift_of(c.bits, k) & mask;
+        set_code(codes, c.bits, row + k, code ^ flip);
+      }
+    }
+  });
+}
+
+void pack_octets(const Codes& c, const std::uint8_t* codes, const std::uint8_t* mask, std::uint8_t* values, int threads) {
+  const std::int64_t kpad = round_up(c.cols > 0 ? c.cols : 1, octets::kCols), stride = ceil_div(c.cols, 8);
+  const std::int64_t bytes = octets::tile_bytes(c.bits, kpad), unit = octets::unit_bytes(c.bits);
+  const int code_mask = c.bits == 8 ? 255 : 15;
+  for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
+    std::uint8_t* tile = values + t * bytes;
+    for (std::int64_t u = 0; u < bytes; u += unit) {
+      for (int i = 0; i < octets::kPlaces; ++i) tile[u + i] = i % 2 ? 0x55 : 0;
+      std::memset(tile + u + octets::kPlaces, c.bits == 8 ? 0 : 0x88, static_cast<std::size_t>(unit - octets::kPlaces));
+    }
+    for (int r = 0; r < rows; ++r) {
+      std::int64_t next = (first + r) * c.cols / 2;
+      kept_columns(c, mask + (first + r) * stride, [&](std::int64_t k, int nth) {
+        replace(tile + octets::place_byte(c.bits, r, k, nth), 3, octets::place_shift(k), static_cast<int>(k % 4));
+        replace(tile + octets::value_byte(c.bits, r, k, nth), code_mask, octets::value_shift(c.bits, k),
+                code_at(codes, c.bits, next++));
+      });
+    }
+  });
+}
+
+void unpack_octets_mask(const Codes& c, const std::uint8_t* values, std::uint8_t* mask, int threads) {
+  const std::int64_t kpad = round_up(c.cols > 0 ? c.cols : 1, octets::kCols), stride = ceil_div(c.cols, 8);
+  const std::int64_t bytes = octets::tile_bytes(c.bits, kpad);
+  for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
+    const std::uint8_t* tile = values + t * bytes;
+    std::memset(mask + first * stride, 0, static_cast<std::size_t>(rows * stride));
+    for (int r = 0; r < rows; ++r) {
+      std::uint8_t* bits = mask + (first + r) * stride;
+      for (std::int64_t k = 0; k < c.cols; k += 4) {
+        for (int nth = 0; nth < 2; ++nth) {
+          const int place = tile[octets::place_byte(c.bits, r, k, nth)] >> octets::place_shift(k) & 3;
+          bits[k / 8] = static_cast<std::uint8_t>(bits[k / 8] | 1 << (k % 8 + place));
+        }
+      }
+    }
+  });
+}
+
+void unpack_octets_codes(const Codes& c, const std::uint8_t* values, std::uint8_t* codes, int threads) {
+  const std::int64_t bytes = octets::tile_bytes(c.bits, round_up(c.cols > 0 ? c.cols : 1, octets::kCols));
+  const int mask = c.bits == 8 ? 255 : 15;
+  for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
+    const std::uint8_t* tile = values + t * bytes;
+    std::memset(codes + first * c.cols / 2 * c.bits / 8, 0, code_bytes(c, rows * (c.cols / 2)));
+    for (int r = 0; r < rows; ++r) {
+      std::int64_t next = (first + r) * c.cols / 2;
+      for (std::int64_t k = 0; k < c.cols; k += 4) {
+        for (int nth = 0; nth < 2; ++nth) {
+          const int code = tile[octets::value_byte(c.bits, r, k, nth)] >> octets::value_shift(c.bits, k) & mask;
+          set_code(codes, c.bits, next++, code);
+        }
+      }
+    }
+  });
+}
+
+void pack_scales(std::int64_t rows, std::int64_t groups, std::int64_t padded_groups, const std::uint16_t* scales,
+                 std::uint16_t* packed, int threads) {
+  for_tiles(rows, threads, [&](std::int64_t t, int n, std::int64_t first) {
+    std::uint16_t* tile = packed + t * padded_groups * codes::kRows;
+    std::memset(tile, 0, static_cast<std::size_t>(padded_groups * codes::kRows) * 2);
+    for (int r = 0; r < n; ++r) {
+      for (std::int64_t g = 0; g < groups; ++g) tile[g * codes::kRows + r] = scales[(first + r) * groups + g];
+    }
+  });
+}
+
+void unpack_scales(std::int64_t rows, std::int64_t groups, std::int64_t padded_groups, const std::uint16_t* packed,
+                   std::uint16_t* scales, int threads) {
+  for_tiles(rows, threads, [&](std::int64_t t, int n, std::int64_t first) {
+    const std::uint16_t* tile = packed + t * padded_groups * codes::kRows;
+    for (int r = 0; r < n; ++r) {
+      for (std::int64_t g = 0; g < groups; ++g) scales[(first + r) * groups + g] = tile[g * codes::kRows + r];
+    }
+  });
+}
+
+}  // namespace
+
+void pack_codes(const PackedHeader& h, const Geometry& g, const Canonical& weight, std::uint8_t* blob, int threads) {
+  const Codes c = codes_of(h);
+  const auto* codes = static_cast<const std::uint8_t*>(weight.values);
+  if (h.layout == Layout::quads) {
+    pack_quads(c, codes, blob + g.values, threads);
+  } else {
+    pack_octets(c, codes, weight.bits, blob + g.values, threads);
+  }
+  const std::int64_t groups = ceil_div(h.cols, h.group), padded = codes::groups(g.kpad, packing_of(h));
+  const std::int64_t bytes = g.units * padded * codes::kRows * 2;
+  pack_scales(h.rows, groups, padded, weight.scales, reinterpret_cast<std::uint16_t*>(blob + g.scales), threads);
+  std::memset(blob + g.scales + bytes, 0, static_cast<std::size_t>((g.minimums ? g.minimums : g.total) - g.scales - bytes));
+  if (g.minimums) {
+    pack_scales(h.rows, groups, padded, weight.minimums, reinterpret_cast<std::uint16_t*>(blob + g.minimums), threads);
+    std::memset(blob + g.minimums + bytes, 0, static_cast<std::size_t>(g.total - g.minimums - bytes));
+  }
+}
+
+void unpack_codes(const PackedView& v, std::uint8_t* codes, int threads) {
+  const auto* values = static_cast<const std::uint8_t*>(v.values);
+  if (v.header.layout == Layout::quads) {
+    unpack_quads(codes_of(v.header), values, codes, threads);
+  } else {
+    unpack_octets_codes(codes_of(v.header), values, codes, threads);
+  }
+}
+
+void unpack_code_bits(const PackedView& v, std::uint8_t* bits, int threads) {
+  if (v.header.layout == Layout::octets) {
+    unpack_octets_mask(codes_of(v.header), static_cast<const std::uint8_t*>(v.values), bits, threads);
+    return;
+  }
+  const std::int64_t stride = ceil_div(v.header.cols, 8);
+  std::memset(bits, 0xff, static_cast<std::size_t>(v.header.rows * stride));
+  if (const std::int64_t last = v.header.cols % 8; last != 0) {
+    for (std::int64_t r = 0; r < v.header.rows; ++r) bits[(r + 1) * stride - 1] = static_cast<std::uint8_t>((1 << last) - 1);
+  }
+}
+
+void unpack_code_scales(const PackedView& v, const std::uint8_t* blob, std::uint16_t* scales, std::uint16_t* minimums,
+                        int threads) {
+  const PackedHeader& h = v.header;
+  const std::int64_t groups = ceil_div(h.cols, h.group), padded = codes::groups(v.geometry.kpad, packing_of(h));
+  const auto at = [&](std::int64_t section) { return reinterpret_cast<const std::uint16_t*>(blob + section); };
+  unpack_scales(h.rows, groups, padded, at(v.geometry.scales), scales, threads);
+  if (v.geometry.minimums) unpack_scales(h.rows, groups, padded, at(v.geometry.minimums), minimums, threads);
+}
+
+}  // namespace sparseprune

@@ -1,0 +1,117 @@
+"""int8 and int4 weights: packed for the kernels and back, and what their codes stand for.
+
+Codes are those of the kept entries in row-major order: `int8 [nnz]`, or two int4 to a byte, `uint8 [ceil(nnz / 2)]`, the
+low nibble first. Every `group` columns of a row of the dense weight share a scale, and with `int4_minimum` a minimum:
+`scales`, `minimums` `[rows, ceil(cols / group)]`, bfloat16 or float16.
+
+    int8           code * scale
+    int4           (code - 8) * scale
+    int4_minimum   code * scale + minimum
+
+The CPU alone has kernels for them: `quads` of dense weights, `octets` of 2:4 ones (docs/formats.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparseprune.kernels import _core, native
+from sparseprune.kernels.packing import Packed, encoding_of, group_of, layout_of, scale_dtype_of
+
+__all__ = ["CODE_BITS", "dequantize", "join_nibbles", "pack_codes", "split_nibbles", "unpack_codes"]
+
+CODE_BITS = {"int8": 8, "int4": 4, "int4_minimum": 4}
+"""The encodings that have codes, and the bits of each."""
+
+
+def join_nibbles(codes: Tensor) -> Tensor:
+    """Codes in [0, 15], `uint8 [n]`, two to a byte: `uint8 [ceil(n / 2)]`; a last high nibble is 0."""
+    if codes.numel() % 2:
+        codes = torch.cat([codes, codes.new_zeros(1)])
+    return codes[0::2] | codes[1::2] << 4
+
+
+def split_nibbles(packed: Tensor, count: int) -> Tensor:
+    """The first `count` codes, `uint8 [count]`."""
+    return torch.stack([packed & 15, packed >> 4], 1).flatten()[:count]
+
+
+def dequantize(
+    encoding: str,
+    codes: Tensor,
+    mask: Tensor | None,
+    scales: Tensor,
+    minimums: Tensor | None,
+    cols: int,
+    group: int,
+) -> Tensor:
+    """The float32 weight `[rows, cols]`; mask: its bits, or None where all entries are kept."""
+    rows = scales.shape[0]
+    if encoding == "int8":
+        numbers = codes.float()
+    else:
+        count = rows * cols if mask is None else _ones(mask)
+        numbers = split_nibbles(codes, count).float() - (8 if encoding == "int4" else 0)
+    if mask is None:
+        dense = numbers.view(rows, cols)
+    else:
+        dense = native.expand(numbers, mask, native.count_bits(mask, cols), cols)
+    dense = dense * _columns(scales, group, cols)
+    return dense if minimums is None else dense + _columns(minimums, group, cols)
+
+
+def _columns(per_group: Tensor, group: int, cols: int) -> Tensor:
+    return per_group.float().repeat_interleave(group, 1)[:, :cols]
+
+
+def _ones(mask: Tensor) -> int:
+    return int(native.count_bits(mask, 8 * mask.shape[1])[-1])
+
+
+def pack_codes(
+    codes: Tensor, mask: Tensor | None, scales: Tensor, minimums: Tensor | None, cols: int, packing: int
+) -> Packed:
+    """For the CPU's kernels. Everything is on the CPU, and of the shapes and dtypes that `packing` and `cols` say."""
+    rows = scales.shape[0]
+    codes, scales = codes.contiguous(), scales.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    minimums = None if minimums is None else minimums.contiguous()
+    blob = torch.empty(native.packed_bytes(rows, cols, packing, 0), dtype=torch.uint8)
+    _core.pack(
+        codes.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        0,
+        scales.data_ptr(),
+        0 if minimums is None else minimums.data_ptr(),
+        blob.data_ptr(),
+        rows,
+        cols,
+        packing,
+        torch.get_num_threads(),
+    )
+    return Packed(blob, rows, cols, packing)
+
+
+def unpack_codes(packed: Packed) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(codes, mask, scales, minimums), as they were packed. ValueError where the blob is not that weight."""
+    blob, rows, cols, packing = packed
+    count = native.header(*packed)["nnz"]
+    encoding, threads = encoding_of(packing), torch.get_num_threads()
+    bits = CODE_BITS[encoding]
+    codes = torch.empty(-(-count * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8)
+    _core.unpack_values(blob.data_ptr(), blob.numel(), 0, codes.data_ptr(), threads)
+    mask = None
+    if layout_of(packing) == "octets":
+        mask = torch.empty((rows, -(-cols // 8)), dtype=torch.uint8)
+        _core.unpack_bits(blob.data_ptr(), blob.numel(), mask.data_ptr(), threads)
+    scales = torch.empty((rows, -(-cols // group_of(packing))), dtype=scale_dtype_of(packing))
+    minimums = torch.empty_like(scales) if encoding == "int4_minimum" else None
+    _core.unpack_scales(
+        blob.data_ptr(),
+        blob.numel(),
+        scales.data_ptr(),
+        0 if minimums is None else minimums.data_ptr(),
+        threads,
+    )
+    return codes, mask, scales, minimums

@@ -1,0 +1,102 @@
+"""Weights rounded to the nearest code, each group of columns by the scale that leaves the smallest error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparseprune.kernels.codes import join_nibbles
+from sparseprune.weights.encoding import Encoding
+
+__all__ = ["Grid", "codes_of", "fit_grid", "stored_codes"]
+
+_SHRINK = tuple(1 - 0.03 * step for step in range(10))
+"""Scales tried, as fractions of the one that reaches the largest weight: clipping it a little often pays for the rest."""
+
+
+class Grid:
+    """What the codes of a weight stand for: `scales` `[rows, groups]`, `minimums` likewise or None, as they are stored."""
+
+    def __init__(self, encoding: Encoding, scales: Tensor, minimums: Tensor | None = None) -> None:
+        assert encoding.scale_dtype is not None
+        self.encoding = encoding
+        self.scales = scales.to(encoding.scale_dtype)
+        self.minimums = None if minimums is None else minimums.to(encoding.scale_dtype)
+
+    def columns(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """float32 `[rows, end - begin]`: the scale of each entry, and what its code 0 stands for."""
+        groups = torch.arange(begin, end, device=self.scales.device) // self.encoding.group_size
+        scale = self.scales.float()[:, groups]
+        if self.minimums is not None:
+            return scale, self.minimums.float()[:, groups]
+        return scale, scale * (0 if self.encoding.kind == "int8" else -8)
+
+    def limits(self) -> tuple[int, int]:
+        """The least code and the largest."""
+        return (-127, 127) if self.encoding.kind == "int8" else (0, 15)
+
+
+def codes_of(weight: Tensor, grid: Grid, begin: int = 0) -> tuple[Tensor, Tensor]:
+    """(codes, what they stand for), float32 and of the shape of `weight` `[rows, n]`: columns `begin` and on."""
+    scale, zero = grid.columns(begin, begin + weight.shape[1])
+    low, high = grid.limits()
+    steps = torch.where(scale == 0, 0.0, (weight.float() - zero) / scale)
+    codes = steps.round_().clamp_(low, high)
+    if grid.encoding.kind == "int4":  # a group of zeros: code 8 is zero whatever the scale
+        codes = torch.where(scale == 0, 8.0, codes)
+    return codes, codes * scale + zero
+
+
+def stored_codes(codes: Tensor, encoding: Encoding) -> Tensor:
+    """Codes `[n]` of any dtype as `SparseWeight.values` has them."""
+    return codes.to(torch.int8) if encoding.bits == 8 else join_nibbles(codes.to(torch.uint8))
+
+
+def fit_grid(weight: Tensor, encoding: Encoding, kept: Tensor | None = None) -> Grid:
+    """The grid of least squared error, group by group, for rounding `weight` `[rows, cols]` to the nearest code.
+
+    kept: bool `[rows, cols]`; entries that are False count for nothing. Scales are tried from the one that reaches the
+    group's largest weight down to 0.73 of it.
+
+    Raises:
+        ValueError: NaN or Inf among the weights, or weights too large for the scales' dtype.
+    """
+    rows, cols = weight.shape
+    size = encoding.group_size
+    padding = -cols % size
+    groups = torch.nn.functional.pad(weight.float(), (0, padding)).view(rows, -1, size)
+    counts = torch.ones_like(weight, dtype=torch.bool) if kept is None else kept
+    counts = torch.nn.functional.pad(counts, (0, padding)).view(rows, -1, size)
+    if not bool(torch.isfinite(groups).all()):
+        raise ValueError("weight: must be finite to be quantized, got NaN or Inf; repair the checkpoint")
+    groups = torch.where(counts, groups, 0.0)
+    if encoding.kind == "int4_minimum":
+        low = torch.where(counts, groups, torch.inf).amin(-1).nan_to_num(posinf=0.0)
+        high = torch.where(counts, groups, -torch.inf).amax(-1).nan_to_num(neginf=0.0)
+        tried = [Grid(encoding, (high - low) * f / 15, low + (high - low) * (1 - f) / 2) for f in _SHRINK]
+    elif (
+        encoding.kind == "int4"
+    ):  # the largest weight gets the code 0, which stands for -8 scales of either sign
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        tried = [Grid(encoding, largest * f / -8) for f in _SHRINK]
+    else:
+        tried = [Grid(encoding, groups.abs().amax(-1) / 127)]
+    if not bool(torch.isfinite(tried[0].scales).all()):
+        raise ValueError(
+            f"weight: must have scales within {encoding.scale_dtype}, got weights up to {float(groups.abs().max()):g}; "
+            "use scale_dtype=torch.bfloat16"
+        )
+    best, least = tried[0], None
+    for grid in tried:
+        _, rounded = codes_of(groups.view(rows, -1), grid)
+        error = torch.where(counts, rounded.view_as(groups) - groups, 0.0).square().sum(-1)
+        if least is None:
+            least = error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        minimums = None
+        if grid.minimums is not None and best.minimums is not None:
+            minimums = torch.where(better, grid.minimums, best.minimums)
+        best = Grid(encoding, torch.where(better, grid.scales, best.scales), minimums)
+    return best
