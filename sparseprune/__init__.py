@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sparseprune.kernels.native import isa, isas_available
     from sparseprune.measure import tasks
     from sparseprune.measure.evaluate import perplexity
-    from sparseprune.pruning.prune import prune
+    from sparseprune.pruning.driver import prune
     from sparseprune.recovery.trainer import recover
     from sparseprune.surgery.cut import cut
     from sparseprune.weights.format import Format
@@ -48,7 +48,7 @@ _PLACES = {
     "models": "models:",
     "ops": "kernels.ops:",
     "perplexity": "measure.evaluate",
-    "prune": "pruning.prune",
+    "prune": "pruning.driver",
     "pruning": "pruning:",
     "recover": "recovery.trainer",
     "recovery": "recovery:",

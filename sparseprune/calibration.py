@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sparseprune.models.batches import Batch
+from sparseprune.options import Windowing, require_at_least
 
-__all__ = ["Batch", "CalibrationData", "token_ids", "windows"]
+__all__ = ["Batch", "CalibrationData", "as_data", "token_ids", "windows"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,22 @@ class CalibrationData:
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
+
+
+def as_data(calibration: CalibrationData | Iterable[Batch]) -> CalibrationData:
+    """Given batches as `CalibrationData`, which passes through.
+
+    Raises:
+        TypeError: a text or a model in place of batches.
+    """
+    if isinstance(calibration, CalibrationData):
+        return calibration
+    if isinstance(calibration, (str, Tensor, Mapping)) or not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"calibration: must be batches, got a {type(calibration).__name__}; pass "
+            "sparseprune.calibration.windows(text, tokenizer), or a list of batches"
+        )
+    return CalibrationData(list(calibration))
 
 
 def token_ids(text: str | Tensor | Sequence[int], tokenizer: Any = None) -> Tensor:
@@ -77,15 +94,14 @@ def windows(
     Raises:
         ValueError: `length` or `count` below 1, an empty text, or one of fewer than length * count tokens.
     """
-    for name, value in (("length", length), ("count", count)):
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
+    Windowing(count, length)
+    require_at_least(0, seed=seed)
     ids = token_ids(text, tokenizer)
     available = len(ids) // length
     if available < count:
         raise ValueError(
             f"text: {count} windows of {length} tokens need {count * length} tokens, got {len(ids)}; pass a "
-            f"longer text, or {f'count <= {available}' if available else 'a smaller length'}"
+            f"longer text, or {f'count={available}' if available else 'a smaller length'}"
         )
     chosen = sorted(random.Random(seed).sample(range(available), count))
     batches = tuple(ids[index * length : (index + 1) * length].unsqueeze(0) for index in chosen)

@@ -25,7 +25,7 @@ from sparseprune.io.inspection import memory_bytes
 from sparseprune.kernels.native import isa
 from sparseprune.measure.evaluate import decode_speed, generate, perplexity, prompt_speed
 from sparseprune.models.loading import demo_model_path, load_dense
-from sparseprune.pruning.prune import prune
+from sparseprune.pruning.driver import prune
 from sparseprune.pruning.report import PruneReport
 from sparseprune.report import Column, Table, human_bytes, track
 from sparseprune.weights.linear import SparseLinear

@@ -16,6 +16,7 @@ from typing import Any, Literal
 __all__ = [
     "Layers",
     "Option",
+    "Windowing",
     "option",
     "require_above",
     "require_among",
@@ -135,3 +136,14 @@ class Layers:
 
     def __str__(self) -> str:
         return f"include={self.include!r}, exclude={self.exclude!r}, lm_head={self.lm_head}"
+
+
+@dataclass(frozen=True)
+class Windowing:
+    """How a text is cut into windows to calibrate on, see `sparseprune.calibration.windows`."""
+
+    count: int = option(32, "Calibration windows.", flag="--samples")
+    length: int = option(1024, "Tokens in a calibration window.")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, count=self.count, length=self.length)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sparseprune.cli import console, files
-from sparseprune.cli.options import DType, DTypeOption, Exclude, Include, Json, Model
+from sparseprune.cli.options import Calibration, DType, DTypeOption, Exclude, Include, Json, Model, Out
+from sparseprune.options import Windowing
 
 __all__ = ["cut"]
 
 
 def cut(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.")],
+    out: Out,
+    windowing: Windowing,
     structure: Annotated[str, typer.Option(help='"neurons", "heads" or "layers".')],
     fraction: Annotated[float, typer.Option(help="Fraction of them to remove.")],
     criterion: Annotated[
         str, typer.Option(help='Which go; "auto": the best with --calibration, "l1" without.')
     ] = "auto",
-    calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on, UTF-8.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
-    length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration window.")] = 512,
+    calibration: Calibration = None,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     include: Include = None,
     exclude: Exclude = None,
@@ -49,7 +48,7 @@ def cut(
     loaded, tokenizer = files.load_dense(model, dtype)
     data = None
     if calibration is not None:
-        data = calibration_data(calibration, tokenizer, length, samples, seed, max_length(loaded))
+        data = calibration_data(calibration, tokenizer, windowing, seed, max_length(loaded))
     report = cut_model(
         loaded,
         structure,

@@ -16,7 +16,19 @@ import typer
 
 from sparseprune.options import Option
 
-__all__ = ["Batches", "DType", "DTypeOption", "Exclude", "Include", "Json", "Model", "Out", "Policy", "flat"]
+__all__ = [
+    "Batches",
+    "Calibration",
+    "DType",
+    "DTypeOption",
+    "Exclude",
+    "Include",
+    "Json",
+    "Model",
+    "Out",
+    "Policy",
+    "flat",
+]
 
 
 class DType(str, Enum):
@@ -35,6 +47,7 @@ Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Hugging Face folder, GGUF file, or a folder of ours.")
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.")]
+Calibration = Annotated[Path | None, typer.Option(help="Text file to calibrate on, UTF-8.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DTypeOption = Annotated[
     DType, typer.Option(help="Dtype of the weights; auto: as in the folder, bfloat16 for a GGUF file.")

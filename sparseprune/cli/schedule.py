@@ -15,20 +15,16 @@ _WINDOWS = 8  # of the held-out text that a loss is taken on
 
 
 def callbacks(
-    schedule: str, recover_steps: int, text: Path | None, model: Any, tokenizer: Any, length: int, seed: int
+    recover_steps: int, text: Path, model: Any, tokenizer: Any, length: int, seed: int
 ) -> dict[str, Any]:
-    """`schedule`, `evaluate` and `recover` for `prune`.
+    """`evaluate` and `recover` for `prune`.
 
     The first tenth of the text gives the loss, the mean negative log-likelihood a token; the rest is for training, by
     distillation from the model as it is now.
 
     Raises:
-        ValueError: no text, or one too short.
+        ValueError: a text too short.
     """
-    if text is None:
-        raise ValueError(
-            f"--schedule: {schedule} goes by a loss on text, and trains on it; pass --calibration FILE"
-        )
     from sparseprune.calibration import token_ids
 
     ids = token_ids(files.read_text("--calibration", text), tokenizer)
@@ -39,7 +35,7 @@ def callbacks(
 
         return math.log(perplexity(it, None, ids[:held], window=length).value)
 
-    given = {"schedule": schedule, "evaluate": evaluate}
+    given = {"evaluate": evaluate}
     if not recover_steps:
         return given
     from sparseprune.recovery import TokenStream, recover

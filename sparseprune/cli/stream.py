@@ -7,6 +7,8 @@ from typing import Any
 
 from sparseprune.cli import console, files
 from sparseprune.cli.options import DType
+from sparseprune.options import Layers, Windowing
+from sparseprune.pruning.options import Recipe
 
 __all__ = ["calibration_data", "prune_streamed", "wanted"]
 
@@ -39,39 +41,35 @@ def wanted(model: Path, stream: bool | None, memory: str | None, spill: Path | N
     return True
 
 
-def calibration_data(
-    path: Path, tokenizer: Any, length: int, samples: int, seed: int, limit: int | None
-) -> Any:
+def calibration_data(path: Path, tokenizer: Any, windowing: Windowing, seed: int, limit: int | None) -> Any:
     """Windows of the text in `path`, no longer than the model's positions."""
     from sparseprune.calibration import windows
 
+    length = windowing.length
     if limit is not None and length > limit:
         console.say(
             f"calibration windows have {limit} tokens instead of {length}: the model's positions end there"
         )
         length = limit
-    return windows(files.read_text("--calibration", path), tokenizer, length=length, count=samples, seed=seed)
+    text = files.read_text("--calibration", path)
+    return windows(text, tokenizer, length=length, count=windowing.count, seed=seed)
 
 
 def prune_streamed(
     model: Path,
     out: Path,
-    pattern: str,
-    method: str,
-    calibration: tuple[Path, int, int, int] | None,
+    recipe: Recipe,
+    windowing: Windowing,
+    layers: Layers,
+    *,
+    text: Path | None,
+    format: str,
     dtype: DType,
     memory: str | None,
+    spill: Path | None,
     as_json: bool,
-    unfit: dict[str, bool],
-    **options: Any,
 ) -> None:
-    """Prunes MODEL into OUT and shows the report.
-
-    Args:
-        calibration: text file, tokens in a window, windows, seed.
-        unfit: options that only work on a loaded model -> whether they were given.
-        options: passed on to `sparseprune.streaming.prune_folder`.
-    """
+    """Prunes MODEL into OUT and shows the report; `text` is what it is calibrated on."""
     import torch
 
     from sparseprune.io.checkpoint import load_tokenizer
@@ -81,6 +79,12 @@ def prune_streamed(
     from sparseprune.processes import rank
     from sparseprune.streaming import prune_folder
 
+    unfit = {
+        "--lm-head": layers.lm_head,
+        "--reconstruct": recipe.reconstruction,
+        "--minutes": recipe.minutes is not None,
+        "--schedule": recipe.schedule != "one-shot",
+    }
     given = [name for name, used in unfit.items() if used]
     if given:
         raise ValueError(f"{given[0]}: needs the whole model in memory; leave it out, or pass --no-stream")
@@ -89,16 +93,17 @@ def prune_streamed(
     spare_address_space()  # before the tokenizer's threads
     tokenizer = load_tokenizer(model)
     data = None
-    if calibration is not None:
-        path, length, samples, seed = calibration
+    if text is not None:
         limit = getattr(read_config(model), "max_position_embeddings", None)
-        data = calibration_data(path, tokenizer, length, samples, seed, limit)
+        data = calibration_data(text, tokenizer, windowing, recipe.seed, limit)
     first = rank() == 0
     try:
         report = prune_folder(
-            model, out, pattern, method=method, calibration=data, tokenizer=tokenizer, progress=first,
-            dtype=None if dtype is DType.auto else getattr(torch, dtype.value),
-            memory=None if memory is None else parse_size(memory), **options,
+            model, out, recipe.pattern, method=recipe.method, sparsity=recipe.sparsity, calibration=data,
+            include=layers.include, exclude=layers.exclude, allocation=recipe.allocation, scope=recipe.scope,
+            sequential=recipe.sequential, seed=recipe.seed, format=format,
+            dtype=None if dtype is DType.auto else getattr(torch, dtype.value), tokenizer=tokenizer,
+            memory=None if memory is None else parse_size(memory), spill=spill, progress=first,
         )  # fmt: skip
     except KeyboardInterrupt:
         if (out / STREAM_FILE).is_file():

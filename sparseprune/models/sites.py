@@ -52,6 +52,11 @@ class WeightSite(ABC):
         yield cls(name, module)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All its paths, the first one first."""
+        return (self.name, *(name for name, _ in self.tied))
+
+    @property
     def parameter(self) -> nn.Parameter:
         """What an optimizer trains and a checkpoint holds."""
         return getattr(self.module, self.parameter_name)  # type: ignore[no-any-return]

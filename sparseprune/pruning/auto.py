@@ -13,10 +13,10 @@ from sparseprune.hardware import fast_bfloat16
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.modules import device_of
 from sparseprune.models.sites import find_sites
+from sparseprune.pruning.options import Reconstruction
 from sparseprune.pruning.patterns import Pattern
-from sparseprune.pruning.reconstruction import Reconstruction
 
-__all__ = ["Recipe", "choose", "fast_dtype"]
+__all__ = ["Choice", "choose", "fast_dtype"]
 
 
 _MINUTES_TO_PERMUTE = 5.0
@@ -24,7 +24,7 @@ _SOLVING_SHARE = 0.5  # of the time, at most: the rest is for reading and recons
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Choice:
     """A method by name, what follows it in each block, and why."""
 
     method: str
@@ -32,7 +32,7 @@ class Recipe:
     reason: str
 
 
-def choose(pattern: Pattern, model: nn.Module, minutes: float | None) -> Recipe:
+def choose(pattern: Pattern, model: nn.Module, minutes: float | None, *, reconstruct: bool = True) -> Choice:
     """The best recipe that there is time for.
 
     ADMM finds mask and weights together and was the best solver on every pattern; reordering the FFN's neurons first
@@ -41,17 +41,20 @@ def choose(pattern: Pattern, model: nn.Module, minutes: float | None) -> Recipe:
 
     Args:
         minutes: for all of it; None: the recipe as measured, whatever it takes.
+        reconstruct: False leaves the blocks as the method made them.
     """
     permute = pattern.structured and (minutes is None or minutes >= _MINUTES_TO_PERMUTE)
     method = "admm+permute" if permute else "admm"
     if minutes is not None and _admm_seconds(model) > 60 * minutes * _SOLVING_SHARE:
         method = "wanda"
+    if not reconstruct:
+        return Choice(method, None, f"auto: {method}")
     if not find_blocks(model):
-        return Recipe(
+        return Choice(
             method, None, f"auto: {method}; the model is not a chain of blocks, so none is reconstructed"
         )
     within = "" if minutes is None else f", as many epochs as fit in {minutes:g} minutes"
-    return Recipe(method, Reconstruction(), f"auto: {method}, then each block reconstructed{within}")
+    return Choice(method, Reconstruction(), f"auto: {method}, then each block reconstructed{within}")
 
 
 _ADMM_PRODUCTS = 40  # of a weight [out, in] by a matrix [in, in]: 20 iterations, and as long for the masks

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from sparseprune import clock, processes
-from sparseprune.pruning.reconstruction import Reconstruction
+from sparseprune.pruning.options import Reconstruction
 
 __all__ = ["Pace"]
 

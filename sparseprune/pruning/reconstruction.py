@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,37 +21,13 @@ from torch import Tensor, nn
 
 from sparseprune import processes
 from sparseprune.models.modules import evaluation_mode
+from sparseprune.pruning.options import Reconstruction
 from sparseprune.pruning.report import BlockReconstructed
 from sparseprune.pruning.rewrite import Rewriter
 from sparseprune.pruning.zeros import Zeros
 from sparseprune.statistics.walk import Walk, run_block
 
-__all__ = ["Reconstruction", "reconstruct"]
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """How a block is reconstructed.
-
-    Attributes:
-        epochs: passes over the calibration batches.
-        learning_rate: Adam's at its peak, as a fraction of the root mean square of each parameter's weights; it rises
-            over the first tenth of the steps and falls to zero by a cosine.
-        batch: calibration batches a step.
-        seed: of their order.
-    """
-
-    epochs: int = 4
-    learning_rate: float = 0.03
-    batch: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: must be positive, got {self.learning_rate}")
+__all__ = ["reconstruct"]
 
 
 def reconstruct(

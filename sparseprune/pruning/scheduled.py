@@ -4,75 +4,89 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import nn
 
 from sparseprune import clock
 from sparseprune.models.losses import Evaluate
-from sparseprune.models.sites import WeightSite
-from sparseprune.pruning.patterns import Pattern
+from sparseprune.models.sites import WeightSite, matches
+from sparseprune.pruning.options import Recipe
 from sparseprune.pruning.report import LayerPruned, PruneReport
 from sparseprune.pruning.schedules import Gradual, Greedy
 from sparseprune.pruning.schedules.base import Recover
 
-__all__ = ["SCHEDULES", "find_schedule", "prune_scheduled"]
+__all__ = ["SCHEDULES", "check_schedule", "find_schedule", "prune_scheduled"]
 
-SCHEDULES = {"gradual": Gradual, "greedy": Greedy}
+SCHEDULES: dict[str, type[Gradual] | type[Greedy]] = {"gradual": Gradual, "greedy": Greedy}
 
 
-def find_schedule(schedule: str | Gradual | Greedy) -> Gradual | Greedy | None:
-    """The schedule of that name with its defaults, one given as such, or None for "one-shot"."""
-    if isinstance(schedule, (Gradual, Greedy)):
-        return schedule
-    if schedule == "one-shot":
-        return None
-    if schedule not in SCHEDULES:
+def find_schedule(
+    schedule: str | Gradual | Greedy, recover: Recover | None = None, evaluate: Evaluate | None = None
+) -> Gradual | Greedy | None:
+    """The schedule of that name with its defaults, one given as such, or None for "one-shot".
+
+    Raises:
+        ValueError: an unknown name, functions that no schedule calls, or a greedy schedule without `evaluate`.
+    """
+    check_schedule(schedule)
+    for name, given in {"recover": recover, "evaluate": evaluate}.items():
+        if given is not None and not callable(given):
+            raise ValueError(f"{name}: must be a function of the model, got {given!r}")
+        if given is not None and schedule == "one-shot":
+            raise ValueError(
+                f'{name}: belongs to a schedule of several steps; pass schedule="gradual", or leave it out'
+            )
+    found = SCHEDULES[schedule]() if isinstance(schedule, str) and schedule != "one-shot" else schedule
+    if isinstance(found, Greedy) and evaluate is None:
+        raise ValueError(
+            "evaluate: a greedy schedule needs it, got None; pass a function from the model to its loss"
+        )
+    if isinstance(found, Greedy) and found.recover_trials and recover is None:
+        raise ValueError(
+            "recover: must be given for recover_trials, got None; pass a function that trains the model"
+        )
+    return None if isinstance(found, str) else found
+
+
+def check_schedule(schedule: str | Gradual | Greedy) -> None:
+    """Raises ValueError unless it is the name of one, or one."""
+    if isinstance(schedule, (Gradual, Greedy)) or schedule == "one-shot":
+        return
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise ValueError(
             f"schedule: must be one of one-shot, {', '.join(SCHEDULES)}, or a schedule with options, "
             f"got {schedule!r}"
         )
-    return SCHEDULES[schedule]()
 
 
 def prune_scheduled(
     schedule: Gradual | Greedy,
     model: nn.Module,
     layers: Sequence[WeightSite],
-    pattern: Pattern,
-    sparsity: float,
-    once: Callable[..., Any],
+    recipe: Recipe,
+    once: Callable[[Sequence[WeightSite], Recipe], PruneReport],
     recover: Recover | None,
     evaluate: Evaluate | None,
     progress: bool,
 ) -> PruneReport:
-    """Runs the schedule over `once(sparsity=..., include=...)`; its report is that of the last step, with the
-    schedule's steps and the zeros before the first and after the last.
-
-    Raises:
-        ValueError: a pattern that has only one sparsity, or a greedy schedule without `evaluate`.
+    """Prunes `layers` again and again by `once(layers, recipe)`, as the schedule says; the report is that of the last step,
+    with the schedule's steps and the zeros before the first and after the last.
     """
-    if pattern.structured:
-        raise ValueError(
-            f"schedule: pattern {pattern} has one sparsity, so there are no steps to it; pass "
-            'pattern="unstructured", or leave the schedule out'
-        )
+    assert recipe.sparsity is not None, "a recipe with a schedule has a sparsity"
     before = [layer.count_zeros() for layer in layers]
     last: list[PruneReport] = []
 
-    def prune_to(to: float, include: Sequence[str] | None = None) -> None:
-        last[:] = [once(sparsity=to) if include is None else once(sparsity=to, include=include)]
+    def prune_to(sparsity: float, include: Sequence[str] | None = None) -> None:
+        chosen = [it for it in layers if include is None or matches(it.names, include)]
+        last[:] = [once(chosen, dataclasses.replace(recipe, sparsity=sparsity, schedule="one-shot"))]
 
     begin = clock.now()
     if isinstance(schedule, Gradual):
-        steps = schedule.run(model, prune_to, sparsity, recover, evaluate, progress)
-    elif evaluate is None:
-        raise ValueError(
-            "evaluate: a greedy schedule needs it, got None; pass a function from the model to its loss"
-        )
+        steps = schedule.run(model, prune_to, recipe.sparsity, recover, evaluate, progress)
     else:
-        steps = schedule.run(model, prune_to, sparsity, evaluate, recover, progress)
+        assert evaluate is not None, "find_schedule has seen to it"
+        steps = schedule.run(model, prune_to, recipe.sparsity, evaluate, recover, progress, layers)
     rows = [LayerPruned.of(layer, zeros) for layer, zeros in zip(layers, before, strict=True)]
     return dataclasses.replace(
-        last[0], layers=tuple(rows), sparsity=sparsity, schedule=steps, seconds=clock.now() - begin
+        last[0], layers=tuple(rows), sparsity=recipe.sparsity, schedule=steps, seconds=clock.now() - begin
     )

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sparseprune.memory import all_finite
 from sparseprune.models.sites import WeightSite
 from sparseprune.pruning.base import Method, Target
+from sparseprune.pruning.options import Reconstruction
 from sparseprune.pruning.pace import Pace
-from sparseprune.pruning.reconstruction import Reconstruction, reconstruct
+from sparseprune.pruning.reconstruction import reconstruct
 from sparseprune.pruning.report import BlockReconstructed, LayerPruned
 from sparseprune.pruning.rewrite import Rewriter, weight_of
 from sparseprune.pruning.zeros import Zeros

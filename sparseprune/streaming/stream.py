@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparseprune import clock
-from sparseprune.calibration import CalibrationData
+from sparseprune.calibration import CalibrationData, as_data
 from sparseprune.memory import spare_address_space
 from sparseprune.models.batches import Batch
 from sparseprune.models.blocks import find_blocks
@@ -20,8 +20,8 @@ from sparseprune.models.sites import WeightSite, find_sites
 from sparseprune.pruning.allocation import AllocationContext, allocation_name, resolve_allocation
 from sparseprune.pruning.base import Method
 from sparseprune.pruning.methods import find_method
+from sparseprune.pruning.options import Recipe
 from sparseprune.pruning.patterns import Pattern, Scope
-from sparseprune.pruning.prune import resolve_calibration, resolve_scope
 from sparseprune.pruning.report import PruneReport
 from sparseprune.streaming.batches import clamp
 from sparseprune.streaming.job import Job
@@ -49,6 +49,7 @@ def prune_folder(
     allocation: str | Mapping[str, float | str] = "uniform",
     scope: Scope | None = None,
     sequential: bool | None = None,
+    seed: int = 0,
     format: str | Format = "auto",
     dtype: torch.dtype | None = None,
     tokenizer: Any = None,
@@ -71,6 +72,7 @@ def prune_folder(
             "auto" is ADMM, without the reconstruction of blocks that it does in memory. Methods that rank by gradients
             need the whole model.
         allocation: "uniform", or a mapping from layer names (or shell patterns) to sparsities or patterns.
+        seed: of what a method draws at random.
         format: of the sparse layers: "auto" is what `sparsify` takes under policy "always": N:M for its pattern, else
             bitmap or CSR, whichever is smaller when packed; a layer stays dense where neither is. Nothing is measured.
         dtype: of the weights; None keeps what the folder states.
@@ -97,9 +99,10 @@ def prune_folder(
     if method == "auto":
         method = AUTO
         notes.append(f"auto: {AUTO}, the best solver; blocks are reconstructed in memory only")
-    pattern, method = Pattern.parse(pattern), find_method(method)
+    recipe = Recipe(pattern, method, sparsity, allocation, scope, sequential, seed=seed)
+    pattern, method = Pattern.parse(pattern), find_method(method, seed)
     removed = pattern.resolve_sparsity(sparsity)
-    ranked = resolve_scope(pattern, method, scope)
+    ranked = method.scope if scope is None else scope
     if method.statistic is not None and method.statistic.whole_model:
         raise ValueError(
             f"method: must do without the whole model to be streamed, got {method.name}, whose statistic needs "
@@ -115,9 +118,8 @@ def prune_folder(
             f'allocation: must be "uniform" or a mapping to be streamed, got {allocation!r}; others look at the whole model'
         )
     form = None if format == "auto" else Format.parse(format)
-    data = resolve_calibration(method, calibration, [])
-    if method.statistic is None and sequential:
-        raise ValueError(f"sequential: method {method.name} looks at weights only, got True; leave it out")
+    data = None if calibration is None else as_data(calibration)
+    recipe.check_calibration(data is not None)
     with Source(folder) as source:
         streamed = StreamedModel(folder, source, dtype)
         if data is not None:
@@ -136,7 +138,7 @@ def prune_folder(
             form, out, _spill_folder(out, spill), progress,
         )  # fmt: skip
         with closing(job):
-            selection = {"include": include, "exclude": exclude, "allocation": allocation}
+            selection = {"include": include, "exclude": exclude, "allocation": allocation, "seed": seed}
             job.check({"pattern": str(pattern), "sparsity": removed, "scope": ranked, **selection}, memory)
             job.run(begin)
             job.finish(tokenizer)

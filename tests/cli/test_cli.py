@@ -1,6 +1,5 @@
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from typer.testing import CliRunner
 from sparseprune import demo
 from sparseprune.cli import app
 from sparseprune.io.checkpoint import load
+from sparseprune.options import Layers
 from sparseprune.weights.linear import SparseLinear
 
 
@@ -58,36 +58,25 @@ def test_prune_wanda_unstructured(folders, tmp_path):
 
 
 def test_prune_passes_on_what_was_asked_for(folders, tmp_path, monkeypatch):
-    from sparseprune.pruning import prune as package
+    from sparseprune import pruning
     from sparseprune.pruning.allocation import Search
 
-    assert package
-    module = sys.modules["sparseprune.pruning.prune"]
-    asked, original = [], module.prune
+    asked, original = [], pruning.prune
     monkeypatch.setattr(
-        module,
-        "prune",
-        lambda *args, **kwargs: asked.append((args[1:4], kwargs)) or original(*args, **kwargs),
+        pruning, "prune", lambda *args, **kwargs: asked.append(kwargs) or original(*args, **kwargs)
     )
     arguments = ("prune", folders / "dense", tmp_path / "out", "--pattern", "unstructured", "--sparsity", 0.5)
     run(*arguments, "--policy", "always")
-    assert asked.pop()[1].keys() == {
-        "sparsity",
-        "calibration",
-        "seed",
-        "progress",
-        "include",
-        "exclude",
-        "lm_head",
-    }
+    given = vars(pruning.Recipe("unstructured", sparsity=0.5)) | vars(Layers())
+    assert asked.pop() == given | {"calibration": None, "progress": True}
     text = ("--calibration", folders / "text.txt", "--samples", 4, "--length", 32, "--policy", "always")
     run(
         *arguments, *text, "--method", "wanda+swaps", "--allocation", "search", "--minutes", 0.01, "--max-bytes", 10**6,
         "--scope", "layer", "--sequential", "--seed", 3,
     )  # fmt: skip
-    (_, method), kwargs = asked.pop()
-    assert method == "wanda+swaps"
-    assert kwargs["allocation"] == Search(bytes=10**6, batch=1)
+    kwargs = asked.pop()
+    assert kwargs["method"] == "wanda+swaps" and len(kwargs["calibration"].batches) == 4
+    assert kwargs["allocation"] == Search(bytes=10**6)
     assert (kwargs["minutes"], kwargs["scope"], kwargs["sequential"], kwargs["seed"]) == (
         0.01,
         "layer",
@@ -95,11 +84,11 @@ def test_prune_passes_on_what_was_asked_for(folders, tmp_path, monkeypatch):
         3,
     )
     run(*arguments, "--allocation", "*.q_proj=dense", "--allocation", "*.mlp.*=0.25", "--policy", "always")
-    assert asked.pop()[1]["allocation"] == {"*.q_proj": "dense", "*.mlp.*": 0.25}
+    assert asked.pop()["allocation"] == {"*.q_proj": "dense", "*.mlp.*": 0.25}
     run(*arguments, *text, "--method", "admm", "--no-sequential")
-    assert asked.pop()[1]["sequential"] is False
+    assert asked.pop()["sequential"] is False
     run(*arguments, *text, "--method", "wanda", "--reconstruct", "--minutes", 0.05)
-    assert asked.pop()[1]["reconstruction"] is True
+    assert asked.pop()["reconstruction"] is True
 
 
 @pytest.mark.parametrize(("structure", "parameters"), [("neurons", 0.8), ("heads", 0.9), ("layers", 0.7)])
@@ -279,14 +268,14 @@ def bad(folders, tmp_path):
         (("prune", sparse, tmp_path / "out"), "MODEL: must be dense, .* is sparse already"),
         (("prune", dense, tmp_path / "out", "--pattern", "5:4"), "--pattern: "),
         (("prune", dense, tmp_path / "out", "--pattern", "unstructured"), "--sparsity: "),
-        (("prune", dense, tmp_path / "out", "--method", "wanda"), "--calibration: method wanda needs a text"),
+        (("prune", dense, tmp_path / "out", "--method", "wanda"), "--calibration: method wanda needs some"),
         (("prune", tmp_path / "nowhere", tmp_path / "out", "--method", "best"), "--method: must be one of"),
         (
             ("prune", dense, tmp_path / "out", "--allocation", "owl"),
             "--allocation: pattern 2:4 removes the same",
         ),
         (
-            ("prune", dense, tmp_path / "out", "--allocation", "owl", "--max-ms", 1),
+            ("prune", dense, tmp_path / "out", "--max-ms", 1),
             "--max-bytes, --max-ms: must come",
         ),
         (

@@ -11,21 +11,51 @@ from test_cli import run
         (["--pattern", "neurons"], "are cut out: `sparseprune cut`"),
         (
             ["--method", "wanda"],
-            "error: --calibration: method wanda needs a text, got none; pass --calibration FILE",
+            "error: --calibration: method wanda needs some, got none; pass --calibration FILE",
         ),
         (
             ["--method", "auto", "--calibration", "no/such/file"],
             "error: --calibration: there is no file no/such/file",
         ),
         (["--method", "wonder"], "error: --method: must be one of "),
-        (["--minutes", "-5"], "error: --minutes: must be positive, got -5"),
+        (["--minutes", "-5"], "error: --minutes: must be above 0, got -5"),
         (
             ["--schedule", "nonsense", "--pattern", "unstructured", "--sparsity", "0.5"],
             "error: --schedule: must be one",
         ),
         (["--allocation", "fair"], "error: --allocation: must be one of uniform, "),
         (["--pattern", "unstructured"], "error: --sparsity: "),
-        (["--reconstruct"], "error: --calibration: --reconstruct or --schedule needs a text"),
+        (["--scope", "row"], "error: --scope: pattern 2:4 ranks within its groups"),
+        (
+            ["--minutes", "5"],
+            "error: --minutes: bounds what goes block by block, and searches; method magnitude",
+        ),
+        (["--minutes", "5"], "leave it out, or pass --method auto"),
+        (["--sequential"], "error: --sequential: method magnitude looks at weights only"),
+        (
+            ["--method", "auto", "--no-sequential", "--calibration", __file__],
+            "leave it out, or pass --no-reconstruct",
+        ),
+        (
+            ["--calibration", __file__],
+            "error: --calibration: method magnitude looks at weights only; leave it out",
+        ),
+        (
+            ["--schedule", "gradual", "--pattern", "unstructured", "--sparsity", "0.5"],
+            "error: --calibration: --schedule gradual goes by a loss on text",
+        ),
+        (["--recover-steps", "3"], "error: --recover-steps: must come with --schedule"),
+        (["--max-bytes", "3"], "error: --max-bytes, --max-ms: must come with --allocation search"),
+        (["--samples", "0"], "error: --samples: must be at least 1, got 0"),
+        (["--allocation", "*.q_proj=2"], "error: --allocation *.q_proj: must be in [0, 1), got 2.0"),
+        (
+            ["--allocation", "owl"],
+            'got \'owl\'; pass "uniform", LAYERS=VALUE such as "*.down_proj=dense", or --pattern unst',
+        ),
+        (
+            ["--reconstruct"],
+            "error: --calibration: reconstruction needs some, got none; pass --calibration FILE",
+        ),
     ],
 )
 def test_it_is_said_before_a_model_is_loaded(options, message, monkeypatch):

@@ -57,7 +57,7 @@ def folder(tmp_path, monkeypatch):
     for name in DENSE:
         tiny.llama(max_position_embeddings=1024).save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)
-    (tmp_path / "corpus.txt").write_text(TEXT * 30)
+    (tmp_path / "corpus.txt").write_text(TEXT * 60)
     (tmp_path / "held_out.txt").write_text(TEXT)
     return tmp_path
 

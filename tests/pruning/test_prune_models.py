@@ -126,7 +126,7 @@ class TestBlockByBlock:
             prune(model, "2:4", "magnitude", sequential=True)
         with pytest.raises(ValueError, match="epochs: must be at least 1, got 0"):
             Reconstruction(epochs=0)
-        with pytest.raises(ValueError, match="learning_rate: must be positive, got 0"):
+        with pytest.raises(ValueError, match="learning_rate: must be above 0, got 0"):
             Reconstruction(learning_rate=0)
 
     def test_auto_is_the_solver_with_reconstruction(self):
@@ -237,8 +237,36 @@ class TestSchedules:
         assert {step.pruned.split()[0] for step in report.schedule.steps[:2]} == {"model.layers.1"}
         assert report.sparsity_after >= 0.3
 
+    def test_greedy_prunes_what_is_included_and_the_head_where_it_is_asked_for(self):
+        model = tiny.llama()
+        before = {name: it.clone() for name, it in model.state_dict().items()}
+
+        def loss(model):
+            with torch.no_grad():
+                return float(model(tiny.ids()).logits.square().mean())
+
+        arguments = {"sparsity": 0.3, "schedule": Greedy(step=0.3), "evaluate": loss}
+        report = prune(model, "unstructured", **arguments, include=["*.q_proj", "lm_head"], lm_head=True)
+        assert {row.name.rpartition(".")[2] for row in report.layers} == {"q_proj", "lm_head"}
+        assert report.sparsity_after == pytest.approx(0.3, abs=0.02)
+        assert "lm_head" in {step.pruned.split()[0] for step in report.schedule.steps}
+        changed = {name for name, it in model.state_dict().items() if not it.equal(before[name])}
+        assert changed <= {"lm_head.weight", *(f"{row.name}.weight" for row in report.layers)}
+
     def test_bad_arguments(self):
         model = tiny.llama()
+        with pytest.raises(ValueError, match="minutes: bounds one pruning and a schedule makes many"):
+            prune(model, "unstructured", sparsity=0.5, schedule="gradual", minutes=1)
+        with pytest.raises(ValueError, match="sparsity: must be above 0 for a schedule"):
+            prune(model, "unstructured", sparsity=0, schedule="gradual")
+        with pytest.raises(ValueError, match="recover: must be given for recover_trials"):
+            prune(
+                model,
+                "unstructured",
+                sparsity=0.5,
+                schedule=Greedy(recover_trials=True),
+                evaluate=lambda it: 0.0,
+            )
         with pytest.raises(
             ValueError, match="schedule: must be one of one-shot, gradual, greedy.*got 'slow'"
         ):

@@ -61,7 +61,7 @@ class TestWindows:
         assert data.source == "4 windows of 10 tokens, seed 0"
 
     def test_too_short_says_how_many(self):
-        with pytest.raises(ValueError, match=r"4 windows of 10 tokens need 40 tokens, got 39; .* count <= 3"):
+        with pytest.raises(ValueError, match=r"4 windows of 10 tokens need 40 tokens, got 39; .* count=3"):
             windows(torch.arange(39), length=10, count=4)
         with pytest.raises(ValueError, match=r"need 10 tokens, got 3; .* smaller length"):
             windows("one two three", TOKENIZER, length=10, count=1)

@@ -9,7 +9,7 @@ from helpers.torchrun import torchrun
 from sparseprune import processes
 from sparseprune.io.checkpoint import load
 from sparseprune.models.sites import find_sites
-from sparseprune.pruning.prune import prune
+from sparseprune.pruning import prune
 from sparseprune.statistics.inputs import Gram, InputSquares, collect
 from sparseprune.streaming import prune_folder
 
@@ -21,7 +21,7 @@ import torch
 from helpers import tiny
 from sparseprune.cli import app
 from sparseprune.models.sites import find_sites
-from sparseprune.pruning.prune import prune
+from sparseprune.pruning import prune
 from sparseprune.statistics.inputs import Gram, collect
 import test_distributed as cases
 

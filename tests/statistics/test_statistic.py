@@ -8,8 +8,8 @@ from helpers.checkpoints import save, weights
 from sparseprune.calibration import CalibrationData
 from sparseprune.io.checkpoint import load
 from sparseprune.models.sites import find_sites
+from sparseprune.pruning import prune
 from sparseprune.pruning.base import Method
-from sparseprune.pruning.prune import prune
 from sparseprune.statistics.inputs import Gram, InputSquares, Statistic
 from sparseprune.streaming import prune_folder
 

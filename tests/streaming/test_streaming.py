@@ -14,7 +14,7 @@ from sparseprune.io.checkpoint import load
 from sparseprune.io.safetensors import CheckpointError
 from sparseprune.memory import parse_size
 from sparseprune.models.loading import load_dense
-from sparseprune.pruning.prune import prune
+from sparseprune.pruning import prune
 from sparseprune.streaming import job, prune_folder, source
 from sparseprune.streaming.state import State
 from sparseprune.weights.linear import SparseLinear
@@ -394,7 +394,7 @@ def test_what_cannot_work_is_said_before_it_starts(tmp_path, llama, monkeypatch)
             wanda(llama, out)
     with pytest.raises(ValueError, match="model.layers.0.self_attn.q_proj: columns must be a multiple of 5"):
         wanda(llama, out, pattern="2:5")
-    with pytest.raises(ValueError, match="calibration: method wanda needs some, got None"):
+    with pytest.raises(ValueError, match="calibration: method wanda needs some, got none"):
         wanda(llama, out, calibration=None)
     with pytest.raises(ValueError, match="sequential: method magnitude looks at weights only"):
         wanda(llama, out, method="magnitude", calibration=None, sequential=True)

@@ -78,7 +78,7 @@ def test_the_command_refuses_what_cannot_be_streamed(with_tokenizer, tmp_path):
         (("--method", "taylor", "--calibration", text), "--method: must do without the whole model"),
         (("--method", "ria+permute", "--calibration", text), "--method: must prune each block by itself"),
         (
-            ("--pattern", "unstructured", "--sparsity", "0.5", "--allocation", "owl"),
+            ("--pattern", "unstructured", "--sparsity", "0.5", "--allocation", "owl", "--calibration", text),
             '--allocation: must be "uniform" or',
         ),
         (("--memory", "lots"), "--memory: must be a size such as"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
@@ -27,7 +28,10 @@ __all__ = [
     "AllocationContext",
     "Search",
     "allocation_name",
+    "check_allocation",
+    "needs_calibration",
     "resolve_allocation",
+    "searches",
 ]
 
 Allocation = Callable[[AllocationContext], Mapping[str, float]]
@@ -41,6 +45,45 @@ ALLOCATIONS: dict[str, Allocation] = {
     "search": default_search,
 }
 """By name, next to "uniform". A new one is a function in a file beside this one, and its line here."""
+
+_CALIBRATED = {"owl", "sensitivity", "search"}
+"""Those that read the calibration text by themselves, whatever the method."""
+
+
+def check_allocation(allocation: Any, pattern: Pattern) -> None:
+    """What can be known of an allocation without the layers.
+
+    Raises:
+        ValueError: an unknown name, an N:M pattern with anything but "uniform" or a mapping to patterns, or a mapping's
+            value that is neither a sparsity nor a pattern.
+    """
+    if isinstance(allocation, Mapping):
+        for key, value in allocation.items():
+            _value(key, value, pattern)
+        return
+    if allocation == "uniform":
+        return
+    if not callable(allocation) and allocation not in ALLOCATIONS:
+        raise ValueError(
+            f"allocation: must be one of uniform, {', '.join(sorted(ALLOCATIONS))}, a mapping from layers to "
+            f"sparsities, or a function, got {allocation!r}"
+        )
+    if pattern.structured:
+        raise ValueError(
+            f"allocation: pattern {pattern} removes the same share of every layer, got "
+            f'{allocation_name(allocation)!r}; pass "uniform", a mapping such as {{"*.down_proj": "dense"}}, or '
+            'pattern="unstructured"'
+        )
+
+
+def needs_calibration(allocation: Any) -> bool:
+    """Whether it reads calibration text by itself; a function of the user's may."""
+    return allocation in _CALIBRATED if isinstance(allocation, str) else isinstance(allocation, Search)
+
+
+def searches(allocation: Any) -> bool:
+    """Whether it tries for as long as it may, so that minutes bound it; a function of the user's may."""
+    return allocation in ("search", "sensitivity") if isinstance(allocation, str) else callable(allocation)
 
 
 def resolve_allocation(
@@ -57,24 +100,14 @@ def resolve_allocation(
     and a `Search` with a budget of bytes or seconds, are taken at their word.
 
     Raises:
-        ValueError: an unknown name, an N:M pattern with anything but "uniform" or a mapping to patterns, a key that
-            matches no layer, a value out of range, a wish that is missing, or calibration text that is needed.
+        ValueError: what `check_allocation` refuses, a key that matches no layer, a wish that is missing, or calibration
+            text that is needed.
     """
+    check_allocation(allocation, context.pattern)
     if isinstance(allocation, Mapping):
         return _from_mapping(allocation, context)
     if allocation == "uniform":
         return uniform_targets(context)
-    if isinstance(allocation, str) and allocation not in ALLOCATIONS:
-        raise ValueError(
-            f"allocation: must be one of uniform, {', '.join(sorted(ALLOCATIONS))}, a mapping from layers to "
-            f"sparsities, or a function, got {allocation!r}"
-        )
-    if context.pattern.m:
-        raise ValueError(
-            f"allocation: pattern {context.pattern} removes the same share of every layer, got "
-            f'{allocation_name(allocation)!r}; pass "uniform", a mapping such as {{"*.down_proj": "dense"}}, or '
-            'pattern="unstructured"'
-        )
     function = ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation
     wishes = function(context)
     for layer in context.layers:
@@ -122,24 +155,28 @@ def _from_mapping(allocation: Mapping[str, float | str], context: AllocationCont
 
 
 def _target(key: str, value: float | str, layer: WeightSite, context: AllocationContext) -> Target:
+    pattern, sparsity = _value(key, value, context.pattern)
+    pattern.check_shape(layer.out_features, layer.in_features, layer.name)
+    return Target(pattern, sparsity, context.scope)
+
+
+def _value(key: str, value: float | str, general: Pattern) -> tuple[Pattern, float]:
+    """What a mapping's entry asks for: a pattern, and the fraction of weights to remove."""
     if isinstance(value, str):
         if value == "dense":
-            return Target(Pattern(), 0.0, context.scope)
+            return Pattern(), 0.0
         try:
             pattern = Pattern.parse(value)
-            sparsity = pattern.resolve_sparsity(None)
+            return pattern, pattern.resolve_sparsity(None)
         except ValueError as error:
             raise ValueError(f"allocation[{key!r}]: {error}") from error
-        pattern.check_shape(layer.out_features, layer.in_features, layer.name)
-        return Target(pattern, sparsity, context.scope)
-    if not 0 <= value < 1:  # NaN fails too
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:  # NaN fails too
         raise ValueError(
             f"allocation[{key!r}]: must be in [0, 1), got {value}; pass the fraction of weights to remove"
         )
-    if context.pattern.m and value != 0:
+    if general.structured and value != 0:
         raise ValueError(
-            f"allocation[{key!r}]: pattern {context.pattern} fixes the sparsity, got {value}; pass a pattern "
+            f"allocation[{key!r}]: pattern {general} fixes the sparsity, got {value}; pass a pattern "
             'such as "4:8" or "dense", or prune with pattern="unstructured"'
         )
-    pattern = Pattern() if context.pattern.m else context.pattern
-    return Target(pattern, float(value), context.scope)
+    return Pattern() if general.structured else general, float(value)

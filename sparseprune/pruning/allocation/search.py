@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import nn
@@ -61,16 +61,17 @@ class Search:
         trials: to end after so many; the same seed then gives the same allocation, given time enough.
         bytes: the layers' weights may take together, packed for the CPU, each in its smallest form, dense among them. The
             `sparsity` of `prune` is then no target; the search looks around it.
-        seconds: one pass through all layers may take at batch size `batch`, as measured on this machine, each layer in
+        seconds: one pass through all layers may take at batch size `batch` (default: 1), as measured on this machine, each layer in
             its fastest format, dense among them. `sparsity` as for `bytes`.
         losses: of the trials, in order, after a run; the first is uniform's where that fits the budget.
     """
 
+    _: KW_ONLY
     minutes: float = _MINUTES
     trials: int | None = None
     bytes: int | None = None
     seconds: float | None = None
-    batch: int = 1
+    batch: int | None = None
     losses: list[float] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +81,8 @@ class Search:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: must be above 0, got {value}")
+        if self.batch is not None and self.seconds is None:
+            raise ValueError(f"batch: is what seconds are counted at, got {self.batch} without; leave it out")
 
     @property
     def sums_to_sparsity(self) -> bool:
@@ -185,7 +188,7 @@ class Search:
     ) -> tuple[dict[str, list[float]], float]:
         """(price of each layer at each option, budget) in weights that stay, bytes or seconds."""
         if self.seconds is not None:
-            return layer_seconds(context, options, self.batch), self.seconds
+            return layer_seconds(context, options, self.batch or 1), self.seconds
         price: Callable[[WeightSite, float], float] = _bytes if self.bytes is not None else _kept
         prices = {layer.name: [price(layer, level) for level in options] for layer in context.layers}
         if self.bytes is not None:

@@ -12,7 +12,7 @@ from torch import nn
 from sparseprune import clock
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.losses import Evaluate
-from sparseprune.models.sites import find_sites, matches
+from sparseprune.models.sites import WeightSite, find_sites, matches
 from sparseprune.models.snapshot import Snapshot
 from sparseprune.pruning.schedules.base import (
     Recover,
@@ -43,7 +43,7 @@ class Greedy:
     Attributes:
         step: how much further a group is pruned at a time, as a fraction of its weights.
         groups: name -> shell patterns over its linears; or a number: the blocks, in so many runs of neighbours; or
-            None: each block for itself, or each linear where there are no blocks.
+            None: each block for itself. A linear outside of the blocks is a group of its own.
         recover_trials: also recover each trial before it is measured; costs a recovery a trial.
         lazy: try anew only the groups that could still be best, given what they cost when last tried. Finds the same
             as trying all where a group gets no cheaper as others are pruned, for a tenth of the trials.
@@ -75,6 +75,7 @@ class Greedy:
         evaluate: Evaluate,
         recover: Recover | None = None,
         progress: bool = False,
+        layers: Sequence[WeightSite] | None = None,
     ) -> ScheduleReport:
         """Prunes `model` in place.
 
@@ -83,11 +84,12 @@ class Greedy:
                 such as `lambda sparsity, include: sp.prune(model, "unstructured", "magnitude", sparsity,
                 include=include)`.
             target: fraction of zeros over all groups.
+            layers: that `prune_to` prunes; by default all linears but the output head.
 
         Memory: up to three copies of the model.
         """
         check_target(target)
-        search = _Search(self, model, prune_to, evaluate, recover, target)
+        search = _Search(self, model, prune_to, evaluate, recover, target, layers)
         before = search.loss
         about = math.ceil(target / self.step * len(search.sizes))
         steps = tuple(track(search.steps(), "pruning greedily", total=about, enabled=progress))
@@ -115,18 +117,19 @@ class _Search:
         evaluate: Evaluate,
         recover: Recover | None,
         target: float,
+        layers: Sequence[WeightSite] | None,
     ) -> None:
         self.options, self.model = options, model
         self.prune_to, self.evaluate, self.recover = prune_to, evaluate, recover
-        self.patterns = _groups(model, options.groups)
-        sites = {site: [site.name, *(name for name, _ in site.tied)] for site in find_sites(model)}
+        sites = find_sites(model) if layers is None else layers
+        self.patterns = _groups(model, sites, options.groups)
         self.layers = {
-            name: [site for site, names in sites.items() if matches(names, patterns)]
+            name: [site for site in sites if matches(site.names, patterns)]
             for name, patterns in self.patterns.items()
         }
         empty = next((name for name, layers in self.layers.items() if not layers), None)
         if empty is not None:
-            raise ValueError(f"groups: each must match some linear, {empty} matches none of the model's")
+            raise ValueError(f"groups: each must match some linear, {empty} matches none of those to prune")
         self.sizes = {name: sum(it.weight.numel() for it in layers) for name, layers in self.layers.items()}
         self.total = sum(self.sizes.values())
         self.wanted = target * self.total
@@ -215,7 +218,9 @@ class _Search:
             self.snapshot.restore()
 
 
-def _groups(model: nn.Module, groups: Mapping[str, str | Sequence[str]] | int | None) -> dict[str, list[str]]:
+def _groups(
+    model: nn.Module, sites: Sequence[WeightSite], groups: Mapping[str, str | Sequence[str]] | int | None
+) -> dict[str, list[str]]:
     """Name -> patterns over linears."""
     if isinstance(groups, Mapping):
         return {name: [it] if isinstance(it, str) else list(it) for name, it in groups.items()}
@@ -225,13 +230,19 @@ def _groups(model: nn.Module, groups: Mapping[str, str | Sequence[str]] | int | 
             raise ValueError(
                 f"groups: a number needs repeated blocks, {type(model).__name__} has none; pass patterns, or leave it out"
             )
-        names = [layer.name for layer in find_sites(model)]
-        if not names:
+        if not sites:
             raise ValueError(f"model: {type(model).__name__} has no linear layer to prune")
-        return {name: [name] for name in names}
+        return {site.name: [site.name] for site in sites}
     count = min(groups or len(blocks), len(blocks))
     bounds = [round(index * len(blocks) / count) for index in range(count + 1)]
     runs = [blocks[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
-    return {
+    found = {
         run[0] if len(run) == 1 else f"{run[0]} ... {run[-1]}": [f"{name}.*" for name in run] for run in runs
     }
+    inside = [pattern for patterns in found.values() for pattern in patterns]
+    outside = [site.name for site in sites if not matches(site.names, inside)]
+    return {
+        name: patterns
+        for name, patterns in found.items()
+        if any(matches(site.names, patterns) for site in sites)
+    } | {name: [name] for name in outside}
