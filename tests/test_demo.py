@@ -1,0 +1,116 @@
+"""The demo on a tiny model, and in the minutes that it is given on machines of any speed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers import tiny
+from helpers.words import TEXT, tiny_tokenizer
+from typer.testing import CliRunner
+
+from sparseprune import demo
+from sparseprune.cli import app
+
+PROTOCOL = demo.Protocol(
+    calibration_windows=32, calibration_length=32, evaluation_windows=6, evaluation_length=48, prompt_length=32,
+    new_tokens=4, rounds=3, sentence_tokens=3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The demo of a tiny model, on texts of a few words."""
+    source = tmp_path / "tiny.gguf"
+    source.write_bytes(b"GGUF")
+    monkeypatch.setattr(demo, "demo_model_path", lambda: source)
+    monkeypatch.setattr(
+        demo, "load_dense", lambda path, dtype: (tiny.llama(hidden_size=48).to(dtype), tiny_tokenizer())
+    )
+    monkeypatch.setattr(demo, "demo_texts", lambda: (TEXT * 2, TEXT))
+    monkeypatch.setattr(demo, "QUESTION", "the cat sat")
+
+
+@pytest.fixture
+def machine(ticks, monkeypatch):
+    """How fast a machine is: the seconds that a block takes for a token. Nothing else takes long on it."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    real, speed = LlamaDecoderLayer.forward, {"seconds": 0.0}
+
+    def forward(self, hidden_states, *args, **kwargs):
+        ticks.seconds += speed["seconds"] * hidden_states.shape[:-1].numel()
+        return real(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    return speed
+
+
+def test_every_column_and_file_is_there(small, tmp_path):
+    said = []
+    report = demo.run(tmp_path / "keep", protocol=PROTOCOL, say=said.append)
+    dense, *sparse = report.columns
+    assert dense.zeros == dense.sparse_layers == 0
+    assert len(sparse) == len(demo.RECIPES)
+    for column, conversion in zip(sparse, report.conversions, strict=True):
+        assert column.zeros == pytest.approx(0.5, abs=0.02)
+        assert column.sparse_layers == conversion.swapped
+        assert column.perplexity > 1
+        assert column.decode > 0
+        assert column.prompt > 0
+    folders = [path for path in (tmp_path / "keep").iterdir() if (path / "model.safetensors").exists()]
+    assert len(folders) == 1 + len(sparse)
+    text = str(report)
+    assert "weights in memory" in text
+    assert "Asked: the cat sat" in text
+    assert "windows of 48" in text
+    assert json.loads(json.dumps(report.to_dict()))["columns"][0]["name"] == "dense"
+    assert any("Saving and loading again" in line for line in said)
+
+
+def test_a_fast_machine_reads_and_measures_all(small, machine):
+    machine["seconds"] = 1e-5
+    report = demo.run(minutes=5, protocol=PROTOCOL)
+    assert report.seconds < 60
+    assert [note.split(": ")[1] for note in report.notes] == ["auto"] * len(demo.RECIPES), "nothing was cut"
+    assert "medians of 3 rounds" in str(report) and "in 6 windows" in str(report)
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.05])
+@pytest.mark.parametrize("minutes", [3, 5])
+def test_a_slow_machine_cuts_what_does_not_fit_and_says_so(small, machine, seconds, minutes):
+    machine["seconds"] = seconds
+    report = demo.run(minutes=minutes, protocol=PROTOCOL)
+    assert 0.7 * 60 * minutes < report.seconds < 1.02 * 60 * minutes
+    for recipe in demo.RECIPES:
+        assert any(note.startswith(f"{recipe.name}: calibrated on") for note in report.notes)
+    assert all(note in str(report) for note in report.notes)
+    assert f"of {60 * minutes} s" in str(report)
+
+
+def test_measuring_is_cut_where_it_would_take_a_quarter(small, machine):
+    machine["seconds"] = 0.05
+    report = demo.run(minutes=3, protocol=PROTOCOL)
+    assert any(note.startswith("perplexity: ") for note in report.notes)
+    assert any(note.startswith("speed: ") for note in report.notes)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan")])
+def test_minutes_are_looked_at_before_anything_is_loaded(monkeypatch, minutes):
+    def load(*arguments):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(demo, "demo_model_path", load)
+    with pytest.raises(ValueError, match="minutes: must be positive, got"):
+        demo.run(minutes=minutes)
+    result = CliRunner().invoke(app, ["demo", "--minutes", str(minutes)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --minutes: must be positive")
+
+
+def test_demo_texts_are_apart_and_long_enough():
+    calibration, evaluation = demo.demo_texts()
+    shared = set(calibration.split("\n\n")) & set(evaluation.split("\n\n"))
+    assert not shared
+    assert len(calibration) > 100_000
+    assert len(evaluation) > 80_000
