@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ _LOSSES = 2.0  # passes: the loss before the epochs and after them
 _WALK_ON = 1.0  # pass: what the pruned block makes of its inputs
 # Passes until a block shows what it takes: statistics take two, the hidden states walk on, the dense model's too.
 _READING, _READING_BOTH = 3.0, 4.0
+_KEPT = 0.75  # of the batches, at least, from one block to the next
 
 
 class Pace:
@@ -56,7 +58,9 @@ class Pace:
         self._end = begin + share
         training = 0.0 if self.options is None else (_EPOCH + _LOSSES) * self._pass
         fit = int((share - (self._solving or 0.0)) / (self._reading + training))
-        self.batches = max(1, min(self.batches, fit))
+        # what is dropped is gone: one block that was held up must not cost the others more than a quarter
+        least = 1 if self._solving is None else math.ceil(_KEPT * self.batches)
+        self.batches = max(least, min(self.batches, fit))
         self._taken.clear()
         yield self.batches
         if "solving" in self._taken:
