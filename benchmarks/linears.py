@@ -31,7 +31,7 @@ def measure(
     seconds: float,
     read_gb_s: float,
 ) -> Iterator[list[dict[str, Any]]]:
-    """For each batch size a record a case; `cases` are of one dtype and take turns with one dense layer.
+    """One record per case for each batch size; `cases` are of one dtype and take turns with one dense layer.
 
     `read_cap` is the speed-up of a kernel that only reads its weight, at `read_gb_s`.
     """

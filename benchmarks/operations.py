@@ -17,7 +17,7 @@ from torch import nn
 from sparseprune.kernels import ops
 from sparseprune.weights.linear import SparseLinear
 
-_CALLS = 200  # of a layer that takes microseconds, in one sample
+_CALLS = 200  # in one sample, of a layer that takes microseconds
 
 
 def _seconds(samples: dict[str, Samples]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ _MARKERS = {"2:4": "o", "bitmap": "s", "csr": "^"}
 
 
 def draw(run: Mapping[str, Any], path: Path) -> None:
-    """A line a case (geometric mean over the model's shapes, their range shaded), its targets dotted, 1x in black."""
+    """One line per case (geometric mean over the model's shapes, their range shaded), its targets dotted, 1x in black."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -19,7 +19,7 @@ def _mark(reached: bool | None) -> str | None:
 
 
 def summary(run: Run, model: str) -> Table:
-    """A row a case and batch size: the speed-up of each shape beside the target."""
+    """One row per case and batch size: the speed-up of each shape beside the target."""
     records = [it for it in run["linears"] if it["model"] == model]
     layers = list(dict.fromkeys(it["layer"] for it in records))
     columns: list[Column | str] = ["case", "B"]
@@ -69,7 +69,7 @@ def _reached(cells: list[dict[str, Any]]) -> str | None:
 
 
 def details(run: Run, model: str) -> Table:
-    """A row a measurement."""
+    """One row per measurement."""
     columns: list[Column | str] = [
         "case", "shape", "B", Column("dense ms", ".3f"), Column("ours ms", ".3f"), Column("speed-up", ".2f"),
         Column("target", ".1f"), "reached", Column("cap by reading", ".2f"), Column("GB/s", ".1f"),

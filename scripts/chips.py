@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-REGISTERS = 65536  # of a multiprocessor, every architecture here
+REGISTERS = 65536  # in a multiprocessor, on every architecture here
 REGISTER_UNIT = 256  # a warp's registers are handed out in pieces of this
 SHARED_UNIT = 128
 SHARED_RESERVED = 1024  # a block's, by the system
@@ -36,7 +36,7 @@ class Occupancy:
     """Blocks that a multiprocessor holds at once (0: the kernel cannot be launched), and what keeps it from more."""
 
     blocks: int
-    share: float  # of the warps it could hold
+    share: float  # a fraction of the warps it could hold
     limit: str
 
 

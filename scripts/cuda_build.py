@@ -28,7 +28,7 @@ class Launch:
     batch: int = 0
     config: str = ""
     splits: int = 1
-    multiprocessors: int = 0  # of the card it was planned for; 0: asked for, not planned
+    multiprocessors: int = 0  # on the card it was planned for; 0: asked for, not planned
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ class Protocol:
 
 # Of what is left after loading, at most, kept for measuring; pruning has the rest.
 _MEASURING_SHARE = 0.25
-_TIMING_SHARE = 0.02  # of a recipe's time, at most, for timing dense against sparse layers
-_SPARE_SHARE = 0.05  # of the time, for saving, loading and what estimates miss
+_TIMING_SHARE = 0.02  # for timing dense against sparse layers: at most so much of a recipe's time
+_SPARE_SHARE = 0.05  # for saving, loading and what estimates miss
 _PROMPTS = 3  # passes over a prompt in a round
 _DECODED = 4 + 1  # tokens in a round beside the new ones: the start, and the prompt that decoding begins with
 
@@ -228,7 +228,7 @@ def run(
         directory: where the models are saved, each in a folder of its own; None: a temporary folder.
         minutes: for all of it. Pruning and measuring read less where more would not fit, and the report says what was cut;
             loading, saving, and the least of each step (a batch of text, a round, a window) are not.
-        say: told what happens, one line a step.
+        say: told what happens, one line per step.
         progress: show bars on stderr.
 
     Raises:

@@ -84,7 +84,7 @@ class Table:
         for index, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(
-                    f"rows: each row needs one value a column ({len(self.columns)}), row {index} has "
+                    f"rows: each row needs one value per column ({len(self.columns)}), row {index} has "
                     f"{len(row)}"
                 )
 

@@ -44,7 +44,7 @@ def call(command: Sequence[str]) -> str | None:
 
 
 def parse_query(output: str, fields: Sequence[str]) -> list[dict[str, str]]:
-    """A row a card of `nvidia-smi --query-gpu=... --format=csv,noheader`."""
+    """One row per card, of `nvidia-smi --query-gpu=... --format=csv,noheader`."""
     rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
     return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
 

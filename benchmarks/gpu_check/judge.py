@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DECODE_SPEEDUP = 1.5
-DECODE_BANDWIDTH = 0.8  # of the rate of a copy on this card
+DECODE_BANDWIDTH = 0.8  # a fraction of the rate of a copy on this card
 MIDDLE_SPEEDUP = 1.0
 LARGE_SPEEDUP = 1.4
 LARGE_OF_VENDOR = 0.95

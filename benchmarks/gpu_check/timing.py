@@ -20,7 +20,7 @@ Call = Callable[[], Any]
 TURN_SECONDS = 1e-3
 """A turn of one candidate: long beside the gap between an event and the first kernel (some microseconds)."""
 
-MAX_CALLS = 1024  # of a turn: what a launch queue holds
+MAX_CALLS = 1024  # in a turn: what a launch queue holds
 HOST_CALLS = 64
 MIN_ROUNDS = 5
 

@@ -23,7 +23,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def methods_table(results: Results) -> str:
-    """A row a method: perplexity (ratio to dense), minutes, for each pattern."""
+    """One row per method: perplexity (ratio to dense), minutes, for each pattern."""
     dense = results["dense"]["dense"]["perplexity"]
     rows = []
     for method in METHODS:
@@ -117,7 +117,7 @@ def schedules_table(results: Results) -> str:
 
 
 def draw(results: Results, dense: float, path: Path) -> None:
-    """Perplexity over minutes of recovery, a panel a pattern."""
+    """Perplexity over minutes of recovery, one panel per pattern."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -90,7 +90,7 @@ def recover(
         progress=True,
     )
     if int(os.environ.get("RANK", "0")):
-        return  # of several processes, the first writes
+        return  # only the first of several processes writes
     converted = sparsify(loaded, format, policy=policy.value, batch=batch, progress=True, **vars(layers))
     with console.bar("saving") as update:
         save(loaded, out, tokenizer, progress=update)

@@ -11,7 +11,7 @@ from sparseprune.cli import files
 
 __all__ = ["callbacks"]
 
-_WINDOWS = 8  # of the held-out text that a loss is taken on
+_WINDOWS = 8  # of held-out text for each loss
 
 
 def callbacks(

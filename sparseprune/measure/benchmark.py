@@ -138,7 +138,7 @@ def time_layer(
     seconds: float = 0.5,
     rotated_bytes: int | None = None,
 ) -> list[LayerTiming]:
-    """Time an `nn.Linear` (or transformers' `Conv1D`) against its sparse twins where it lies, one result a batch size.
+    """Time an `nn.Linear` (or transformers' `Conv1D`) against its sparse twins where it lies, one result per batch size.
 
     Args:
         formats: those to try; the weight must fit each of them.

@@ -149,13 +149,13 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class LayerErrors(Report):
-    """Errors of single linear layers and of whole blocks; `print` shows a row a block."""
+    """Errors of single linear layers and of whole blocks; `print` shows one row per block."""
 
     rows: tuple[LayerError, ...]
     tokens: int
 
     def table(self) -> Table:
-        """One row a block: its own error, and the worst layer in it; layers outside blocks in rows of their own."""
+        """One row per block: its own error, and the worst layer in it; layers outside blocks in rows of their own."""
         blocks = {row.name: row.error for row in self.rows if row.kind == "block"}
         groups: dict[str, list[LayerError]] = {name: [] for name in blocks}
         for row in self.rows:
@@ -205,7 +205,7 @@ def _pairs(model: nn.Module, reference: nn.Module) -> dict[str, tuple[nn.Module,
     unpaired = []
     for name, block in find_blocks(reference):
         stack = name.rpartition(".")[0]
-        # of a stack that lost blocks, those left have moved up: equal names are different blocks
+        # where a stack lost blocks, those left have moved up: equal names are different blocks
         if stack in twins and len(list(twins[stack].children())) == len(list(own[stack].children())):
             pairs[name] = (block, twins[name], "block")
         else:

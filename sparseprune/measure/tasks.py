@@ -116,7 +116,7 @@ def zero_shot(
 
 
 def _scores(task: str, values: dict[str, Any], samples: dict[str, int] | None) -> list[TaskScore]:
-    """The harness's "acc,none": 0.5 and "acc_stderr,none": 0.1, as one score a metric."""
+    """The harness's "acc,none": 0.5 and "acc_stderr,none": 0.1, as one score per metric."""
     scores = []
     for key, value in values.items():
         metric, comma, filter_name = key.partition(",")

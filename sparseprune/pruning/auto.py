@@ -20,7 +20,9 @@ __all__ = ["Choice", "choose", "fast_dtype"]
 
 
 _MINUTES_TO_PERMUTE = 5.0
-_SOLVING_SHARE = 0.5  # of the time, at most: the rest is for reading and reconstruction
+_SOLVING_SHARE = (
+    0.5  # the solver gets at most so much of the time: the rest is for reading and reconstruction
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ def choose(pattern: Pattern, model: nn.Module, minutes: float | None, *, reconst
     return Choice(method, Reconstruction(), f"auto: {method}, then each block reconstructed{within}")
 
 
-_ADMM_PRODUCTS = 40  # of a weight [out, in] by a matrix [in, in]: 20 iterations, and as long for the masks
+_ADMM_PRODUCTS = (
+    40  # products of a weight [out, in] by a matrix [in, in]: 20 iterations, and as long for the masks
+)
 _PROBE = 512
 
 

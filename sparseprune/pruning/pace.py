@@ -17,7 +17,7 @@ _LOSSES = 2.0  # passes: the loss before the epochs and after them
 _WALK_ON = 1.0  # pass: what the pruned block makes of its inputs
 # Passes until a block shows what it takes: statistics take two, the hidden states walk on, the dense model's too.
 _READING, _READING_BOTH = 3.0, 4.0
-_KEPT = 0.75  # of the batches, at least, from one block to the next
+_KEPT = 0.75  # at least so many of the batches from one block to the next
 
 
 class Pace:

@@ -137,7 +137,7 @@ def _train(
 
 
 def _groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-    """A group a parameter, its "lr" the root mean square of what is not zero in it; of the matrices, if all is."""
+    """One group per parameter, its "lr" the root mean square of what is not zero in it; of the matrices, if all is."""
     sizes = [_rms(parameter) for parameter in parameters]
     matrices = [size for size, it in zip(sizes, parameters, strict=True) if it.ndim > 1 and size > 0]
     usual = sum(matrices) / len(matrices) if matrices else 1.0

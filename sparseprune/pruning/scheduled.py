@@ -84,7 +84,7 @@ def prune_scheduled(
     if isinstance(schedule, Gradual):
         steps = schedule.run(model, prune_to, recipe.sparsity, recover, evaluate, progress)
     else:
-        assert evaluate is not None, "find_schedule has seen to it"
+        assert evaluate is not None, "find_schedule ensures it"
         steps = schedule.run(model, prune_to, recipe.sparsity, evaluate, recover, progress, layers)
     rows = [LayerPruned.of(layer, zeros) for layer, zeros in zip(layers, before, strict=True)]
     return dataclasses.replace(

@@ -10,7 +10,7 @@ from sparseprune.report import Column, Report, Table
 
 __all__ = ["Evaluation", "RecoveryReport", "StepLosses"]
 
-_ROWS = 16  # of the printed curve; `losses` has every step
+_ROWS = 16  # in the printed curve; `losses` has every step
 
 
 @dataclass(frozen=True)

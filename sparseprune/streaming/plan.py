@@ -24,7 +24,7 @@ __all__ = ["Needs", "check_disk", "check_memory", "needs_of"]
 # float32 copies of the layer being pruned, at the worst moment: weight and scores or result, the mask, and what sorting
 # takes. A solver has one more.
 _LAYER_COPIES = 2.5
-# of the largest tensor of a statistic, in a solver: damped, factored, inverted
+# copies of a statistic's largest tensor in a solver: damped, factored, inverted
 _STATISTIC_COPIES = 3
 
 

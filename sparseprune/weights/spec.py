@@ -24,7 +24,7 @@ SPEC_FIELDS = ("version", "kind", "n", "m", "rows", "cols", "dtype", "encoding",
 """What the ten integers of the `spec` tensor mean. Version 1, which plain values still have, ends with `group_size`."""
 
 _VERSION_FIELDS = {1: 9, 2: 10}
-_KIND_CODES = {"nm": 1, "bitmap": 2, "csr": 3, "dense": 4}  # 0 is no kind: a spec of zeros is refused
+_KIND_CODES = {"nm": 1, "bitmap": 2, "csr": 3, "dense": 4}  # 0 is not a kind: a spec of zeros is refused
 _MAX_SIDE = 2**31 - 1  # the kernels count columns in 32 bits
 
 

@@ -111,7 +111,7 @@ class _Launches:
             finally:
                 _Launches.seconds += time.perf_counter() - begin
                 _Launches.count += 1
-                self._module.clear()  # of the buffers: their memory may be another's by the next launch
+                self._module.clear()  # forgets the buffers: their memory may be another's by the next launch
 
         return call
 

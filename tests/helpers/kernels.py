@@ -17,7 +17,7 @@ from sparseprune.kernels.packing import Packed, packing_code
 # A GPU's tiles are 8 to 256 wide; a block of columns is 64. The emulator is a thousand times slower than a CPU.
 GPU_EDGES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 127, 129, 255, 257)
 GPU_BATCHES = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 127, 129, 255, 257)
-_GPU_PRODUCTS = 1 << 20  # of one call
+_GPU_PRODUCTS = 1 << 20  # in one call
 
 
 @dataclass(frozen=True)

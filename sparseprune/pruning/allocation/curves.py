@@ -32,7 +32,7 @@ STATISTIC_BATCHES = 16
 """Batches for the statistics of a search: the mask that they give ranks levels, the final one is made from all."""
 _FINE = 0.02
 _MINUTES = 10.0
-_FLOOR = 1e-9  # of a loss, so that it has a logarithm
+_FLOOR = 1e-9  # a loss is at least this, so that it has a logarithm
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _under_one_threshold(
         below[layer.name] = int((keys < threshold).sum())
         equal[layer.name] = int((keys == threshold).sum())
     left = count - sum(below.values())
-    for layer in reversed(context.layers):  # of equals the first are kept, as in a mask
+    for layer in reversed(context.layers):  # the first of several equals are kept, as in a mask
         taken = min(left, equal[layer.name])
         below[layer.name] += taken
         left -= taken

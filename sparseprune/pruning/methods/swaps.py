@@ -94,7 +94,7 @@ def _candidates(rows: Tensor, kept: Tensor, pull: Tensor, matrix: Tensor, m: int
 def _by_group(
     rows: Tensor, removal: Tensor, returned: Tensor, matrix: Tensor, m: int
 ) -> tuple[Tensor, Tensor]:
-    # all m x m pairs of a group, the ones that are no exchange infinite
+    # all m x m pairs of a group, those that exchange nothing infinite
     count, columns = rows.shape
     groups = columns // m
     grouped = rows.reshape(count, groups, m)
@@ -120,7 +120,9 @@ def _by_row(rows: Tensor, removal: Tensor, returned: Tensor, matrix: Tensor) -> 
         * rows.gather(1, give)[:, None, :]
         * matrix[take[:, :, None], give[:, None, :]]
     )
-    pairs.clamp_(max=torch.finfo(pairs.dtype).max)  # what is no exchange comes last, and infinite is used up
+    pairs.clamp_(
+        max=torch.finfo(pairs.dtype).max
+    )  # what exchanges nothing comes last, and infinite is used up
     every = torch.arange(len(rows), device=rows.device)
     ordered = []
     for _ in range(tries):

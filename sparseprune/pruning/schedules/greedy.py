@@ -44,7 +44,7 @@ class Greedy:
         step: how much further a group is pruned at a time, as a fraction of its weights.
         groups: name -> shell patterns over its linears; or a number: the blocks, in so many runs of neighbours; or
             None: each block for itself. A linear outside of the blocks is a group of its own.
-        recover_trials: also recover each trial before it is measured; costs a recovery a trial.
+        recover_trials: also recover each trial before it is measured; costs one recovery per trial.
         lazy: try anew only the groups that could still be best, given what they cost when last tried. Finds the same
             as trying all where a group gets no cheaper as others are pruned, for a tenth of the trials.
     """
