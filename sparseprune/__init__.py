@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sparseprune.measure.evaluate import perplexity
     from sparseprune.pruning.driver import prune
     from sparseprune.recovery.trainer import recover
-    from sparseprune.surgery.cut import cut
+    from sparseprune.surgery.entry import cut
     from sparseprune.weights.format import Format
     from sparseprune.weights.linear import SparseLinear
     from sparseprune.weights.sparse_weight import SparseWeight
@@ -41,7 +41,7 @@ _PLACES = {
     "SparseWeight": "weights.sparse_weight",
     "calibration": "calibration:",
     "cuda_info": "kernels.cuda",
-    "cut": "surgery.cut",
+    "cut": "surgery.entry",
     "isa": "kernels.native",
     "isas_available": "kernels.native",
     "load": "io.checkpoint",

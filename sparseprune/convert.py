@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,13 +13,16 @@ from sparseprune.kernels.native import isa
 from sparseprune.measure.benchmark import bytes_past_caches, describe_device, speedups_of, time_layer
 from sparseprune.models.notes import recall
 from sparseprune.models.sites import WeightSite, find_sites
+from sparseprune.options import Layers
 from sparseprune.report import Column, Report, Table, alike, human_bytes, track
 from sparseprune.weights.choose import Choice, Options, fastest, options_for, smallest
 from sparseprune.weights.format import Format
 from sparseprune.weights.linear import SparseLinear
+from sparseprune.weights.options import Conversion
 
 __all__ = ["LayerSparsified", "SparsifyReport", "sparsify"]
 
+_SECONDS = 20.0
 _BUCKET = 0.05  # layers of one shape share a measurement if their sparsity is this close
 
 
@@ -99,12 +102,12 @@ def sparsify(
     model: nn.Module,
     format: str | Format = "auto",
     *,
-    policy: str = "auto",
-    batch: int | Iterable[int] = 1,
+    policy: Literal["auto", "always"] = "auto",
+    batch: int | Iterable[int] | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     lm_head: bool = False,
-    seconds: float = 20.0,
+    seconds: float | None = None,
     progress: bool = False,
 ) -> SparsifyReport:
     """Swap the pruned linears (`nn.Linear`, transformers' `Conv1D`) of a model for `SparseLinear`, in place.
@@ -115,29 +118,27 @@ def sparsify(
         policy: "auto" times dense against sparse for each distinct shape, dtype, format and sparsity, and leaves a
             layer dense where dense is faster at any of the batch sizes. "always" swaps every layer whose weight
             the format can hold, and measures nothing.
-        batch: the batch sizes (rows of activations: 1 for decoding) that count, one or several.
+        batch: the batch sizes (rows of activations: 1, the default, for decoding) that count, one or several.
         include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_sites`. Weights shared by several
             layers are left alone.
-        seconds: to spend on measuring, about, over the whole model.
+        seconds: to spend on measuring, about, over the whole model; by default 20.
         progress: show bars on stderr.
 
     At any time the dense and the packed weights of one layer at most exist side by side (while measuring: copies of one
     layer, 64 MiB of dense ones; on a GPU twice its L2 cache, if that is more).
 
     Raises:
-        ValueError: an argument out of range, a model without linear layers.
+        ValueError: an argument out of range or without a meaning beside the others, a model without linear layers.
     """
+    batches = Conversion(format, policy, batch, seconds).batches
     form = None if format == "auto" else Format.parse(format)
-    batches = _check_batches(batch)
-    if policy not in ("auto", "always"):
-        raise ValueError(f'policy: must be "auto" or "always", got {policy!r}')
-    if not seconds > 0:
-        raise ValueError(f"seconds: must be above 0, got {seconds}")
-    layers = find_sites(model, include=include, exclude=exclude, lm_head=lm_head)
+    seconds = _SECONDS if seconds is None else seconds
+    chosen = Layers(include, exclude, lm_head)
+    layers = find_sites(model, **vars(chosen))
     if not layers:
         raise ValueError(
-            f"model: {type(model).__name__} has no linear layer to convert under include={include!r}, "
-            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.sites.find_sites(model)"
+            f"model: {type(model).__name__} has no linear layer to convert under {chosen}; see "
+            "sparseprune.models.sites.find_sites(model)"
         )
     options = {
         layer.name: options_for(layer.weight, form, recall(layer))
@@ -161,13 +162,6 @@ def sparsify(
         threads=torch.get_num_threads(),
         measured_on=measured_on,
     )
-
-
-def _check_batches(batch: int | Iterable[int]) -> tuple[int, ...]:
-    batches = (batch,) if isinstance(batch, int) else tuple(batch)
-    if not batches or not all(isinstance(size, int) and size >= 1 for size in batches):
-        raise ValueError(f"batch: must be one or several whole numbers of at least 1, got {batch!r}")
-    return tuple(dict.fromkeys(batches))
 
 
 def _choose(

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from fnmatch import fnmatchcase
+from typing import Any
 
 __all__ = [
     "Layers",
+    "Names",
     "Option",
     "Windowing",
     "option",
@@ -104,13 +106,12 @@ def _sentence(rule: str, remedy: str) -> str:
 
 
 @dataclass(frozen=True)
-class Layers:
-    """Which of a model's linears, by name.
+class Names:
+    """Some of what has a name.
 
     Attributes:
-        include, exclude: shell patterns over names, one or several; a linear is meant if it matches some `include` (None:
-            any) and no `exclude`. A pattern that matches nothing is an error.
-        lm_head: the output head, too, and every linear whose weight is an embedding's.
+        include, exclude: shell patterns over names, one or several; what matches some `include` (None: any) and no
+            `exclude` is meant.
     """
 
     include: str | Sequence[str] | None = option(
@@ -119,20 +120,43 @@ class Layers:
     exclude: str | Sequence[str] | None = option(
         None, "Leave out layers that match this shell pattern (repeatable).", given=list[str]
     )
+
+    def __post_init__(self) -> None:
+        for argument in ("include", "exclude"):
+            for pattern in self.patterns(argument):
+                if not isinstance(pattern, str):
+                    raise TypeError(f"{argument}: must be shell patterns over layer names, got {pattern!r}")
+
+    def patterns(self, argument: str) -> tuple[str, ...]:
+        """One of the two as a tuple; nothing given is empty, be it all or none that is meant."""
+        given = getattr(self, argument)
+        return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+    def check(self, known: Sequence[str], what: str) -> None:
+        """Raises ValueError unless every pattern matches a name of `known`, a `what` of the model: it would do nothing."""
+        for argument in ("include", "exclude"):
+            for pattern in self.patterns(argument) if known else ():
+                if not any(fnmatchcase(name, pattern) for name in known):
+                    raise ValueError(
+                        f"{argument}: {pattern!r} matches no {what}; names are such as {known[0]}, see "
+                        "sparseprune.models.sites.find_sites(model)"
+                    )
+
+
+@dataclass(frozen=True)
+class Layers(Names):
+    """Which of a model's linears.
+
+    Attributes:
+        lm_head: the output head, too, and every linear whose weight is an embedding's.
+    """
+
     lm_head: bool = option(False, "The output head, too.")
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude"):
-            for pattern in self.patterns(name):
-                if not isinstance(pattern, str):
-                    raise TypeError(f"{name}: must be shell patterns over layer names, got {pattern!r}")
+        super().__post_init__()
         if not isinstance(self.lm_head, bool):
             raise ValueError(f"lm_head: must be True or False, got {self.lm_head!r}")
-
-    def patterns(self, name: Literal["include", "exclude"]) -> tuple[str, ...]:
-        """One of the two as a tuple; nothing given is empty, be it all or none that is meant."""
-        given = getattr(self, name)
-        return () if given is None else (given,) if isinstance(given, str) else tuple(given)
 
     def __str__(self) -> str:
         return f"include={self.include!r}, exclude={self.exclude!r}, lm_head={self.lm_head}"

@@ -27,5 +27,5 @@ def bench(
     from sparseprune.measure.benchmark import time_model
 
     loaded, _ = files.load_any(model, dtype)
-    report = time_model(loaded, tuple(batch), format, seconds=seconds, tokens=tokens, progress=True)
+    report = time_model(loaded, format, batch=batch, seconds=seconds, tokens=tokens, progress=True)
     console.out({"model": str(model), **report.to_dict()}, lambda: str(report), as_json)

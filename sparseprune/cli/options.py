@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -21,12 +21,9 @@ __all__ = [
     "Calibration",
     "DType",
     "DTypeOption",
-    "Exclude",
-    "Include",
     "Json",
     "Model",
     "Out",
-    "Policy",
     "flat",
 ]
 
@@ -38,11 +35,6 @@ class DType(str, Enum):
     float16 = "float16"
 
 
-class Policy(str, Enum):
-    auto = "auto"
-    always = "always"
-
-
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Hugging Face folder, GGUF file, or a folder of ours.")
 ]
@@ -51,12 +43,6 @@ Calibration = Annotated[Path | None, typer.Option(help="Text file to calibrate o
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DTypeOption = Annotated[
     DType, typer.Option(help="Dtype of the weights; auto: as in the folder, bfloat16 for a GGUF file.")
-]
-Include = Annotated[
-    list[str] | None, typer.Option(help="Only layers whose name matches this shell pattern (repeatable).")
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="Leave out layers that match this shell pattern (repeatable).")
 ]
 Batches = Annotated[
     list[int],
@@ -104,7 +90,7 @@ def _parameter(group: type, field: Field[Any]) -> inspect.Parameter:
     about: Option = field.metadata["option"]
     kind = about.given or eval(str(field.type), vars(sys.modules[group.__module__]))  # noqa: S307, our own source
     flag = about.flag or "--" + field.name.replace("_", "-")  # given, lest typer adds "--no-..." to a switch
-    default = field.default
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
     if about.read is not None or get_origin(kind) is list:
         kind, default = kind | None, None  # several, or none given: the field's default
     return inspect.Parameter(

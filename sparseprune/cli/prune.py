@@ -10,9 +10,10 @@ import typer
 
 from sparseprune.cli import console, files
 from sparseprune.cli import stream as streaming
-from sparseprune.cli.options import Batches, Calibration, DType, DTypeOption, Json, Model, Out, Policy
+from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out
 from sparseprune.options import Layers, Windowing
 from sparseprune.pruning.options import Recipe
+from sparseprune.weights.options import Conversion
 
 __all__ = ["prune"]
 
@@ -23,6 +24,7 @@ def prune(
     recipe: Recipe,
     windowing: Windowing,
     layers: Layers,
+    conversion: Conversion,
     calibration: Calibration = None,
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="With --allocation search: bytes of the packed layers together.")
@@ -39,12 +41,6 @@ def prune(
             min=1, help="With --schedule: steps of distillation after each, on the rest of --calibration."
         ),
     ] = None,
-    format: Annotated[str, typer.Option(help='"auto", "2:4" (any "N:M"), "bitmap" or "csr".')] = "auto",
-    policy: Annotated[
-        Policy,
-        typer.Option(help="auto: swap the layers that get faster here; always: swap all, measure nothing."),
-    ] = Policy.auto,
-    batch: Batches = [1],  # noqa: B006, typer reads the default and never changes it
     dtype: DTypeOption = DType.auto,
     stream: Annotated[
         bool | None,
@@ -72,7 +68,7 @@ def prune(
     from sparseprune.processes import join
     from sparseprune.pruning import prune as prune_model
 
-    recipe = _with_budget(recipe, max_bytes, max_ms, batch[0])
+    recipe = _with_budget(recipe, max_bytes, max_ms, conversion.batches[0])
     scheduled = recipe.schedule != "one-shot"
     if recover_steps and not scheduled:
         raise ValueError(
@@ -88,7 +84,7 @@ def prune(
     if streaming.wanted(model, stream, memory, spill):
         streaming.prune_streamed(
             model, out, recipe, windowing, layers,
-            text=calibration, format=format, dtype=dtype, memory=memory, spill=spill, as_json=as_json,
+            text=calibration, conversion=conversion, dtype=dtype, memory=memory, spill=spill, as_json=as_json,
         )  # fmt: skip
         return
     files.check_out(model, out)
@@ -108,7 +104,7 @@ def prune(
     if not first:
         return
     result: dict[str, Any] = {"pruned": pruned.to_dict(), "saved": str(out)}
-    converted = sparsify(loaded, format, policy=policy.value, batch=batch, progress=True, **vars(layers))
+    converted = sparsify(loaded, **vars(conversion), **vars(layers), progress=True)
     result["converted"] = converted.to_dict()
     footer = "\n".join(pruned.table().footer)
     report = [] if pruned.schedule is None else [str(pruned.schedule)]

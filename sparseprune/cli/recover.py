@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from sparseprune.cli import console, files
-from sparseprune.cli.options import Batches, DType, Json, Model, Out, Policy
+from sparseprune.cli.options import DType, Json, Model, Out
 from sparseprune.options import Layers
 from sparseprune.recovery.options import Budget, Training
 from sparseprune.recovery.terms import Distillation
+from sparseprune.weights.options import Conversion
 
 __all__ = ["recover"]
 
@@ -25,6 +26,7 @@ def recover(
     distillation: Distillation,
     training: Training,
     layers: Layers,
+    conversion: Conversion,
     text: Annotated[Path, typer.Option(help="Text file to learn from, UTF-8.")],
     teacher: Annotated[
         Path | None,
@@ -41,12 +43,6 @@ def recover(
         int | None, typer.Option(min=1, help="With --dev: and every so many steps.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides the order of the windows.")] = 0,
-    format: Annotated[str, typer.Option(help='"auto", "2:4" (any "N:M"), "bitmap" or "csr".')] = "auto",
-    policy: Annotated[
-        Policy,
-        typer.Option(help="auto: swap the layers that get faster here; always: swap all, measure nothing."),
-    ] = Policy.auto,
-    batch: Batches = [1],  # noqa: B006, typer reads the default and never changes it
     as_json: Json = False,
 ) -> None:
     """Train the pruned MODEL around its zeros, towards the dense TEACHER, and write the result to the folder OUT.
@@ -91,7 +87,7 @@ def recover(
     )
     if int(os.environ.get("RANK", "0")):
         return  # only the first of several processes writes
-    converted = sparsify(loaded, format, policy=policy.value, batch=batch, progress=True, **vars(layers))
+    converted = sparsify(loaded, **vars(conversion), **vars(layers), progress=True)
     with console.bar("saving") as update:
         save(loaded, out, tokenizer, progress=update)
     result = {"recovered": report.to_dict(), "converted": converted.to_dict(), "saved": str(out)}

@@ -9,6 +9,7 @@ from sparseprune.cli import console, files
 from sparseprune.cli.options import DType
 from sparseprune.options import Layers, Windowing
 from sparseprune.pruning.options import Recipe
+from sparseprune.weights.options import Conversion
 
 __all__ = ["calibration_data", "prune_streamed", "wanted"]
 
@@ -63,7 +64,7 @@ def prune_streamed(
     layers: Layers,
     *,
     text: Path | None,
-    format: str,
+    conversion: Conversion,
     dtype: DType,
     memory: str | None,
     spill: Path | None,
@@ -84,6 +85,8 @@ def prune_streamed(
         "--reconstruct": recipe.reconstruction,
         "--minutes": recipe.minutes is not None,
         "--schedule": recipe.schedule != "one-shot",
+        "--batch": conversion.batch is not None,
+        "--seconds": conversion.seconds is not None,
     }
     given = [name for name, used in unfit.items() if used]
     if given:
@@ -101,7 +104,7 @@ def prune_streamed(
         report = prune_folder(
             model, out, recipe.pattern, method=recipe.method, sparsity=recipe.sparsity, calibration=data,
             include=layers.include, exclude=layers.exclude, allocation=recipe.allocation, scope=recipe.scope,
-            sequential=recipe.sequential, seed=recipe.seed, format=format,
+            sequential=recipe.sequential, seed=recipe.seed, format=conversion.format,
             dtype=None if dtype is DType.auto else getattr(torch, dtype.value), tokenizer=tokenizer,
             memory=None if memory is None else parse_size(memory), spill=spill, progress=first,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from sparseprune.report import Column, Report, Table, track
 from sparseprune.weights.choose import best_of, options_for
 from sparseprune.weights.format import Format
 from sparseprune.weights.linear import SparseLinear
+from sparseprune.weights.options import Conversion
 
 __all__ = [
     "KindTiming", "LayerTiming", "ModelTiming", "alternating_quartiles", "bytes_past_caches",
@@ -214,9 +215,9 @@ class ModelTiming(Report):
 
 def time_model(
     model: nn.Module,
-    batches: Sequence[int] = (1,),
     format: str | Format = "auto",
     *,
+    batch: int | Iterable[int] = 1,
     seconds: float = 20.0,
     tokens: bool = True,
     progress: bool = False,
@@ -224,8 +225,14 @@ def time_model(
     """Time each kind of linear of a model, dense against sparse, and the model's tokens per second.
 
     Sparse layers are timed in the format they have, pruned dense ones in `format` (or the best that "auto" finds),
-    others dense only. `tokens=False` leaves the whole model out, which must be a causal language model else.
+    others dense only.
+
+    Args:
+        batch: the batch sizes (rows of activations), one or several.
+        seconds: to spend on the layers, about.
+        tokens: False leaves the whole model out, which must be a causal language model otherwise.
     """
+    batches = Conversion(format, batch=batch, seconds=seconds).batches
     form = None if format == "auto" else Format.parse(format)
     groups: dict[Any, list[tuple[str, nn.Module]]] = {}
     for name, module in _linears(model):

@@ -403,14 +403,7 @@ def _check_patterns(model: nn.Module, names: Sequence[str], layers: Layers) -> N
     sparse = [
         name for name, it in model.named_modules(remove_duplicate=False) if linear_shape(it) is not None
     ]
-    known = list(dict.fromkeys([*names, *sparse]))
-    for argument in ("include", "exclude"):
-        for pattern in layers.patterns(argument) if known else ():
-            if not matches(known, [pattern]):
-                raise ValueError(
-                    f"{argument}: {pattern!r} matches no linear layer of this {type(model).__name__}; names are such as "
-                    f"{known[0]}, see sparseprune.models.sites.find_sites(model)"
-                )
+    layers.check(list(dict.fromkeys([*names, *sparse])), f"linear layer of this {type(model).__name__}")
 
 
 def _is_matrix(weight: object) -> bool:

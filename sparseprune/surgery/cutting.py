@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseprune.calibration import CalibrationData
+from sparseprune.calibration import as_data as as_batches
 from sparseprune.models.batches import Batch, check_lengths, no_cache
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.losses import Loss
 from sparseprune.models.modules import evaluation_mode
-from sparseprune.models.sites import WeightSite
+from sparseprune.models.sites import WeightSite, matches
+from sparseprune.options import Names
 from sparseprune.report import track
 from sparseprune.statistics.inputs import Gram, InputSquares, collect
 from sparseprune.statistics.walk import Walk, WalkError, advance, block_statistics, capture
@@ -31,6 +32,7 @@ __all__ = [
     "as_data",
     "check_criterion",
     "check_fraction",
+    "check_used",
     "chosen",
     "chosen_groups",
     "cut",
@@ -51,6 +53,19 @@ class Options:
     loss: Loss | None
     seed: int
     progress: bool
+
+    def __post_init__(self) -> None:
+        check_used(self.criterion, ("taylor",), loss=self.loss)
+        if self.sequential is not None and not self.wants_statistics:
+            raise ValueError(
+                f"sequential: criterion {self.criterion} without compensation takes no statistics of inputs, got "
+                f"{self.sequential}; leave it out"
+            )
+
+    @property
+    def wants_statistics(self) -> bool:
+        """Of the consumers' inputs."""
+        return self.data is not None and (self.compensate or self.criterion in ("activation", "obs"))
 
 
 @dataclass(frozen=True)
@@ -108,36 +123,30 @@ def as_data(
     """The calibration data, of lengths that the model's positions allow."""
     if calibration is None:
         return None
-    data = calibration if isinstance(calibration, CalibrationData) else CalibrationData(list(calibration))
+    data = as_batches(calibration)
     check_lengths(model, data.batches)
     return data
 
 
-def chosen(
-    names: Iterable[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
-) -> bool:
+def check_used(criterion: str, users: Sequence[str], **given: Any) -> None:
+    """Raises ValueError where an argument is given that only the criteria `users` read."""
+    for name, value in given.items():
+        if value is not None and criterion not in users:
+            raise ValueError(
+                f"{name}: is for criterion {' and '.join(users)}, got {value!r} with {criterion}; leave it out"
+            )
+
+
+def chosen(names: Iterable[str], which: Names) -> bool:
     """Whether some name matches some `include` (None: all), and none an `exclude`."""
-
-    def match(patterns: str | Sequence[str]) -> bool:
-        return any(
-            fnmatchcase(name, it)
-            for name in names
-            for it in ((patterns,) if isinstance(patterns, str) else patterns)
-        )
-
     names = list(names)
-    return (include is None or match(include)) and not (exclude is not None and match(exclude))
+    included = which.include is None or matches(names, which.patterns("include"))
+    return included and not matches(names, which.patterns("exclude"))
 
 
-def chosen_groups(
-    groups: Sequence[Any], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
-) -> list[Any]:
+def chosen_groups(groups: Sequence[Any], which: Names) -> list[Any]:
     """The groups that are chosen by the names of their linears."""
-    return [
-        it
-        for it in groups
-        if chosen((layer.name for layer in (it.consumer, *it.producers)), include, exclude)
-    ]
+    return [it for it in groups if chosen((layer.name for layer in (it.consumer, *it.producers)), which)]
 
 
 def place_holder(units: Sequence[Units]) -> Edits:
@@ -232,8 +241,7 @@ def _parts(
     model: nn.Module, units: Sequence[Units], plan: Plan, options: Options
 ) -> Iterator[tuple[Sequence[Units], _Statistics, str]]:
     """Units to decide on together, their statistics by consumer, and the prefix of the modules they lie in."""
-    wants_statistics = options.compensate or options.criterion in ("activation", "obs")
-    if options.data is None or not (wants_statistics or options.criterion == "taylor"):
+    if options.data is None or not (options.wants_statistics or options.criterion == "taylor"):
         yield units, {}, ""
         return
     data = options.data
@@ -243,7 +251,7 @@ def _parts(
         consumers, channels = [it.consumer for it in units], [it.channels for it in units]
         scores = criteria.taylor(model, consumers, channels, data, options.loss, options.progress)
         totals = {it.consumer.name: score for it, score in zip(units, scores, strict=True)}
-    if not wants_statistics:
+    if not options.wants_statistics:
         yield units, {name: (None, total) for name, total in totals.items()}, ""
         return
     blocks = find_blocks(model)

@@ -12,6 +12,7 @@ from sparseprune.calibration import CalibrationData
 from sparseprune.io.sizes import SIZES
 from sparseprune.models.batches import Batch
 from sparseprune.models.losses import Loss
+from sparseprune.options import Names
 from sparseprune.surgery.criteria import CRITERIA
 from sparseprune.surgery.cutting import (
     Options,
@@ -79,10 +80,15 @@ def remove_heads(
         )
     batch = sample_batch(model, data)
     groups: list[HeadGroup] = []
+    known: dict[str, None] = {}
+    which = Names(include, exclude)
     for count in _head_counts(config, heads):
-        groups = chosen_groups(find_heads(model, batch, count), include, exclude)
+        found = find_heads(model, batch, count)
+        known |= dict.fromkeys(layer.name for it in found for layer in (it.consumer, *it.producers))
+        groups = chosen_groups(found, which)
         if groups:
             break
+    which.check(list(known), f"linear of attention heads in this {type(model).__name__}")
     if not groups:
         raise ValueError(
             f"model: {type(model).__name__} has no attention heads to remove under include={include!r}, "

@@ -14,9 +14,10 @@ from sparseprune.models.batches import Batch, no_cache
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.losses import Loss, loss_of
 from sparseprune.models.modules import evaluation_mode
+from sparseprune.options import Names
 from sparseprune.report import track
 from sparseprune.surgery.bridging import bridges, hidden_in, hidden_out
-from sparseprune.surgery.cutting import as_data, check_criterion, check_fraction, chosen
+from sparseprune.surgery.cutting import as_data, check_criterion, check_fraction, check_used, chosen
 from sparseprune.surgery.edits import Edits, Plan, commit, counts, plan, undo_on_error
 from sparseprune.surgery.probe import run, sample_batch
 from sparseprune.surgery.report import StructureCut, StructuredReport
@@ -67,9 +68,13 @@ def remove_layers(
     """
     data = as_data(model, calibration)
     check_criterion(criterion, LAYER_CRITERIA, CALIBRATED, data)
+    check_used(criterion, ("taylor", "loss"), loss=loss)
+    check_used(criterion, ("loss",), shortlist=shortlist)
     blocks = find_blocks(model)
     stack = _stack(model, blocks)
-    candidates = [index for index, (name, _) in enumerate(blocks) if chosen([name], include, exclude)]
+    which = Names(include, exclude)
+    which.check([name for name, _ in blocks], f"block of this {type(model).__name__}")
+    candidates = [index for index, (name, _) in enumerate(blocks) if chosen([name], which)]
     number = _number(count, len(blocks), len(candidates))
     if compensate and data is None:
         raise ValueError("calibration: compensate needs some, got None; pass it, or compensate=False")

@@ -13,6 +13,7 @@ from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch
 from sparseprune.models.losses import Loss
 from sparseprune.models.sites import find_sites
+from sparseprune.options import Names
 from sparseprune.surgery.criteria import CRITERIA
 from sparseprune.surgery.cutting import (
     Options,
@@ -77,7 +78,7 @@ def remove_neurons(
     batch, found = _found(
         model, data, [layer.name for layer in find_sites(model, include=include, exclude=exclude)]
     )
-    groups = chosen_groups(found, include, exclude)
+    groups = chosen_groups(found, Names(include, exclude))
     if not groups:
         raise ValueError(
             f"model: {type(model).__name__} has no hidden neurons to remove under include={include!r}, "

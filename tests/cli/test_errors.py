@@ -81,12 +81,12 @@ def test_it_is_said_before_a_model_is_loaded(options, message, monkeypatch):
         (
             "cut",
             ["--structure", "heads", "--fraction", "1.5"],
-            "error: --fraction: must be in (0, 1), got 1.5",
+            "error: --fraction: must be in (0, 1) for heads, got 1.5",
         ),
         (
             "cut",
             ["--structure", "heads", "--fraction", "0.5", "--criterion", "influence"],
-            "error: --criterion: must be one of auto, activation, l1, obs, random, taylor for heads, got influence",
+            "error: --criterion: must be one of auto, activation, l1, obs, random, taylor for heads, got 'influence'",
         ),
         (
             "cut",

@@ -8,8 +8,9 @@ from torch import nn
 
 import sparseprune as sp
 from sparseprune.calibration import CalibrationData
+from sparseprune.io.sizes import apply_sizes
 from sparseprune.models.blocks import find_blocks
-from sparseprune.surgery import apply_sizes, cut, remove_heads, remove_layers, remove_neurons
+from sparseprune.surgery import cut, remove_heads, remove_layers, remove_neurons
 from sparseprune.surgery.probe import find_heads, find_neurons, sample_batch
 
 
@@ -424,7 +425,27 @@ class TestErrors:
             (lambda: remove_heads(model, 0.5, "l1", unit="key"), 'unit: must be "group" or "query"'),
             (
                 lambda: remove_layers(model, 1, "l1", include="nothing"),
-                "count: of 2 layers, 0 of which may go",
+                "include: 'nothing' matches no block of this LlamaForCausalLM; names are such as model.layers.0",
+            ),
+            (lambda: remove_layers(model, 1, "l1", exclude="*"), "count: of 2 layers, 0 of which may go"),
+            (
+                lambda: remove_heads(model, 0.5, "l1", exclude="*.up_proj"),
+                "exclude: '.*up_proj' matches no linear of att",
+            ),
+            (lambda: remove_neurons(model, 0.5, "l1", loss=print), "loss: is for criterion taylor, got"),
+            (
+                lambda: remove_layers(model, 1, "l1", loss=print),
+                "loss: is for criterion taylor and loss, got",
+            ),
+            (lambda: remove_layers(model, 1, "l1", shortlist=1), "shortlist: is for criterion loss, got 1"),
+            (
+                lambda: remove_neurons(model, 0.5, "l1", sequential=True),
+                "sequential: criterion l1 without comp",
+            ),
+            (lambda: cut(model, "heads", 0.5, seed=-1), "seed: must be at least 0"),
+            (
+                lambda: cut(model, "heads", 0.5, criterion="influence"),
+                "criterion: must be one of auto, activation",
             ),
             (
                 lambda: cut(model, "channels", 0.5),

@@ -210,7 +210,9 @@ def test_auto_on_this_machine_measures_for_real():
     ("arguments", "message"),
     [
         ({"format": "3-4"}, "format: must be"),
-        ({"policy": "never"}, 'policy: must be "auto" or "always", got \'never\''),
+        ({"policy": "never"}, "policy: must be one of auto, always, got 'never'"),
+        ({"policy": "always", "batch": 8}, 'batch: nothing is measured under policy="always", got 8'),
+        ({"policy": "always", "seconds": 8}, "seconds: nothing is measured"),
         ({"batch": 0}, "batch: must be one or several whole numbers of at least 1, got 0"),
         ({"batch": ()}, "batch: must be one or several"),
         ({"batch": (1, 2.5)}, "batch: must be one or several"),

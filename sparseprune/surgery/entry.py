@@ -12,11 +12,10 @@ from sparseprune.models.losses import Loss
 from sparseprune.surgery.heads import remove_heads
 from sparseprune.surgery.layers import remove_layers
 from sparseprune.surgery.neurons import remove_neurons
+from sparseprune.surgery.options import Cutting
 from sparseprune.surgery.report import StructuredReport
 
-__all__ = ["STRUCTURES", "cut"]
-
-STRUCTURES = ("neurons", "heads", "layers")
+__all__ = ["cut"]
 
 # With calibration data, and without. Perplexity of SmolLM2 (dense 19.6): a quarter of the neurons, activation 27.3 and
 # obs 27.9; a third of the heads, 33.1 and 28.2; 5 of 30 layers, influence 38.9 in a pass, loss 37.9 in thirty.
@@ -54,12 +53,7 @@ def cut(
     Raises:
         ValueError: an argument out of range or of no use, or nothing to remove.
     """
-    if structure not in STRUCTURES:
-        raise ValueError(f"structure: must be one of {', '.join(STRUCTURES)}, got {structure!r}")
-    if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
-        raise ValueError(
-            f"fraction: must be in (0, 1) for {structure}, got {fraction!r}; pass the fraction of them to remove"
-        )
+    Cutting(structure, fraction, criterion, seed)
     if criterion == "auto":
         criterion = _DEFAULTS[structure][0 if calibration is not None else 1]
     remove = {"neurons": remove_neurons, "heads": remove_heads, "layers": remove_layers}[structure]
