@@ -130,7 +130,7 @@ def sparsify(
     Raises:
         ValueError: an argument out of range or without a meaning beside the others, a model without linear layers.
     """
-    batches = Conversion(format, policy, batch, seconds).batches
+    batches = Conversion(format, policy=policy, batch=batch, seconds=seconds).batches
     form = None if format == "auto" else Format.parse(format)
     seconds = _SECONDS if seconds is None else seconds
     chosen = Layers(include, exclude, lm_head)

@@ -132,14 +132,13 @@ class Names:
         given = getattr(self, argument)
         return () if given is None else (given,) if isinstance(given, str) else tuple(given)
 
-    def check(self, known: Sequence[str], what: str) -> None:
+    def check(self, known: Sequence[str], what: str, see: str = "model.named_modules()") -> None:
         """Raises ValueError unless every pattern matches a name of `known`, a `what` of the model: it would do nothing."""
         for argument in ("include", "exclude"):
             for pattern in self.patterns(argument) if known else ():
                 if not any(fnmatchcase(name, pattern) for name in known):
                     raise ValueError(
-                        f"{argument}: {pattern!r} matches no {what}; names are such as {known[0]}, see "
-                        "sparseprune.models.sites.find_sites(model)"
+                        f"{argument}: {pattern!r} matches no {what}; names are such as {known[0]}, see {see}"
                     )
 
 

@@ -98,7 +98,9 @@ def lottery(first: Tensor, second: Tensor, vocabulary: int, steps: int) -> dict[
         return Classifier(vocabulary)
 
     ticket = new(0)
-    report = LotteryTicket(steps, rounds=4, rewind=steps // 20).run(ticket, fit, 0.9, error, progress=True)
+    report = LotteryTicket(steps, rounds=4, rewind=steps // 20).run(
+        ticket, fit, 0.9, evaluate=error, progress=True
+    )
     masks = {name: it.detach() != 0 for name, it in ticket.named_parameters() if (it == 0).any()}
     other = new(1)
     with torch.no_grad():

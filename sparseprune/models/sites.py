@@ -403,7 +403,11 @@ def _check_patterns(model: nn.Module, names: Sequence[str], layers: Layers) -> N
     sparse = [
         name for name, it in model.named_modules(remove_duplicate=False) if linear_shape(it) is not None
     ]
-    layers.check(list(dict.fromkeys([*names, *sparse])), f"linear layer of this {type(model).__name__}")
+    layers.check(
+        list(dict.fromkeys([*names, *sparse])),
+        f"linear layer of this {type(model).__name__}",
+        see="sparseprune.models.sites.find_sites(model)",
+    )
 
 
 def _is_matrix(weight: object) -> bool:

@@ -29,7 +29,7 @@ class Target:
 
     def mask(self, scores: Tensor) -> Tensor:
         """bool [out, in], the positions to keep: those of the highest scores."""
-        return mask_from_scores(scores, self.pattern, self.sparsity, self.scope)
+        return mask_from_scores(scores, self.pattern, self.sparsity, scope=self.scope)
 
     def note(self, site: WeightSite) -> None:
         """Notes on the site that it was pruned so. Where nothing was to go, what was noted before still holds."""

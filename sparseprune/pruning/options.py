@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparseprune.options import option, require_above, require_among, require_at_least
@@ -27,6 +27,7 @@ class Reconstruction:
     """
 
     epochs: int = 4
+    _: KW_ONLY
     learning_rate: float = 0.03
     batch: int = 1
     seed: int = 0
@@ -70,6 +71,7 @@ class Recipe:
         '"auto": the best recipe for the time. All but magnitude and random need --calibration.',
         given=str,
     )
+    _: KW_ONLY
     sparsity: float | None = option(None, "Fraction of the weights to remove; N:M implies it.")
     allocation: Any = option(
         "uniform",

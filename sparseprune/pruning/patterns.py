@@ -127,7 +127,7 @@ def removed(count: int, sparsity: float) -> int:
 
 
 def mask_from_scores(
-    scores: Tensor, pattern: Pattern | str, sparsity: float | None = None, scope: Scope = "row"
+    scores: Tensor, pattern: Pattern | str, sparsity: float | None = None, *, scope: Scope = "row"
 ) -> Tensor:
     """The positions to keep, bool [rows, columns]: those with the highest scores.
 

@@ -82,10 +82,20 @@ def prune_scheduled(
 
     begin = clock.now()
     if isinstance(schedule, Gradual):
-        steps = schedule.run(model, prune_to, recipe.sparsity, recover, evaluate, progress)
+        steps = schedule.run(
+            model, prune_to, recipe.sparsity, recover=recover, evaluate=evaluate, progress=progress
+        )
     else:
         assert evaluate is not None, "find_schedule ensures it"
-        steps = schedule.run(model, prune_to, recipe.sparsity, evaluate, recover, progress, layers)
+        steps = schedule.run(
+            model,
+            prune_to,
+            recipe.sparsity,
+            recover=recover,
+            evaluate=evaluate,
+            progress=progress,
+            layers=layers,
+        )
     rows = [LayerPruned.of(layer, zeros) for layer, zeros in zip(layers, before, strict=True)]
     return dataclasses.replace(
         last[0], layers=tuple(rows), sparsity=recipe.sparsity, schedule=steps, seconds=clock.now() - begin

@@ -99,7 +99,15 @@ def prune_folder(
     if method == "auto":
         method = AUTO
         notes.append(f"auto: {AUTO}, the best solver; blocks are reconstructed in memory only")
-    recipe = Recipe(pattern, method, sparsity, allocation, scope, sequential, seed=seed)
+    recipe = Recipe(
+        pattern,
+        method,
+        sparsity=sparsity,
+        allocation=allocation,
+        scope=scope,
+        sequential=sequential,
+        seed=seed,
+    )
     pattern, method = Pattern.parse(pattern), find_method(method, seed)
     removed = pattern.resolve_sparsity(sparsity)
     ranked = method.scope if scope is None else scope

@@ -53,7 +53,7 @@ def cut(
     Raises:
         ValueError: an argument out of range or of no use, or nothing to remove.
     """
-    Cutting(structure, fraction, criterion, seed)
+    Cutting(structure, fraction, criterion=criterion, seed=seed)
     if criterion == "auto":
         criterion = _DEFAULTS[structure][0 if calibration is not None else 1]
     remove = {"neurons": remove_neurons, "heads": remove_heads, "layers": remove_layers}[structure]

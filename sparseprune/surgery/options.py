@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass
 
 from sparseprune.options import option, require_among, require_at_least
 
@@ -21,6 +21,7 @@ class Cutting:
 
     structure: str = option(MISSING, '"neurons", "heads" or "layers".')
     fraction: float = option(MISSING, "Fraction of them to remove.")
+    _: KW_ONLY
     criterion: str = option("auto", 'Which go; "auto": the best with --calibration, "l1" without.')
     seed: int = option(0, "Of all that is drawn at random.")
 

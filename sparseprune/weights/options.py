@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.options import option, require_above, require_among
@@ -23,6 +23,7 @@ class Conversion:
     """
 
     format: str | Format = option("auto", '"auto", "2:4" (any "N:M"), "bitmap" or "csr".', given=str)
+    _: KW_ONLY
     policy: Literal["auto", "always"] = option(
         "auto", "auto: swap the layers that get faster here; always: swap all, measure nothing."
     )

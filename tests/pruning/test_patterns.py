@@ -44,7 +44,7 @@ def block_cases(draw):
 @given(block_cases(), st.floats(0, 1, exclude_max=True), st.sampled_from(["row", "layer"]))
 def test_equals_the_reference(case, sparsity, scope):
     scores, height, width = case
-    mask = mask_from_scores(scores, f"{height}x{width}", sparsity, scope)
+    mask = mask_from_scores(scores, f"{height}x{width}", sparsity, scope=scope)
     assert mask.dtype == torch.bool
     assert torch.equal(mask, block_reference(scores, height, width, sparsity, scope))
 

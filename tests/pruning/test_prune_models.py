@@ -55,7 +55,9 @@ class TestBlockByBlock:
     @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
     def test_reconstruction_brings_the_output_nearer(self, method):
         plain, *_ = self.losses(method=method) if method != "magnitude" else (None, None)
-        loss, report, model = self.losses(method=method, reconstruction=Reconstruction(20, 0.1, batch=1))
+        loss, report, model = self.losses(
+            method=method, reconstruction=Reconstruction(20, learning_rate=0.1, batch=1)
+        )
         if plain is not None:
             assert loss < 0.95 * plain
         assert len(report.blocks) == 3
@@ -65,7 +67,9 @@ class TestBlockByBlock:
         assert all(parameter.requires_grad for parameter in model.parameters())
 
     def test_reconstruction_keeps_what_it_cannot_better(self):
-        _, report, model = self.losses(method="sparsegpt", reconstruction=Reconstruction(1, 1e3))
+        _, report, model = self.losses(
+            method="sparsegpt", reconstruction=Reconstruction(1, learning_rate=1e3)
+        )
         assert all(block.after == block.before for block in report.blocks)
         assert all(
             layer.weight.abs().max() < 1 for layer in find_sites(model)
@@ -75,7 +79,11 @@ class TestBlockByBlock:
     def test_reconstruction_of_a_half_precision_model_trains_in_float32(self, dtype):
         model = tiny.llama().to(dtype)
         report = prune(
-            model, "2:4", "wanda", calibration=CALIBRATION, reconstruction=Reconstruction(20, 0.1, batch=1)
+            model,
+            "2:4",
+            "wanda",
+            calibration=CALIBRATION,
+            reconstruction=Reconstruction(20, learning_rate=0.1, batch=1),
         )
         assert all(parameter.dtype == dtype for parameter in model.parameters())
         assert all(block.after < 0.97 * block.before for block in report.blocks)

@@ -60,7 +60,7 @@ class TestMaskFromScores:
         scores, pattern = case
         given_sparsity = sparsity if pattern == "unstructured" else None
         before = scores.clone()
-        mask = mask_from_scores(scores, pattern, given_sparsity, scope)
+        mask = mask_from_scores(scores, pattern, given_sparsity, scope=scope)
         assert mask.dtype == torch.bool
         assert torch.equal(mask, naive_mask(scores, pattern, sparsity, scope))
         assert torch.equal(scores, before)
@@ -70,29 +70,29 @@ class TestMaskFromScores:
         scores = torch.randint(0, 5, shape).float()
         for scope in ("row", "layer"):
             assert torch.equal(
-                mask_from_scores(scores, "unstructured", 0.7, scope),
+                mask_from_scores(scores, "unstructured", 0.7, scope=scope),
                 naive_mask(scores, "unstructured", 0.7, scope),
             )
 
     @pytest.mark.parametrize("sparsity", [0.0, 0.1, 1 / 3, 0.5, 0.9, 0.999])
     def test_counts_are_exact(self, sparsity):
         scores = torch.rand(37, 83)
-        by_row = mask_from_scores(scores, "unstructured", sparsity, "row")
+        by_row = mask_from_scores(scores, "unstructured", sparsity, scope="row")
         assert set(by_row.sum(1).tolist()) == {83 - round(83 * sparsity)}
-        by_layer = mask_from_scores(scores, "unstructured", sparsity, "layer")
+        by_layer = mask_from_scores(scores, "unstructured", sparsity, scope="layer")
         assert by_layer.sum() == 37 * 83 - round(37 * 83 * sparsity)
 
     def test_transposed_scores(self):
         scores = torch.rand(24, 8)
         for pattern, sparsity in (("2:4", None), ("unstructured", 0.5)):
-            expected = mask_from_scores(scores.t().contiguous(), pattern, sparsity, "layer")
-            assert torch.equal(mask_from_scores(scores.t(), pattern, sparsity, "layer"), expected)
+            expected = mask_from_scores(scores.t().contiguous(), pattern, sparsity, scope="layer")
+            assert torch.equal(mask_from_scores(scores.t(), pattern, sparsity, scope="layer"), expected)
 
     @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
     @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", None), ("unstructured", 0.5)])
     @pytest.mark.parametrize("scope", ["row", "layer"])
     def test_empty(self, shape, pattern, sparsity, scope):
-        assert mask_from_scores(torch.empty(shape), pattern, sparsity, scope).shape == shape
+        assert mask_from_scores(torch.empty(shape), pattern, sparsity, scope=scope).shape == shape
 
     def test_errors(self):
         good = torch.rand(2, 6)
@@ -109,7 +109,7 @@ class TestMaskFromScores:
             with pytest.raises(ValueError, match="scores: must be floating point"):
                 mask_from_scores(wrong, "unstructured", 0.5)
         with pytest.raises(ValueError, match='scope: must be "row" or "layer", got \'model\''):
-            mask_from_scores(good, "unstructured", 0.5, "model")
+            mask_from_scores(good, "unstructured", 0.5, scope="model")
 
 
 class TestPattern:

@@ -126,7 +126,7 @@ class TestGradual:
                 for parameter in model.parameters():
                     parameter.add_(1e-3)
 
-        report = Gradual(3).run(model, prune_to, 0.6, recover)
+        report = Gradual(3).run(model, prune_to, 0.6, recover=recover)
         seen.append(zeros_of(model))
         assert levels == Gradual(3).sparsities(0.6)
         for before, after in itertools.pairwise(seen):
@@ -146,14 +146,16 @@ class TestGradual:
                 layer.weight.masked_fill_(torch.rand(layer.weight.shape, generator=generator) < sparsity, 0)
 
         masks = []
-        Gradual(3).run(model, prune_to, 0.5, lambda model: masks.append(zeros_of(model)))
+        Gradual(3).run(model, prune_to, 0.5, recover=lambda model: masks.append(zeros_of(model)))
         for before, after in itertools.pairwise(masks):
             assert all((before[name] & ~after[name]).sum() == 0 for name in before)
 
     def test_losses(self):
         model = tiny.llama()
         dense = language_loss(model)
-        report = Gradual(3).run(model, magnitude(model), 0.7, Training(model, 5), language_loss)
+        report = Gradual(3).run(
+            model, magnitude(model), 0.7, recover=Training(model, 5), evaluate=language_loss
+        )
         assert report.loss_before == dense
         assert all(step.loss < step.loss_pruned for step in report.steps)
         assert report.steps[-1].loss == language_loss(model)
@@ -165,7 +167,7 @@ class TestGradual:
             model,
             lambda sparsity: remove_neurons(model, next(fractions), "l1", multiple_of=2),
             0.5,
-            Training(model),
+            recover=Training(model),
         )
         assert model.config.intermediate_size == 18
 
@@ -198,7 +200,7 @@ class TestGreedy:
             with torch.no_grad():
                 return float(F.mse_loss(model[0](inputs), hidden) + F.mse_loss(model(inputs), target))
 
-        report = Greedy(0.25).run(model, magnitude(model), 0.4, loss)
+        report = Greedy(0.25).run(model, magnitude(model), 0.4, evaluate=loss)
         assert [step.pruned.split()[0] for step in report.steps][:3] == ["2", "2", "2"]
         assert report.sparsity == pytest.approx(0.4, abs=0.01) and report.stopped == "target reached"
 
@@ -208,7 +210,7 @@ class TestGreedy:
         for index, block in enumerate(model.model.layers):
             block.mlp.down_proj.weight.data.mul_(10 * (index + 1))
         replay = copy.deepcopy(model)
-        report = Greedy(0.2, lazy=lazy).run(model, magnitude(model), 0.3, language_loss)
+        report = Greedy(0.2, lazy=lazy).run(model, magnitude(model), 0.3, evaluate=language_loss)
         levels = dict.fromkeys(range(3), 0.0)
         if not lazy:
             for step in report.steps[:2]:
@@ -231,7 +233,7 @@ class TestGreedy:
         trials = {}
         for lazy in (False, True):
             model = tiny.llama(layers=4)
-            report = Greedy(0.1, lazy=lazy).run(model, magnitude(model), 0.3, language_loss)
+            report = Greedy(0.1, lazy=lazy).run(model, magnitude(model), 0.3, evaluate=language_loss)
             trials[lazy] = sum(step.trials for step in report.steps)
         assert trials[True] < 0.7 * trials[False]
 
@@ -247,7 +249,7 @@ class TestGreedy:
                 if "proj" not in name:
                     parameter.data.add_(0.01)
 
-        report = Greedy(0.2, max_loss=0.0).run(model, spoil, 0.3, language_loss)
+        report = Greedy(0.2, max_loss=0.0).run(model, spoil, 0.3, evaluate=language_loss)
         assert len(calls) == 2 and report.steps == () and "above 0" in report.stopped
         assert all(torch.equal(it, state[name]) for name, it in model.state_dict().items())
 
@@ -256,7 +258,7 @@ class TestGreedy:
         model = tiny.llama()
         Training(model, 40)(model)
         limit = language_loss(model) + 0.5
-        report = Greedy(0.1, max_loss=limit).run(model, magnitude(model), 0.95, language_loss)
+        report = Greedy(0.1, max_loss=limit).run(model, magnitude(model), 0.95, evaluate=language_loss)
         assert len(report.steps) > 0 and report.stopped.endswith(f"above {limit:g}")
         assert language_loss(model) <= limit
         assert report.sparsity == pytest.approx(sparsity_of(model))
@@ -273,7 +275,7 @@ class TestGreedy:
             masks.append(zeros_of(model))
 
         report = Greedy(0.25, recover_trials=recover_trials).run(
-            model, magnitude(model), 0.5, language_loss, recover
+            model, magnitude(model), 0.5, recover=recover, evaluate=language_loss
         )
         assert len(masks) == (
             sum(step.trials for step in report.steps) if recover_trials else len(report.steps)
@@ -292,7 +294,7 @@ class TestGreedy:
             raise RuntimeError("broken")
 
         with pytest.raises(RuntimeError, match="broken"):
-            Greedy().run(model, broken, 0.5, language_loss)
+            Greedy().run(model, broken, 0.5, evaluate=language_loss)
         assert all(torch.equal(it, state[name]) for name, it in model.state_dict().items())
 
     def test_groups(self):
@@ -302,7 +304,7 @@ class TestGreedy:
             model,
             lambda s, include: (names.append(tuple(include)), magnitude(model)(s, include)),
             0.1,
-            language_loss,
+            evaluate=language_loss,
         )
         assert set(names) == {
             ("model.layers.0.*", "model.layers.1.*"),
@@ -310,7 +312,7 @@ class TestGreedy:
         }
         model = tiny.llama()
         kinds = {"attention": "*self_attn*", "mlp": ["*gate_proj", "*up_proj", "*down_proj"]}
-        report = Greedy(0.3, groups=kinds).run(model, magnitude(model), 0.2, language_loss)
+        report = Greedy(0.3, groups=kinds).run(model, magnitude(model), 0.2, evaluate=language_loss)
         assert {step.pruned.split()[0] for step in report.steps} <= kinds.keys()
 
     def test_errors(self):
@@ -324,12 +326,12 @@ class TestGreedy:
             Greedy(max_loss=float("nan"))
         model = tiny.llama()
         with pytest.raises(ValueError, match="groups: each must match some linear, none matches none"):
-            Greedy(groups={"none": "nothing"}).run(model, magnitude(model), 0.5, language_loss)
+            Greedy(groups={"none": "nothing"}).run(model, magnitude(model), 0.5, evaluate=language_loss)
         with pytest.raises(ValueError, match="prune_to: must remove weights, it removed none"):
-            Greedy().run(model, lambda sparsity, include: None, 0.5, language_loss)
+            Greedy().run(model, lambda sparsity, include: None, 0.5, evaluate=language_loss)
         with pytest.raises(ValueError, match="a number needs repeated blocks"):
             lstm = tiny.lstm_classifier()
-            Greedy(groups=2).run(lstm, magnitude(lstm), 0.5, lambda model: 0.0)
+            Greedy(groups=2).run(lstm, magnitude(lstm), 0.5, evaluate=lambda model: 0.0)
 
 
 def classification(seed=0):
@@ -373,7 +375,7 @@ class TestLotteryTicket:
             ends.append({name: it.clone() for name, it in model.state_dict().items()})
 
         ticket = LotteryTicket(steps=8, rounds=3, rewind=rewind, scope=scope)
-        report = ticket.run(model, train, 0.8, classification_loss)
+        report = ticket.run(model, train, 0.8, evaluate=classification_loss)
         if rewind:
             assert starts.pop(0)[:2] == (0, rewind)
             ends.pop(0)
@@ -462,7 +464,7 @@ class TestLotteryTicket:
         with pytest.raises(ValueError, match='scope: must be "model" or "layer"'):
             LotteryTicket(steps=5, scope="row")
         model = tiny.lstm_classifier()
-        with pytest.raises(ValueError, match="no parameter to prune under include='nothing'"):
+        with pytest.raises(ValueError, match="include: 'nothing' matches no parameter"):
             LotteryTicket(steps=1, include="nothing").run(model, train_classifier, 0.5)
         with pytest.raises(ValueError, match=r"target: must be in \(0, 1\)"):
             LotteryTicket(steps=1).run(model, train_classifier, 0)
@@ -479,7 +481,7 @@ class TestReport:
         import json
 
         model = tiny.llama()
-        report = Gradual(2).run(model, magnitude(model), 0.5, Training(model), language_loss)
+        report = Gradual(2).run(model, magnitude(model), 0.5, recover=Training(model), evaluate=language_loss)
         text = str(report)
         assert "Pruned gradually in 2 steps to 50.0%" in text and "stopped: target reached" in text
         assert f"loss before: {report.loss_before:.4f}" in text

@@ -146,7 +146,7 @@ def sparsegpt_reference(weight, matrix, target):
             mask[:, j : j + unit] = mask_from_scores(scores[:, j : j + unit], pattern)
         if not pattern.structured and j % width == 0:
             end = min(j + width, columns)
-            mask[:, j:end] = mask_from_scores(scores[:, j:end], pattern, target.sparsity, target.scope)
+            mask[:, j:end] = mask_from_scores(scores[:, j:end], pattern, target.sparsity, scope=target.scope)
         inverse = torch.linalg.inv(hessian[j:, j:])
         gone = torch.where(mask[:, j], 0, weight[:, j])
         weight[:, j:] -= gone[:, None] / inverse[0, 0] * inverse[0]

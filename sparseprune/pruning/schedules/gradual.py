@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import nn
@@ -37,6 +37,7 @@ class Gradual:
     """
 
     steps: int = 10
+    _: KW_ONLY
     initial: float = 0.0
     power: float = 3.0
 
@@ -62,6 +63,7 @@ class Gradual:
         model: nn.Module,
         prune_to: Callable[[float], Any],
         target: float,
+        *,
         recover: Recover | None = None,
         evaluate: Evaluate | None = None,
         progress: bool = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import nn
@@ -50,6 +50,7 @@ class Greedy:
     """
 
     step: float = 0.05
+    _: KW_ONLY
     groups: Mapping[str, str | Sequence[str]] | int | None = None
     max_loss: float | None = None
     recover_trials: bool = False
@@ -72,8 +73,9 @@ class Greedy:
         model: nn.Module,
         prune_to: Callable[[float, Sequence[str]], Any],
         target: float,
-        evaluate: Evaluate,
+        *,
         recover: Recover | None = None,
+        evaluate: Evaluate,
         progress: bool = False,
         layers: Sequence[WeightSite] | None = None,
     ) -> ScheduleReport:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from sparseprune import clock
 from sparseprune.models.losses import Evaluate
-from sparseprune.models.sites import EmbeddingSite, find_sites
+from sparseprune.models.sites import EmbeddingSite, find_sites, matches
 from sparseprune.models.snapshot import Snapshot
+from sparseprune.options import Names
 from sparseprune.pruning.patterns import mask_from_scores
 from sparseprune.pruning.schedules.base import (
     ScheduleReport,
@@ -45,6 +45,7 @@ class LotteryTicket:
     """
 
     steps: int
+    _: KW_ONLY
     rounds: int = 5
     rewind: int = 0
     scope: Literal["model", "layer"] = "model"
@@ -72,6 +73,7 @@ class LotteryTicket:
         model: nn.Module,
         train: Callable[[nn.Module, int, int], Any],
         target: float,
+        *,
         evaluate: Evaluate | None = None,
         progress: bool = False,
     ) -> ScheduleReport:
@@ -107,21 +109,22 @@ class LotteryTicket:
         return ScheduleReport(described, target, before, tuple(steps), "target reached")
 
     def _prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        def matches(name: str, patterns: str | Sequence[str] | None, default: bool) -> bool:
-            if patterns is None:
-                return default
-            return any(
-                fnmatchcase(name, it) for it in ((patterns,) if isinstance(patterns, str) else patterns)
-            )
-
+        which = Names(self.include, self.exclude)
+        which.check(
+            [name for name, _ in model.named_parameters()], f"parameter of this {type(model).__name__}"
+        )
         embeddings = {id(site.parameter) for site in find_sites(model, kinds=[EmbeddingSite])}
         found = {
             name: parameter
             for name, parameter in model.named_parameters()
             if parameter.is_floating_point()
             and parameter.requires_grad
-            and matches(name, self.include, parameter.ndim > 1 and id(parameter) not in embeddings)
-            and not matches(name, self.exclude, False)
+            and (
+                parameter.ndim > 1 and id(parameter) not in embeddings
+                if self.include is None
+                else matches([name], which.patterns("include"))
+            )
+            and not matches([name], which.patterns("exclude"))
         }
         if not found:
             raise ValueError(
@@ -155,4 +158,4 @@ class LotteryTicket:
 
 
 def _keep(scores: Tensor, sparsity: float) -> Tensor:
-    return mask_from_scores(scores.unsqueeze(0), "unstructured", sparsity, "layer")[0]
+    return mask_from_scores(scores.unsqueeze(0), "unstructured", sparsity, scope="layer")[0]
