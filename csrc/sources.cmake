@@ -12,6 +12,7 @@ function(sparseprune_add_cpu target)
     ${cpu}/dispatch/isa.cpp
     ${cpu}/dispatch/x86.cpp
     ${cpu}/ops/linear.cpp
+    ${cpu}/ops/lookup.cpp
     ${cpu}/ops/pack.cpp
     ${cpu}/ops/pack_codes.cpp
     ${cpu}/ops/parallel.cpp

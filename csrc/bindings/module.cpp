@@ -7,6 +7,7 @@
 #include "cpu/dispatch/isa.h"
 #include "cpu/ops/convert.h"
 #include "cpu/ops/linear.h"
+#include "cpu/ops/lookup.h"
 #include "cpu/ops/pack.h"
 #if defined(SPARSEPRUNE_CUDA)
 #include "bindings/cuda.h"
@@ -29,6 +30,14 @@ PYBIND11_MODULE(_core, m) {
          std::int64_t batch, std::int64_t stride, Address bias, Address out, int threads, int strategy) {
         linear({ptr<const std::uint8_t>(packed), packed_bytes, rows, cols, to_packing(packing), ptr<const void>(x), batch,
                 stride, ptr<const void>(bias), ptr<void>(out), threads, strategy});
+      },
+      nogil);
+  m.def(
+      "lookup",
+      [](Address packed, std::int64_t packed_bytes, std::int64_t rows, std::int64_t cols, std::int64_t packing,
+         Address indices, int index_bytes, std::int64_t count, Address out, int threads) {
+        lookup({ptr<const std::uint8_t>(packed), packed_bytes, rows, cols, to_packing(packing), ptr<const void>(indices),
+                index_bytes, count, ptr<void>(out), threads});
       },
       nogil);
   m.def("strategy", [](Address packed, std::int64_t packed_bytes, std::int64_t batch) {

@@ -19,6 +19,19 @@ def linear(
     strategy: int,
     /,
 ) -> None: ...
+def lookup(
+    packed: int,
+    packed_bytes: int,
+    rows: int,
+    cols: int,
+    packing: int,
+    indices: int,
+    index_bytes: int,
+    count: int,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
 def strategy(packed: int, packed_bytes: int, batch: int, /) -> str: ...
 def header(packed: int, packed_bytes: int, rows: int, cols: int, packing: int, /) -> dict[str, int]: ...
 def scan_dense(

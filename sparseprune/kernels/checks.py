@@ -142,6 +142,26 @@ def check_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, cols
         check_packed(packed)
 
 
+def check_lookup(indices: Tensor, packed: Tensor) -> None:
+    check(
+        indices.dtype in (torch.int64, torch.int32) and indices.layout == torch.strided,
+        lambda: (
+            f"indices: must be a strided tensor of int64 or int32, got {indices.dtype}, layout {indices.layout}; "
+            "cast them with .long()"
+        ),
+        TypeError,
+    )
+    check_packed(packed)
+    if not (indices.is_cpu and packed.is_cpu):
+        check_device("indices", indices, packed=packed)
+        check(
+            indices.device.type in ("cpu", "meta"),
+            lambda: (
+                f"indices: int8 and int4 weights are looked up on the CPU only, got {indices.device}; keep both there"
+            ),
+        )
+
+
 def check_grad(grad: Tensor, packed: Tensor, rows: int, cols: int, packing: int) -> None:
     if (
         grad.layout != torch.strided

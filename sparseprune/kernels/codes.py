@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from sparseprune.kernels import _core, native
-from sparseprune.kernels.packing import Packed, encoding_of, group_of, layout_of, scale_dtype_of
+from sparseprune.kernels.packing import Packed, dtype_of, encoding_of, group_of, layout_of, scale_dtype_of
 
-__all__ = ["CODE_BITS", "dequantize", "join_nibbles", "pack_codes", "split_nibbles", "unpack_codes"]
+__all__ = ["CODE_BITS", "dequantize", "join_nibbles", "lookup", "pack_codes", "split_nibbles", "unpack_codes"]
 
 CODE_BITS = {"int8": 8, "int4": 4, "int4_minimum": 4}
 """The encodings that have codes, and the bits of each."""
@@ -115,3 +115,30 @@ def unpack_codes(packed: Packed) -> tuple[Tensor, Tensor | None, Tensor, Tensor 
         threads,
     )
     return codes, mask, scales, minimums
+
+
+def lookup(packed: Packed, indices: Tensor) -> Tensor:
+    """Rows of a dense weight (`quads`), `[..., cols]` in its dtype, for `indices` `[...]`, int64 or int32, on the CPU.
+
+    Each number is what `dequantize` gives, rounded to the dtype.
+
+    Raises:
+        IndexError: an index that is not a row.
+        ValueError: the blob is not that weight, or a 2:4 one.
+    """
+    blob, rows, cols, packing = packed
+    indices = indices.contiguous()
+    out = torch.empty((*indices.shape, cols), dtype=dtype_of[packing])
+    _core.lookup(
+        blob.data_ptr(),
+        blob.numel(),
+        rows,
+        cols,
+        packing,
+        indices.data_ptr(),
+        indices.element_size(),
+        indices.numel(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out

@@ -15,6 +15,7 @@ the CPU or on one CUDA device; values are float32, bfloat16 or float16; sums are
     dense_to_csr(dense), csr_to_dense(crow, col, values, cols)
     pack(values, bits, cols, layout)   `Packed`: a blob for the device's kernels; unpack(packed) -> (values, bits)
     linear(input, packed, bias)        input @ weight.T + bias
+    lookup(indices, packed)            weight[indices], of int8 and int4 weights on the CPU
 
 Those of torch take a `Packed` by its fields: the blob, rows, cols and the number that says how it is packed.
 """
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprune.kernels import backend
+from sparseprune.kernels import backend, codes
 from sparseprune.kernels.checks import (
     check,
     check_bits,
@@ -36,6 +37,7 @@ from sparseprune.kernels.checks import (
     check_grad,
     check_in_place,
     check_linear,
+    check_lookup,
     check_mask,
     check_matrix,
     check_nm,
@@ -359,6 +361,21 @@ torch.library.register_autograd(
 )
 
 
+def _lookup_fake(indices: Tensor, packed: Tensor, rows: int, cols: int, packing: int) -> Tensor:
+    check_lookup(indices, packed)
+    return indices.new_empty((*indices.shape, cols), dtype=dtype_of[packing])
+
+
+def _lookup(indices: Tensor, packed: Tensor, rows: int, cols: int, packing: int) -> Tensor:
+    check_lookup(indices, packed)
+    return codes.lookup(Packed(packed, rows, cols, packing), indices)
+
+
+_define(
+    "lookup(Tensor indices, Tensor packed, int rows, int cols, int packing) -> Tensor", _lookup, _lookup_fake
+)
+
+
 # --- the functions ----------------------------------------------------------------------------------------------------
 
 _ops = torch.ops.sparseprune
@@ -450,3 +467,11 @@ def linear(input: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """
     blob, *how = packed
     return _ops.linear(input, blob, bias, *how)
+
+
+def lookup(indices: Tensor, packed: Packed) -> Tensor:
+    """weight[indices] -> [..., cols] in the weight's dtype, for a packed weight [rows, cols] in int8 or int4, dense, on the CPU.
+
+    indices: [...], int64 or int32, on the CPU. IndexError where one is not a row. The weight is frozen: no gradients.
+    """
+    return _ops.lookup(indices, *packed)

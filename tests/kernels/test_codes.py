@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.codes import KINDS, assert_codes_linear, random_codes
+from helpers.codes import KINDS, Codes, assert_codes_linear, random_codes
 from helpers.compare import assert_same_bits
 from helpers.isa import DTYPES, LEVELS, forced, threads
 from helpers.kernels import cpu_linear
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseprune.kernels import native, ops
-from sparseprune.kernels.codes import dequantize, join_nibbles, split_nibbles, unpack_codes
+from sparseprune.kernels.codes import dequantize, join_nibbles, lookup, split_nibbles, unpack_codes
 from sparseprune.kernels.packing import packing_code
 
 SHAPES = [(1, 4), (15, 60), (16, 64), (17, 68), (33, 128), (40, 132), (5, 196), (64, 576), (31, 1028)]
@@ -112,7 +112,8 @@ def test_packing_loses_nothing(kind, rows, cols, group, scales):
     packed = weight.pack(torch.bfloat16)
     for got, part in zip(unpack_codes(packed), weight.parts, strict=True):
         assert (got is None) == (part is None)
-        assert got is None or torch.equal(got.view(torch.uint8), part.view(torch.uint8))
+        if got is not None:
+            assert_same_bits(got, part)
     assert torch.equal(packed.blob, weight.pack(torch.bfloat16).blob), "equal weights make equal blobs"
 
 
@@ -167,3 +168,79 @@ def test_what_is_not_there_is_refused():
 def test_nibbles(codes):
     there = torch.tensor(codes, dtype=torch.uint8)
     assert torch.equal(split_nibbles(join_nibbles(there), len(codes)), there)
+
+
+DENSE = [kind for kind in KINDS if kind[0] == "quads"]
+dense_kinds = pytest.mark.parametrize("kind", DENSE, ids="-".join)
+
+
+def dense_of(weight: Codes, dtype: torch.dtype) -> torch.Tensor:
+    return dequantize(weight.encoding, *weight.parts, weight.cols, weight.group).to(dtype)
+
+
+@dense_kinds
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_looked_up_rows_are_the_dequantized_ones(kind, group, dtype):
+    for turn, (rows, cols) in enumerate([*SHAPES, (1, 1), (17, 33), (40, 127), (33, 129), (3, 577)]):
+        for scales in (torch.float16, torch.bfloat16):
+            weight = random_codes(kind, rows, cols, group, scales)
+            packed, expected = weight.pack(dtype), dense_of(weight, dtype)
+            every = torch.randperm(rows, generator=generator(turn))
+            assert_same_bits(lookup(packed, every), expected[every], f"{rows}x{cols}, {scales}")
+            some = torch.randint(0, rows, (2, 3), dtype=torch.int32, generator=generator(turn))
+            assert_same_bits(ops.lookup(some, packed), expected[some], f"{rows}x{cols}, {scales}, int32")
+
+
+@dense_kinds
+def test_looked_up_by_several_threads_and_by_indices_of_any_strides(kind):
+    weight = random_codes(kind, 100, 576, 64)
+    packed, expected = weight.pack(torch.bfloat16), dense_of(weight, torch.bfloat16)
+    indices = torch.randint(0, 100, (40, 30), generator=generator(1))
+    for count in (1, 2, 5):
+        with threads(count):
+            assert_same_bits(ops.lookup(indices, packed), expected[indices])
+    for view in (indices.t(), indices[::3, 1::2], indices[0].expand(4, 30), indices[0, 0]):
+        assert_same_bits(ops.lookup(view, packed), expected[view])
+
+
+@dense_kinds
+def test_nothing_is_looked_up_where_nothing_is_there(kind):
+    for rows, cols, shape in [(5, 64, (0,)), (5, 64, (2, 0)), (5, 0, (3,)), (0, 64, (0,))]:
+        packed = random_codes(kind, rows, cols, 64).pack(torch.float32)
+        assert ops.lookup(torch.zeros(shape, dtype=torch.int64), packed).shape == (*shape, cols)
+
+
+@pytest.mark.parametrize("index", [20, -1, 2**31 - 1, -(2**31), 2**40, -(2**62)])
+def test_an_index_that_is_not_a_row_is_named(index):
+    packed = random_codes(("quads", "int4"), 20, 132, 64).pack(torch.float32)
+    rule = (
+        rf"indices: must be at least 0 and below 20, .* got {index} at position 3; check that the tokenizer"
+    )
+    for dtype in (torch.int64, torch.int32) if abs(index) < 2**32 else (torch.int64,):
+        with pytest.raises(IndexError, match=rule):
+            ops.lookup(torch.tensor([[1, 19, 0], [index, 99, 2]], dtype=dtype), packed)
+
+
+def test_what_cannot_be_looked_up_is_refused():
+    packed = random_codes(("quads", "int4"), 20, 132, 64).pack(torch.float32)
+    one = torch.tensor([1])
+    with pytest.raises(
+        ValueError, match="packed: must hold a dense weight .* got float32 int8 in layout octets"
+    ):
+        ops.lookup(one, random_codes(("octets", "int8"), 20, 132, 64).pack(torch.float32))
+    with pytest.raises(ValueError, match="packed: holds a weight of 20x132 .* the call is for 40x132"):
+        ops.lookup(one, packed._replace(rows=40))
+    for size in (0, 63, 64, len(packed.blob) - 64):
+        with pytest.raises(ValueError, match="packed: "):
+            ops.lookup(one, packed._replace(blob=packed.blob[:size].clone()))
+    for bit in range(8 * 64):
+        blob = packed.blob.clone()
+        blob[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError, match="packed: "):
+            ops.lookup(one, packed._replace(blob=blob))
+    for indices in (one.float(), one.bool(), one.to(torch.uint8)):
+        with pytest.raises(TypeError, match="indices: must be a strided tensor of int64 or int32, got"):
+            ops.lookup(indices, packed)
+    with pytest.raises(ValueError, match="packed: must lie on indices's device meta, got cpu"):
+        ops.lookup(one.to("meta"), packed)

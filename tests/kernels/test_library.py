@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import reference
 from helpers.backends import Place
+from helpers.codes import random_codes
 from helpers.compare import assert_same_bits
 from helpers.shapes import generator, mask, packed_layer
 
@@ -20,7 +21,7 @@ def assert_tuples(actual, expected) -> None:
 OPERATIONS = (
     "mask_apply", "mask_apply_", "mask_apply_packed", "mask_apply_packed_", "threshold_mask_", "pack_mask",
     "unpack_mask", "dense_to_bitmap", "dense_to_nm", "bitmap_to_dense", "dense_to_csr", "csr_to_dense", "pack",
-    "unpack", "linear", "linear_grad_input",
+    "unpack", "linear", "linear_grad_input", "lookup",
 )  # fmt: skip
 
 
@@ -34,6 +35,9 @@ def op_arguments(place: Place) -> dict[str, list[tuple]]:
     _, bias, packed = packed_layer(layout=place.layouts[-1], put=place.put)
     blob, *how = packed
     a = place.put(torch.randn(3, 36))
+    quads = random_codes(("quads", "int4"), 20, 36, 32).pack(
+        torch.bfloat16
+    )  # on the CPU: there alone are kernels for it
     return {
         "mask_apply": [(x, keep), (x.t(), keep.t()), (x.half(), keep)],
         "mask_apply_": [(x.clone(), keep)],
@@ -57,6 +61,9 @@ def op_arguments(place: Place) -> dict[str, list[tuple]]:
             (a.requires_grad_(), blob, bias.requires_grad_(), *how),
             (place.put(torch.randn(2, 3, 36)), blob, bias.detach(), *how),
             (place.put(torch.randn(36)), blob, None, *how),
+        ],
+        "lookup": [
+            (ids, *quads) for ids in (torch.tensor([[3, 0], [19, 3]]), torch.tensor(5, dtype=torch.int32))
         ],
         "linear_grad_input": [(place.put(torch.randn(3, 20)), *packed)],
     }
