@@ -18,7 +18,7 @@ from sparseprune.lazy import lazily
 from sparseprune.version import __version__
 
 if TYPE_CHECKING:
-    from sparseprune import calibration, models, pruning, recovery, streaming, surgery
+    from sparseprune import calibration, models, pruning, quantization, recovery, streaming, surgery
     from sparseprune.convert import sparsify
     from sparseprune.io.checkpoint import load, save
     from sparseprune.io.safetensors import CheckpointError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparseprune.measure import tasks
     from sparseprune.measure.evaluate import perplexity
     from sparseprune.pruning.driver import prune
+    from sparseprune.quantization.driver import quantize
     from sparseprune.recovery.trainer import recover
     from sparseprune.surgery.entry import cut
     from sparseprune.weights.format import Format
@@ -50,6 +51,8 @@ _PLACES = {
     "perplexity": "measure.evaluate",
     "prune": "pruning.driver",
     "pruning": "pruning:",
+    "quantization": "quantization:",
+    "quantize": "quantization.driver",
     "recover": "recovery.trainer",
     "recovery": "recovery:",
     "save": "io.checkpoint",
@@ -76,6 +79,8 @@ __all__ = [
     "perplexity",
     "prune",
     "pruning",
+    "quantization",
+    "quantize",
     "recover",
     "recovery",
     "save",

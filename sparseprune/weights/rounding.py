@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sparseprune.kernels.codes import join_nibbles
 from sparseprune.weights.encoding import Encoding
 
-__all__ = ["Grid", "codes_of", "fit_grid", "stored_codes"]
+__all__ = ["Grid", "codes_of", "fit_grid", "joined", "nearest", "stored_codes"]
 
 _SHRINK = tuple(1 - 0.03 * step for step in range(10))
 """Scales tried, as fractions of the one that reaches the largest weight: clipping it a little often pays for the rest."""
@@ -31,20 +33,27 @@ class Grid:
             return scale, self.minimums.float()[:, groups]
         return scale, scale * (0 if self.encoding.kind == "int8" else -8)
 
-    def limits(self) -> tuple[int, int]:
-        """The least code and the largest."""
-        return (-127, 127) if self.encoding.kind == "int8" else (0, 15)
 
-
-def codes_of(weight: Tensor, grid: Grid, begin: int = 0) -> tuple[Tensor, Tensor]:
-    """(codes, what they stand for), float32 and of the shape of `weight` `[rows, n]`: columns `begin` and on."""
-    scale, zero = grid.columns(begin, begin + weight.shape[1])
-    low, high = grid.limits()
-    steps = torch.where(scale == 0, 0.0, (weight.float() - zero) / scale)
+def nearest(weight: Tensor, scale: Tensor, zero: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
+    """(codes, what they stand for), float32: `weight` rounded; `scale` and what code 0 stands for broadcast to it."""
+    low, high = (-127, 127) if encoding.kind == "int8" else (0, 15)
+    # A group of zeros has the scale 0, and only int4's middle code is sure to stand for 0 with a scale that is not.
+    middle = 8.0 if encoding.kind == "int4" else 0.0
+    steps = torch.where(scale == 0, middle, (weight.float() - zero) / scale)
     codes = steps.round_().clamp_(low, high)
-    if grid.encoding.kind == "int4":  # a group of zeros: code 8 is zero whatever the scale
-        codes = torch.where(scale == 0, 8.0, codes)
     return codes, codes * scale + zero
+
+
+def codes_of(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(codes, what they stand for), float32 `[rows, cols]`, for a weight of that shape."""
+    return nearest(weight, *grid.columns(0, weight.shape[1]), grid.encoding)
+
+
+def joined(grids: Sequence[Grid]) -> Grid:
+    """The grid of a weight whose groups of columns have these."""
+    minimums = [grid.minimums for grid in grids if grid.minimums is not None]
+    scales = torch.cat([grid.scales for grid in grids], 1)
+    return Grid(grids[0].encoding, scales, torch.cat(minimums, 1) if minimums else None)
 
 
 def stored_codes(codes: Tensor, encoding: Encoding) -> Tensor:

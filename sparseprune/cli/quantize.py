@@ -1,0 +1,49 @@
+"""`sparseprune quantize`."""
+
+from __future__ import annotations
+
+import typer
+
+from sparseprune.cli import console, files
+from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out
+from sparseprune.options import Layers, Windowing
+from sparseprune.quantization.options import Quantization
+
+__all__ = ["quantize"]
+
+
+def quantize(
+    model: Model,
+    out: Out,
+    windowing: Windowing,
+    quantization: Quantization,
+    layers: Layers,
+    calibration: Calibration = None,
+    dtype: DTypeOption = DType.auto,
+    as_json: Json = False,
+) -> None:
+    """Give the linears of MODEL weights of 4 or 8 bits, and write it to the folder OUT.
+
+    MODEL may be dense, or pruned to 2:4 and saved dense (`prune --no-convert`): 2:4 weights stay 2:4.
+    """
+    from sparseprune.cli.stream import calibration_data
+    from sparseprune.io.checkpoint import save
+    from sparseprune.models.modules import max_length
+    from sparseprune.quantization.driver import quantize as quantize_model
+    from sparseprune.quantization.driver import solver_for
+
+    solver_for(quantization, calibration is not None)
+    files.check_text("--calibration", calibration)
+    files.check_out(model, out)
+    loaded, tokenizer = files.load_dense(model, dtype)
+    data = None
+    if calibration is not None:
+        data = calibration_data(calibration, tokenizer, windowing, windowing.seed, max_length(loaded))
+    report = quantize_model(
+        loaded, **vars(quantization), **vars(layers), calibration=data, progress=not as_json
+    )
+    with console.bar("saving") as update:
+        save(loaded, out, tokenizer, progress=update)
+    console.out(
+        {"quantized": report.to_dict(), "saved": str(out)}, lambda: f"{report}\nsaved in {out}", as_json
+    )

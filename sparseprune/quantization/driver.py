@@ -1,0 +1,219 @@
+"""`quantize()`: linears become layers of int8 or int4 codes, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparseprune import clock
+from sparseprune.calibration import CalibrationData, as_data
+from sparseprune.kernels import ops
+from sparseprune.models.batches import Batch
+from sparseprune.models.notes import recall
+from sparseprune.models.sites import WeightSite, find_sites
+from sparseprune.options import Layers
+from sparseprune.pruning.base import Method, Pruned, Target
+from sparseprune.pruning.job import Job
+from sparseprune.pruning.patterns import Pattern
+from sparseprune.pruning.sequential import BlockRun
+from sparseprune.quantization.methods import METHODS, QuantizationMethod
+from sparseprune.quantization.options import Quantization
+from sparseprune.quantization.report import LayerQuantized, QuantizeReport
+from sparseprune.statistics.overlap import remember
+from sparseprune.weights.choose import recognise
+from sparseprune.weights.encoding import Encoding
+from sparseprune.weights.format import Format
+from sparseprune.weights.gguf import StoredCodes
+from sparseprune.weights.linear import SparseLinear
+from sparseprune.weights.sparse_weight import SparseWeight
+from sparseprune.weights.spec import DTYPES, WeightSpec
+
+__all__ = ["quantize"]
+
+_TWO_FOUR = Format("nm", 2, 4)
+
+
+def quantize(
+    model: nn.Module,
+    encoding: Literal["int4", "int4_minimum", "int8"] = "int4",
+    method: Literal["auto", "nearest", "gptq"] = "auto",
+    *,
+    group_size: Literal[32, 64, 128] = 64,
+    scale_dtype: Literal["float16", "bfloat16"] = "float16",
+    calibration: CalibrationData | Iterable[Batch] | None = None,
+    keep: str | Path | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    lm_head: bool = False,
+    progress: bool = False,
+) -> QuantizeReport:
+    """Swaps a model's linears for `SparseLinear` layers of int8 or int4 codes, in place.
+
+    A linear that was pruned to 2:4 becomes 2:4 codes, 3.25 bits a weight in int4 (groups of 64, float16 scales); any other
+    becomes dense ones, 4.25 bits, in which zeros stay zeros but are stored. The model computes in the dtype it has.
+
+    Args:
+        encoding: "int8"; "int4"; "int4_minimum", int4 with a minimum for each group, for dense weights (those in 2:4
+            become int4).
+        method: "gptq" makes up for each rounding in the weights that are left, block by block, and needs `calibration`;
+            "nearest" rounds. "auto": gptq where there is calibration data and fewer than 8 bits.
+        group_size: columns that share a scale (and a minimum).
+        calibration: what gptq runs the model on (`sparseprune.calibration.windows`, or any batches).
+        keep: the GGUF file that the model came from: a linear whose weight is still what the file's Q4_0, Q4_1 or Q8_0
+            codes stand for gets these, bit by bit, whatever the other arguments say.
+        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_sites`. Weights shared by several
+            layers are left alone.
+        progress: show bars on stderr.
+
+    An error leaves the model as it was.
+
+    Raises:
+        ValueError: an argument out of range or of no use, no linear layer, NaN or Inf in weights or activations; the
+            message names the layer.
+    """
+    begin = clock.now()
+    options = Quantization(encoding, method, group_size, scale_dtype, keep)
+    solver = _solver(options, calibration is not None)
+    data = None if calibration is None else as_data(calibration)
+    layers = find_sites(model, **vars(Layers(include, exclude, lm_head)))
+    if not layers:
+        raise ValueError(
+            f"model: {type(model).__name__} has no linear layer to quantize under include={include!r}, "
+            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.sites.find_sites(model)"
+        )
+    stored = None if keep is None else StoredCodes.read(keep)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    reasons = {layer.name: _left_alone(layer) for layer in layers}
+    chosen = [layer for layer in layers if not reasons[layer.name]]
+    kept: dict[str, SparseWeight] = {}
+    if stored is not None:
+        found = {layer.name: stored.find(layer.weight) for layer in chosen}
+        kept = {name: weight for name, weight in found.items() if weight is not None}
+    todo = [layer for layer in chosen if layer.name not in kept]
+    targets = {layer.name: _Quantized.of(layer, options, solver) for layer in todo}
+    originals = {layer.name: layer.weight.detach().clone() for layer in todo}  # for the errors in the report
+    job = Job(model, todo, _as_method(solver), targets, data if solver.statistic else None, progress)
+    if todo:
+        job.run(BlockRun(sequential=True), required=False)
+    weights = {**kept, **{name: target.done() for name, target in targets.items()}}
+    if data is not None:
+        remember(model, data)
+    rows = []
+    for layer in layers:
+        weight = weights.get(layer.name)
+        if weight is None:
+            rows.append(_unchanged(layer, reasons[layer.name]))
+            continue
+        how = "kept" if layer.name in kept else solver.name
+        rows.append(_row(layer, originals.pop(layer.name, layer.weight), weight, how))
+        layer.replace(model, SparseLinear.from_weight(weight, layer.bias, layer.module.training))
+    notes = list(job.notes)
+    if stored is not None:
+        notes.append(
+            f"{len(kept)} of {len(chosen)} layers have the codes of {Path(stored.path).name}, bit by bit"
+        )
+    return QuantizeReport(tuple(rows), size, clock.now() - begin, tuple(notes))
+
+
+def _solver(options: Quantization, calibrated: bool) -> QuantizationMethod:
+    name = options.method
+    if name == "auto":
+        name = "gptq" if calibrated and options.encoding != "int8" else "nearest"
+    solver = METHODS[name]
+    if solver.statistic is not None and not calibrated:
+        raise ValueError(
+            f"calibration: method {name} needs some, got None; pass sparseprune.calibration.windows(text, tokenizer)"
+        )
+    if solver.statistic is None and calibrated:
+        raise ValueError(f"calibration: method {name} looks at weights only; leave it out")
+    return solver
+
+
+def _left_alone(layer: WeightSite) -> str:
+    """Why a layer keeps its weight as it is; empty where nothing keeps it."""
+    if layer.stays is not None:
+        return layer.stays
+    weight = layer.weight
+    if weight.device.type != "cpu":
+        return f"on {weight.device}: int8 and int4 have kernels for the CPU only"
+    return "" if weight.dtype in DTYPES else f"dtype {weight.dtype} has no kernels"
+
+
+@dataclass(frozen=True)
+class _Quantized(Target):
+    """What a layer is to become, and a place for what it has become."""
+
+    spec: WeightSpec | None = None
+    solver: QuantizationMethod | None = None
+    made: list[SparseWeight] | None = None
+
+    @classmethod
+    def of(cls, layer: WeightSite, options: Quantization, solver: QuantizationMethod) -> _Quantized:
+        weight = layer.weight
+        form = recognise(weight, recall(layer)).form
+        two_four = form == _TWO_FOUR
+        kind = "int4" if two_four and options.encoding == "int4_minimum" else options.encoding
+        values = Encoding(kind, options.group_size, getattr(torch, options.scale_dtype))
+        spec = WeightSpec(
+            (weight.shape[0], weight.shape[1]),
+            weight.dtype,
+            form if two_four and form else Format("dense"),
+            values,
+        )
+        return cls(Pattern.parse("unstructured"), 0.0, spec=spec, solver=solver, made=[])
+
+    def solve(self, weight: Tensor, statistic: Any) -> Tensor:
+        """The codes' weight, float32 [out, in]; the codes are left in `made`."""
+        assert self.spec is not None and self.solver is not None and self.made is not None
+        mask = None
+        if self.spec.format != Format("dense"):
+            mask = SparseWeight.from_dense(weight.float(), self.spec.format).mask
+        kept = None if mask is None else ops.unpack_mask(mask, weight.shape[1])
+        codes, grid = self.solver.solve(weight.float(), kept, self.spec.encoding, statistic)
+        made = SparseWeight.from_codes(codes, mask, grid, self.spec)
+        self.made[:] = [made]
+        return made.to(dtype=torch.float32).dense()
+
+    def done(self) -> SparseWeight:
+        assert self.made
+        return self.made[0]
+
+
+def _as_method(solver: QuantizationMethod) -> Method:
+    def solve(weight: Tensor, statistic: Any, target: Target) -> Pruned:
+        assert isinstance(target, _Quantized)
+        rounded = target.solve(weight, statistic)
+        return Pruned(rounded, torch.ones_like(rounded, dtype=torch.bool))
+
+    return Method(solver.name, solve=solve, statistic=solver.statistic)
+
+
+def _row(layer: WeightSite, original: Tensor, weight: SparseWeight, method: str) -> LayerQuantized:
+    rounded = weight.to(dtype=torch.float32).dense()
+    error = (rounded - original.float()).norm() / original.float().norm().clamp_min(1e-30)
+    return LayerQuantized(
+        layer.name,
+        weight.shape,
+        str(weight.format),
+        weight.encoding.kind,
+        method,
+        weight.bits_per_weight,
+        original.nbytes,
+        weight.nbytes,
+        float(error),
+    )
+
+
+def _unchanged(layer: WeightSite, reason: str) -> LayerQuantized:
+    weight = layer.weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+    shape = (weight.shape[0], weight.shape[1])
+    bits = 8.0 * weight.dtype.itemsize
+    return LayerQuantized(
+        layer.name, shape, "dense", dtype, "", bits, weight.nbytes, weight.nbytes, 0.0, reason
+    )

@@ -1,0 +1,48 @@
+"""What `quantize` is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sparseprune.options import option, require_among
+
+__all__ = ["Quantization"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are quantized; see `sparseprune.quantize`, whose arguments these are.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    encoding: Literal["int4", "int4_minimum", "int8"] = option(
+        "int4",
+        "int8, int4, or int4_minimum: int4 with a minimum for each group. 2:4 weights become int4 or int8.",
+    )
+    method: Literal["auto", "nearest", "gptq"] = option(
+        "auto",
+        "gptq makes up for each rounding in the weights that are left, and needs --calibration; nearest rounds; auto: gptq "
+        "where there is calibration text and fewer than 8 bits.",
+    )
+    group_size: Literal[32, 64, 128] = option(64, "Columns that share a scale: 32, 64 or 128.", given=int)
+    scale_dtype: Literal["float16", "bfloat16"] = option("float16", "Of the scales.")
+    keep: str | Path | None = option(
+        None,
+        "A GGUF file whose 4 and 8 bit weights are kept as they are, bit by bit, where the model still has them.",
+        given=Path,
+    )
+
+    def __post_init__(self) -> None:
+        require_among(("int4", "int4_minimum", "int8"), encoding=self.encoding)
+        require_among(("auto", "nearest", "gptq"), method=self.method)
+        require_among(("float16", "bfloat16"), scale_dtype=self.scale_dtype)
+        if self.group_size not in (32, 64, 128):
+            raise ValueError(f"group_size: must be 32, 64 or 128, got {self.group_size!r}")
+        if self.keep is not None and not Path(self.keep).is_file():
+            raise FileNotFoundError(
+                f"keep: there is no file {self.keep}; pass the GGUF file that the model came from"
+            )
