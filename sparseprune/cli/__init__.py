@@ -1,4 +1,4 @@
-"""The command line: `sparseprune demo | prune | cut | recover | eval | bench | inspect`; a command is a file of this folder.
+"""The command line: `sparseprune demo | prune | cut | quantize | recover | eval | bench | inspect`; a command is a file of this folder.
 
 Tables and JSON go to stdout, progress and errors to stderr. A mistake of the user's (a file that is missing or damaged,
 an option out of range) is one line on stderr and exit code 2.
@@ -23,6 +23,7 @@ from sparseprune.cli.evaluate import evaluate
 from sparseprune.cli.inspect import inspect
 from sparseprune.cli.options import flat
 from sparseprune.cli.prune import prune
+from sparseprune.cli.quantize import quantize
 from sparseprune.cli.recover import recover
 
 __all__ = ["app"]
@@ -58,6 +59,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "prune": prune,
     "cut": cut,
+    "quantize": quantize,
     "recover": recover,
     "eval": evaluate,
     "bench": bench,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ from sparseprune.cli import stream as streaming
 from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out
 from sparseprune.options import Layers, Windowing
 from sparseprune.pruning.options import Recipe
+from sparseprune.report import Report
 from sparseprune.weights.options import Conversion
 
 __all__ = ["prune"]
@@ -41,6 +42,13 @@ def prune(
             min=1, help="With --schedule: steps of distillation after each, on the rest of --calibration."
         ),
     ] = None,
+    quantize: Annotated[
+        Literal["int4", "int8"] | None,
+        typer.Option(
+            help="Values of 4 or 8 bits: layers pruned to 2:4 become 2:4 codes, all others dense ones; gptq where there is "
+            "--calibration and 4 bits."
+        ),
+    ] = None,
     dtype: DTypeOption = DType.auto,
     stream: Annotated[
         bool | None,
@@ -67,6 +75,7 @@ def prune(
     from sparseprune.models.modules import max_length
     from sparseprune.processes import join
     from sparseprune.pruning import prune as prune_model
+    from sparseprune.quantization import quantize as quantize_model
 
     recipe = _with_budget(recipe, max_bytes, max_ms, conversion.batches[0])
     scheduled = recipe.schedule != "one-shot"
@@ -80,7 +89,15 @@ def prune(
         )
     if not scheduled:
         recipe.check_calibration(calibration is not None)
+    if quantize is not None and conversion != Conversion():
+        raise ValueError(
+            f"--format, --policy, --batch, --seconds: are of plain values, --quantize is {quantize}; leave them or it out"
+        )
     files.check_text("--calibration", calibration)
+    if quantize is not None and streaming.wanted(model, stream, memory, spill):
+        raise ValueError(
+            f"--quantize: a streamed pruning writes plain values, got {quantize}; leave it out, or pass --no-stream"
+        )
     if streaming.wanted(model, stream, memory, spill):
         streaming.prune_streamed(
             model, out, recipe, windowing, layers,
@@ -98,13 +115,25 @@ def prune(
         length = windowing.length if limit is None else min(windowing.length, limit)
         steps = callbacks(recover_steps or 0, calibration, loaded, tokenizer, length, recipe.seed)
     data = None
-    if calibration is not None and recipe.reads_calibration:
+    if calibration is not None and (recipe.reads_calibration or quantize is not None):
         data = streaming.calibration_data(calibration, tokenizer, windowing, recipe.seed, limit)
-    pruned = prune_model(loaded, **vars(recipe), **vars(layers), calibration=data, progress=first, **steps)
+    pruned = prune_model(
+        loaded,
+        **vars(recipe),
+        **vars(layers),
+        calibration=data if recipe.reads_calibration else None,
+        progress=first,
+        **steps,
+    )
     if not first:
         return
     result: dict[str, Any] = {"pruned": pruned.to_dict(), "saved": str(out)}
-    converted = sparsify(loaded, **vars(conversion), **vars(layers), progress=True)
+    converted: Report
+    if quantize is None:
+        converted = sparsify(loaded, **vars(conversion), **vars(layers), progress=True)
+    else:
+        to_codes = data if quantize == "int4" else None  # 8 bits lose nothing that gptq would win back
+        converted = quantize_model(loaded, quantize, calibration=to_codes, progress=True, **vars(layers))
     result["converted"] = converted.to_dict()
     footer = "\n".join(pruned.table().footer)
     report = [] if pruned.schedule is None else [str(pruned.schedule)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from sparseprune.cli import console, files
@@ -19,12 +21,13 @@ def quantize(
     quantization: Quantization,
     layers: Layers,
     calibration: Calibration = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the calibration windows.")] = 0,
     dtype: DTypeOption = DType.auto,
     as_json: Json = False,
 ) -> None:
     """Give the linears of MODEL weights of 4 or 8 bits, and write it to the folder OUT.
 
-    MODEL may be dense, or pruned to 2:4 and saved dense (`prune --no-convert`): 2:4 weights stay 2:4.
+    MODEL is dense; `sparseprune prune --quantize` prunes and quantizes in one call.
     """
     from sparseprune.cli.stream import calibration_data
     from sparseprune.io.checkpoint import save
@@ -38,7 +41,7 @@ def quantize(
     loaded, tokenizer = files.load_dense(model, dtype)
     data = None
     if calibration is not None:
-        data = calibration_data(calibration, tokenizer, windowing, windowing.seed, max_length(loaded))
+        data = calibration_data(calibration, tokenizer, windowing, seed, max_length(loaded))
     report = quantize_model(
         loaded, **vars(quantization), **vars(layers), calibration=data, progress=not as_json
     )

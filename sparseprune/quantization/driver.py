@@ -33,7 +33,7 @@ from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.sparse_weight import SparseWeight
 from sparseprune.weights.spec import DTYPES, WeightSpec
 
-__all__ = ["quantize"]
+__all__ = ["quantize", "solver_for"]
 
 _TWO_FOUR = Format("nm", 2, 4)
 
@@ -78,7 +78,7 @@ def quantize(
     """
     begin = clock.now()
     options = Quantization(encoding, method, group_size, scale_dtype, keep)
-    solver = _solver(options, calibration is not None)
+    solver = solver_for(options, calibration is not None)
     data = None if calibration is None else as_data(calibration)
     layers = find_sites(model, **vars(Layers(include, exclude, lm_head)))
     if not layers:
@@ -120,7 +120,12 @@ def quantize(
     return QuantizeReport(tuple(rows), size, clock.now() - begin, tuple(notes))
 
 
-def _solver(options: Quantization, calibrated: bool) -> QuantizationMethod:
+def solver_for(options: Quantization, calibrated: bool) -> QuantizationMethod:
+    """The method, with calibration data or without.
+
+    Raises:
+        ValueError: data that is missing, or of no use.
+    """
     name = options.method
     if name == "auto":
         name = "gptq" if calibrated and options.encoding != "int8" else "nearest"

@@ -57,7 +57,7 @@ class StoredCodes:
     def __init__(self, path: Path, tensors: list[_Rows]) -> None:
         self.path = path
         self._tensors = tensors
-        self._places: dict[torch.dtype, dict[bytes, tuple[int, int]]] = {}
+        self._places: dict[torch.dtype, dict[bytes, dict[int, int]]] = {}
 
     @classmethod
     def read(cls, path: str | Path) -> StoredCodes:
@@ -84,21 +84,22 @@ class StoredCodes:
         if weight.dtype not in DTYPES or not self._tensors or weight.shape[1] % _BLOCK or not weight.numel():
             return None
         places = self._index(weight.dtype)
-        found = [places.get(row) for row in _row_bytes(weight)]
-        tensors = {None if it is None else it[0] for it in found}
-        if len(tensors) != 1 or None in tensors:
-            return None
-        at = torch.tensor([it[1] for it in found if it is not None])
-        made = self._tensors[next(it for it in tensors if it is not None)].weight(at, weight.dtype)
-        return made if torch.equal(made.dense(), weight) else None
+        found = [places.get(row, {}) for row in _row_bytes(weight)]
+        for number in found[0]:  # rows of zeros are in many a tensor
+            if all(number in it for it in found):
+                at = torch.tensor([it[number] for it in found])
+                made = self._tensors[number].weight(at, weight.dtype)
+                return made if torch.equal(made.dense(), weight) else None
+        return None
 
-    def _index(self, dtype: torch.dtype) -> dict[bytes, tuple[int, int]]:
-        """Row by row: which tensor, and which of its rows."""
+    def _index(self, dtype: torch.dtype) -> dict[bytes, dict[int, int]]:
+        """Of each row's bytes: in which tensors it is, and which of their rows."""
         if dtype not in self._places:
-            places: dict[bytes, tuple[int, int]] = {}
+            places: dict[bytes, dict[int, int]] = {}
             for number, rows in enumerate(self._tensors):
                 dense = rows.weight(torch.arange(len(rows.codes)), dtype).dense()
-                places.update((row, (number, at)) for at, row in enumerate(_row_bytes(dense)))
+                for at, row in enumerate(_row_bytes(dense)):
+                    places.setdefault(row, {})[number] = at
             self._places[dtype] = places
         return self._places[dtype]
 

@@ -1,0 +1,213 @@
+"""`quantize()`: which linears get which codes, what GPTQ gains, what is refused, and a GGUF file's own codes."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny
+from helpers.shapes import generator
+from torch import nn
+
+import sparseprune as sp
+from sparseprune.quantization.methods import METHODS
+from sparseprune.statistics.inputs import Gram
+from sparseprune.weights.encoding import Encoding
+from sparseprune.weights.gguf import StoredCodes
+from sparseprune.weights.rounding import codes_of
+from sparseprune.weights.sparse_weight import SparseWeight
+
+BATCHES = [tiny.ids(2, 32, seed) for seed in range(6)]
+
+
+def logits(model: nn.Module, ids: torch.Tensor = BATCHES[0]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits.float()
+
+
+def layers_of(model: nn.Module) -> dict[str, sp.SparseLinear]:
+    return {name: it for name, it in model.named_modules() if isinstance(it, sp.SparseLinear)}
+
+
+@pytest.mark.parametrize("encoding", ["int8", "int4", "int4_minimum"])
+def test_every_linear_is_quantized_and_the_report_begins_with_the_share(encoding):
+    model = tiny.llama()
+    before = logits(model)
+    report = sp.quantize(model, encoding)
+    assert len(layers_of(model)) == len(report.layers) == 14
+    assert {(it.format, it.encoding, it.method) for it in report.layers} == {("dense", encoding, "nearest")}
+    error = float((logits(model) - before).norm() / before.norm())
+    assert error < (0.02 if encoding == "int8" else 0.3)
+    linears = sum(it.in_features * it.out_features for it in layers_of(model).values())
+    assert report.quantized_weights == linears and f"quantized {linears:,} of" in str(report)
+    assert report.bytes_after < report.bytes_before and report.to_dict()["layers"][0]["method"] == "nearest"
+
+
+def test_what_was_pruned_to_two_of_four_becomes_two_of_four_codes():
+    model = tiny.llama()
+    sp.prune(model, "2:4", exclude="*down_proj")
+    zeros = {name: it.weight == 0 for name, it in model.named_modules() if isinstance(it, nn.Linear)}
+    report = sp.quantize(model, "int4_minimum", group_size=32)
+    formats = {it.name.rpartition(".")[2]: (it.format, it.encoding) for it in report.layers}
+    assert formats.pop("down_proj") == ("dense", "int4_minimum")
+    assert set(formats.values()) == {("2:4", "int4")}, "2:4 has no minimums"
+    for name, layer in layers_of(model).items():
+        if layer.format.kind == "nm":
+            assert not bool(layer.weight[zeros[name]].any())
+            assert layer.sparse_weight().bits_per_weight == pytest.approx(
+                3.5 if layer.in_features % 32 == 0 else 3.6, abs=0.2
+            )
+
+
+def test_zeros_that_are_not_two_of_four_stay_zeros_in_dense_codes():
+    model = tiny.llama()
+    sp.prune(model, "unstructured", sparsity=0.6)
+    zeros = {name: it.weight == 0 for name, it in model.named_modules() if isinstance(it, nn.Linear)}
+    assert {it.format for it in sp.quantize(model, "int4").layers} == {"dense"}
+    for name, layer in layers_of(model).items():
+        assert not bool(layer.weight[zeros[name]].any()), name
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("encoding", ["int4", "int4_minimum", "int8"])
+def test_gptq_beats_rounding_on_the_outputs(encoding, masked):
+    seed = generator(7)
+    mix = torch.randn(96, 96, generator=seed) * torch.linspace(0.05, 1, 96)[:, None]
+    inputs = torch.randn(600, 96, generator=seed) @ mix
+    gram = Gram(96, torch.device("cpu"))
+    gram.update(inputs)
+    weight = torch.randn(40, 96, generator=seed)
+    kept = torch.rand(40, 24, 4, generator=seed).argsort(-1).argsort(-1).view(40, 96) < 2 if masked else None
+    if kept is not None:
+        weight = weight * kept
+    values = Encoding(encoding, 32, torch.float16)
+    errors = {}
+    for name, method in METHODS.items():
+        codes, grid = method.solve(weight, kept, values, gram)
+        scale, zero = grid.columns(0, 96)
+        rounded = codes * scale + zero
+        if kept is not None:
+            rounded = rounded * kept
+        errors[name] = float((inputs @ (rounded - weight).t()).norm())
+        assert bool((codes == codes.round()).all())
+    assert errors["gptq"] < (0.96 if masked else 0.8) * errors["nearest"], errors
+
+
+def test_gptq_of_a_model_with_calibration_data():
+    dense = tiny.llama(hidden_size=128, intermediate_size=192)
+    expected = logits(dense)
+    errors = {}
+    for name, data in (("nearest", None), ("gptq", BATCHES)):
+        model = copy.deepcopy(dense)
+        report = sp.quantize(model, "int4", group_size=32, calibration=data)
+        assert {it.method for it in report.layers} == {name}
+        errors[name] = float((logits(model) - expected).norm())
+    assert errors["gptq"] < errors["nearest"]
+
+
+def test_saved_and_loaded_the_model_is_the_same(tmp_path):
+    model = tiny.llama(tied=True)
+    sp.quantize(model, "int4")
+    sp.save(model, tmp_path / "out")
+    assert torch.equal(logits(sp.load(tmp_path / "out")), logits(model))
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.inf
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"model.layers.1.mlp.up_proj: weight: must be finite to be quantized"
+    ):
+        sp.quantize(model, "int4")
+    assert not layers_of(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"encoding": "int3"}, ValueError, "encoding: must be one of int4, int4_minimum, int8, got 'int3'"),
+        ({"method": "awq"}, ValueError, "method: must be one of auto, nearest, gptq, got 'awq'"),
+        ({"method": "gptq"}, ValueError, "calibration: method gptq needs some, got None; pass"),
+        ({"method": "nearest", "calibration": BATCHES}, ValueError, "calibration: method nearest looks at weights only"),
+        ({"encoding": "int8", "calibration": BATCHES}, ValueError, "calibration: method nearest looks at weights only"),
+        ({"group_size": 48}, ValueError, "group_size: must be 32, 64 or 128, got 48"),
+        ({"scale_dtype": "float32"}, ValueError, "scale_dtype: must be one of float16, bfloat16, got 'float32'"),
+        ({"include": "*nothing*"}, ValueError, "include: .*nothing"),
+        ({"keep": "none.gguf"}, FileNotFoundError, "keep: there is no file none.gguf; pass the GGUF file"),
+        ({"keep": __file__}, ValueError, "keep: .* is not a sound GGUF file"),
+    ],
+)  # fmt: skip
+def test_arguments_are_checked_before_anything_changes(arguments, kind, message):
+    model = tiny.llama()
+    with pytest.raises(kind, match=message):
+        sp.quantize(model, **arguments)
+    assert not layers_of(model)
+
+
+# --- a GGUF file's own codes --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    weights = {}
+    for number, kind in enumerate(("Q4_0", "Q4_1", "Q8_0")):
+        values = np.random.default_rng(number).standard_normal((24, 96)).astype(np.float32)
+        values[3] = 0
+        data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(f"blk.{number}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        weights[kind] = torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]))
+    writer.add_tensor("norm.weight", np.ones(96, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "encoding"), [("Q4_0", "int4"), ("Q4_1", "int4_minimum"), ("Q8_0", "int8")])
+def test_codes_are_found_bit_by_bit_in_any_order_of_rows(gguf_file, kind, encoding, dtype):
+    path, weights = gguf_file
+    stored = StoredCodes.read(path)
+    order = torch.randperm(24, generator=generator(9))
+    found = stored.find(weights[kind][order].to(dtype))
+    assert found is not None and (found.encoding.kind, found.encoding.group_size) == (encoding, 32)
+    assert torch.equal(found.to(dtype=torch.float32).dense(), weights[kind][order]), "not by way of bfloat16"
+    changed = weights[kind].to(dtype).clone()
+    changed[5, 7] += 1
+    assert stored.find(changed) is None
+    assert stored.find(torch.cat([weights["Q4_0"][:4], weights["Q8_0"][:4]]).to(dtype)) is None
+
+
+def test_quantize_keeps_what_the_file_has_and_rounds_the_rest(gguf_file):
+    path, weights = gguf_file
+    model = nn.Sequential(*(nn.Linear(96, 24) for _ in range(4)))
+    with torch.no_grad():
+        for layer, weight in zip(model, weights.values(), strict=False):
+            layer.weight.copy_(weight)
+    report = sp.quantize(model, "int4", keep=path)
+    assert [(it.method, it.encoding) for it in report.layers] == [
+        ("kept", "int4"), ("kept", "int4_minimum"), ("kept", "int8"), ("nearest", "int4"),
+    ]  # fmt: skip
+    assert "3 of 4 layers have the codes of tiny.gguf, bit by bit" in str(report)
+    assert [it.error for it in report.layers[:3]] == [0, 0, 0]
+
+
+def test_requantizing_a_kept_weight_changes_nothing(gguf_file):
+    path, weights = gguf_file
+    found = StoredCodes.read(path).find(weights["Q4_0"])
+    from sparseprune.weights.rounding import Grid
+
+    codes, rounded = codes_of(weights["Q4_0"], Grid(found.encoding, found.scales))
+    assert torch.equal(rounded, weights["Q4_0"])
+    again = SparseWeight.from_codes(codes, None, Grid(found.encoding, found.scales), found.spec)
+    assert torch.equal(again.dense(), found.dense())
