@@ -29,6 +29,10 @@ static constexpr std::int64_t value_bits(Encoding encoding, DType dtype) {
   return encoding == Encoding::int8 ? 8 : 4;
 }
 
+static constexpr bool has_minimums(Encoding encoding) {
+  return encoding == Encoding::int4_minimum;
+}
+
 // Whether every `group` columns of the dense weight share a scale of such a dtype; plain values have none: 0 and 0.
 static constexpr bool has_scales(Encoding encoding, std::int64_t group, DType scales) {
   if (encoding == Encoding::plain) return group == 0 && scales == DType{};

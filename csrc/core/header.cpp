@@ -35,7 +35,7 @@ bool is_known(const Packing& p) {
   return static_cast<int>(p.layout) < kLayouts && static_cast<int>(p.dtype) < kDTypes &&
          static_cast<int>(p.encoding) < kEncodings && has_scales(p.encoding, p.group, p.scales) &&
          is_of_codes(p.layout) == (p.encoding != Encoding::plain) &&
-         (p.layout != Layout::octets || p.encoding != Encoding::int4_minimum) &&
+         (p.layout != Layout::octets || !has_minimums(p.encoding)) &&
          (p.layout != Layout::sparse24 || value_bits(p.encoding, p.dtype) == sparse24::kBits);
 }
 

@@ -13,16 +13,43 @@ The CPU alone has kernels for them: `quads` of dense weights, `octets` of 2:4 on
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from sparseprune.kernels import _core, native
 from sparseprune.kernels.packing import Packed, dtype_of, encoding_of, group_of, layout_of, scale_dtype_of
 
-__all__ = ["CODE_BITS", "dequantize", "join_nibbles", "lookup", "pack_codes", "split_nibbles", "unpack_codes"]
+__all__ = [
+    "CODES",
+    "Code",
+    "dequantize",
+    "join_nibbles",
+    "lookup",
+    "pack_codes",
+    "split_nibbles",
+    "unpack_codes",
+]
 
-CODE_BITS = {"int8": 8, "int4": 4, "int4_minimum": 4}
-"""The encodings that have codes, and the bits of each."""
+
+class Code(NamedTuple):
+    """What the codes of an encoding are: `bits` of each, from `least` to `largest`, of which `zero` stands for 0; where there
+    are minimums, `zero` stands for the group's minimum."""
+
+    bits: int
+    least: int
+    largest: int
+    zero: int
+    minimums: bool = False
+
+
+CODES = {
+    "int8": Code(8, -127, 127, 0),
+    "int4": Code(4, 0, 15, 8),
+    "int4_minimum": Code(4, 0, 15, 0, minimums=True),
+}
+"""The encodings that have codes."""
 
 
 def join_nibbles(codes: Tensor) -> Tensor:
@@ -48,11 +75,11 @@ def dequantize(
 ) -> Tensor:
     """The float32 weight `[rows, cols]`; mask: its bits, or None where all entries are kept."""
     rows = scales.shape[0]
-    if encoding == "int8":
+    if CODES[encoding].bits == 8:
         numbers = codes.float()
     else:
         count = rows * cols if mask is None else _ones(mask)
-        numbers = split_nibbles(codes, count).float() - (8 if encoding == "int4" else 0)
+        numbers = split_nibbles(codes, count).float() - CODES[encoding].zero
     if mask is None:
         dense = numbers.view(rows, cols)
     else:
@@ -98,7 +125,7 @@ def unpack_codes(packed: Packed) -> tuple[Tensor, Tensor | None, Tensor, Tensor 
     blob, rows, cols, packing = packed
     count = native.header(*packed)["nnz"]
     encoding, threads = encoding_of(packing), torch.get_num_threads()
-    bits = CODE_BITS[encoding]
+    bits = CODES[encoding].bits
     codes = torch.empty(-(-count * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8)
     _core.unpack_values(blob.data_ptr(), blob.numel(), 0, codes.data_ptr(), threads)
     mask = None
@@ -106,7 +133,7 @@ def unpack_codes(packed: Packed) -> tuple[Tensor, Tensor | None, Tensor, Tensor 
         mask = torch.empty((rows, -(-cols // 8)), dtype=torch.uint8)
         _core.unpack_bits(blob.data_ptr(), blob.numel(), mask.data_ptr(), threads)
     scales = torch.empty((rows, -(-cols // group_of(packing))), dtype=scale_dtype_of(packing))
-    minimums = torch.empty_like(scales) if encoding == "int4_minimum" else None
+    minimums = torch.empty_like(scales) if CODES[encoding].minimums else None
     _core.unpack_scales(
         blob.data_ptr(),
         blob.numel(),

@@ -162,7 +162,7 @@ class _Quantized(Target):
         weight = layer.weight
         form = recognise(weight, recall(layer)).form
         two_four = form == _TWO_FOUR
-        kind = "int4" if two_four and options.encoding == "int4_minimum" else options.encoding
+        kind = options.encoding.removesuffix("_minimum") if two_four else options.encoding
         values = Encoding(kind, options.group_size, getattr(torch, options.scale_dtype))
         spec = WeightSpec(
             (weight.shape[0], weight.shape[1]),

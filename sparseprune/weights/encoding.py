@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparseprune.kernels.codes import CODES, Code
 from sparseprune.kernels.packing import ENCODINGS
 
 __all__ = ["PLAIN", "Encoding", "Part"]
@@ -64,18 +65,22 @@ class Encoding:
         return self.kind if self.kind == "plain" else f"{self.kind}, groups of {self.group_size}"
 
     @property
-    def bits(self) -> int:
-        """Of a code; 0 for `plain`."""
-        return {"plain": 0, "int8": 8}.get(self.kind, 4)
+    def code(self) -> Code | None:
+        """What its codes are; None for `plain`, which has none."""
+        return CODES.get(self.kind)
+
+    @property
+    def minimums(self) -> bool:
+        return self.code is not None and self.code.minimums
 
     def parts(self, shape: tuple[int, int], nnz: int, dtype: torch.dtype) -> dict[str, Part]:
         """The tensors that hold the `nnz` kept values of a weight of this shape that computes in `dtype`, by name."""
-        if self.scale_dtype is None:
+        if self.code is None or self.scale_dtype is None:
             return {"values": Part(dtype, (nnz,))}
-        codes = Part(torch.int8, (nnz,)) if self.bits == 8 else Part(torch.uint8, (-(-nnz // 2),))
+        codes = Part(torch.int8, (nnz,)) if self.code.bits == 8 else Part(torch.uint8, (-(-nnz // 2),))
         per_group = Part(self.scale_dtype, (shape[0], -(-shape[1] // self.group_size)))
         parts = {"values": codes, "scales": per_group}
-        return {**parts, "minimums": per_group} if self.kind == "int4_minimum" else parts
+        return {**parts, "minimums": per_group} if self.minimums else parts
 
 
 PLAIN = Encoding()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparseprune.kernels.codes import join_nibbles
+from sparseprune.kernels.codes import CODES, join_nibbles
 from sparseprune.weights.encoding import Encoding
 
 __all__ = ["Grid", "codes_of", "fit_grid", "joined", "nearest", "stored_codes"]
@@ -31,16 +31,15 @@ class Grid:
         scale = self.scales.float()[:, groups]
         if self.minimums is not None:
             return scale, self.minimums.float()[:, groups]
-        return scale, scale * (0 if self.encoding.kind == "int8" else -8)
+        return scale, scale * -CODES[self.encoding.kind].zero
 
 
 def nearest(weight: Tensor, scale: Tensor, zero: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
     """(codes, what they stand for), float32: `weight` rounded; `scale` and what code 0 stands for broadcast to it."""
-    low, high = (-127, 127) if encoding.kind == "int8" else (0, 15)
-    # A group of zeros has the scale 0, and only int4's middle code is sure to stand for 0 with a scale that is not.
-    middle = 8.0 if encoding.kind == "int4" else 0.0
-    steps = torch.where(scale == 0, middle, (weight.float() - zero) / scale)
-    codes = steps.round_().clamp_(low, high)
+    code = CODES[encoding.kind]
+    # A group of zeros has the scale 0; its code is the one that stands for 0 with any scale.
+    steps = torch.where(scale == 0, float(code.zero), (weight.float() - zero) / scale)
+    codes = steps.round_().clamp_(code.least, code.largest)
     return codes, codes * scale + zero
 
 
@@ -58,7 +57,7 @@ def joined(grids: Sequence[Grid]) -> Grid:
 
 def stored_codes(codes: Tensor, encoding: Encoding) -> Tensor:
     """Codes `[n]` of any dtype as `SparseWeight.values` has them."""
-    return codes.to(torch.int8) if encoding.bits == 8 else join_nibbles(codes.to(torch.uint8))
+    return codes.to(torch.int8) if CODES[encoding.kind].bits == 8 else join_nibbles(codes.to(torch.uint8))
 
 
 def fit_grid(weight: Tensor, encoding: Encoding, kept: Tensor | None = None) -> Grid:
@@ -79,17 +78,18 @@ def fit_grid(weight: Tensor, encoding: Encoding, kept: Tensor | None = None) -> 
     if not bool(torch.isfinite(groups).all()):
         raise ValueError("weight: must be finite to be quantized, got NaN or Inf; repair the checkpoint")
     groups = torch.where(counts, groups, 0.0)
-    if encoding.kind == "int4_minimum":
+    code = CODES[encoding.kind]
+    if code.minimums:
         low = torch.where(counts, groups, torch.inf).amin(-1).nan_to_num(posinf=0.0)
         high = torch.where(counts, groups, -torch.inf).amax(-1).nan_to_num(neginf=0.0)
-        tried = [Grid(encoding, (high - low) * f / 15, low + (high - low) * (1 - f) / 2) for f in _SHRINK]
-    elif (
-        encoding.kind == "int4"
-    ):  # the largest weight gets the code 0, which stands for -8 scales of either sign
+        tried = [
+            Grid(encoding, (high - low) * f / code.largest, low + (high - low) * (1 - f) / 2) for f in _SHRINK
+        ]
+    elif code.zero:  # the largest weight gets the code 0, which stands for `zero` scales of either sign
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        tried = [Grid(encoding, largest * f / -8) for f in _SHRINK]
-    else:
-        tried = [Grid(encoding, groups.abs().amax(-1) / 127)]
+        tried = [Grid(encoding, largest * f / -code.zero) for f in _SHRINK]
+    else:  # so many codes that clipping gains nothing
+        tried = [Grid(encoding, groups.abs().amax(-1) / code.largest)]
     if not bool(torch.isfinite(tried[0].scales).all()):
         raise ValueError(
             f"weight: must have scales within {encoding.scale_dtype}, got weights up to {float(groups.abs().max()):g}; "

@@ -227,7 +227,12 @@ class SparseWeight:
                 raise ValueError(
                     f"{name}: must be finite, got NaN or Inf in row {row}; quantize the weight again"
                 )
-        if self.encoding.bits == 4 and kept % 2 and int(self.values[-1]) > 15:
+        if (
+            self.encoding.code is not None
+            and self.encoding.code.bits == 4
+            and kept % 2
+            and int(self.values[-1]) > 15
+        ):
             raise ValueError(
                 f"values: the high nibble past {kept} codes must be 0, got {int(self.values[-1]) >> 4}"
             )

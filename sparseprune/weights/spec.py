@@ -47,7 +47,7 @@ class WeightSpec:
             raise ValueError(
                 f"format: must be dense or 2:4 for {self.encoding.kind} values, got {form}; others are plain"
             )
-        if self.encoding.kind == "int4_minimum" and form.kind != "dense":
+        if self.encoding.minimums and form.kind != "dense":
             raise ValueError(f"format: must be dense for values with minimums, got {form}; use int4")
 
     def parts(self, nnz: int) -> dict[str, Part]:

@@ -20,7 +20,7 @@ static constexpr Geometry geometry(std::int64_t tiles, std::int64_t kpad, std::i
   g.offsets = g.index = g.values = kHeaderBytes;
   g.scales = round_up(g.values + tiles * tile_bytes, kAlign);
   const std::int64_t end = round_up(g.scales + tiles * groups(kpad, p) * kRows * 2, kAlign);
-  g.minimums = p.encoding == Encoding::int4_minimum ? end : 0;
+  g.minimums = has_minimums(p.encoding) ? end : 0;
   g.total = g.minimums == 0 ? end : end + (end - g.scales);
   return g;
 }
