@@ -16,7 +16,9 @@ def python(code):
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("package", [sp, sp.pruning, sp.recovery, sp.surgery], ids=lambda it: it.__name__)
+@pytest.mark.parametrize(
+    "package", [sp, sp.pruning, sp.quantization, sp.recovery, sp.surgery], ids=lambda it: it.__name__
+)
 def test_every_public_name_is_there_and_no_other(package):
     for name in package.__all__:
         assert getattr(package, name) is not None
@@ -26,7 +28,9 @@ def test_every_public_name_is_there_and_no_other(package):
         _ = package.nothing
 
 
-@pytest.mark.parametrize("package", [sp, sp.pruning, sp.recovery, sp.surgery], ids=lambda it: it.__name__)
+@pytest.mark.parametrize(
+    "package", [sp, sp.pruning, sp.quantization, sp.recovery, sp.surgery], ids=lambda it: it.__name__
+)
 def test_type_checkers_find_each_name_where_it_is(package):
     """What a type checker imports is what runs: the module that `_PLACES` names."""
     told = {}

@@ -233,6 +233,10 @@ def time_model(
         tokens: False leaves the whole model out, which must be a causal language model otherwise.
     """
     batches = Conversion(format, batch=batch, seconds=seconds).batches
+    if tokens and not callable(getattr(model, "generate", None)):
+        raise TypeError(
+            f"tokens: needs a causal language model of transformers, {type(model).__name__} is not one; pass tokens=False"
+        )
     form = None if format == "auto" else Format.parse(format)
     groups: dict[Any, list[tuple[str, nn.Module]]] = {}
     for name, module in _linears(model):

@@ -179,8 +179,10 @@ def layer_errors(
         batches: token ids [batch, tokens].
 
     Raises:
-        ValueError: no layer of `reference` has a twin in `model`.
+        ValueError: no layer of `reference` has a twin in `model`, or no batch.
     """
+    if not batches:
+        raise ValueError("batches: must hold at least one, got none; pass token ids [batch, tokens]")
     pairs = _pairs(model, reference)
     sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in pairs}
     with ExitStack() as stack:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -74,11 +75,20 @@ def zero_shot(
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     if not names:
         raise ValueError('tasks: must name at least one task, got none; pass "hellaswag", say')
+    if not callable(getattr(model, "generate", None)):
+        raise TypeError(
+            f"model: must be a causal language model of transformers, got a {type(model).__name__}; load one with "
+            "sparseprune.models.load_dense"
+        )
     if tokenizer is None:
         raise ValueError("tokenizer: must be given to read the tasks, got None; pass the model's")
     for argument, value, least in (("shots", shots, 0), ("limit", limit, 1), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise ValueError(f"{argument}: must be at least {least}, got {value}")
+    if folder is not None and not Path(folder).is_dir():
+        raise NotADirectoryError(
+            f"folder: must be a folder with task files, got {folder}; leave it out, or name one"
+        )
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError(
             "tasks are run by the package lm-eval, which is not installed; run: pip install 'sparseprune[eval]'"

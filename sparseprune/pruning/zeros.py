@@ -225,6 +225,10 @@ def hold_zeros(
     Raises:
         ValueError: no linear layer has a zero.
     """
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer: must be a torch.optim.Optimizer, got {optimizer!r}; leave it out for any"
+        )
     zeros = Zeros(model, layers)
     if not zeros.count:
         raise ValueError(

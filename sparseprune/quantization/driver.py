@@ -77,7 +77,7 @@ def quantize(
             message names the layer.
     """
     begin = clock.now()
-    options = Quantization(encoding, method, group_size, scale_dtype, keep)
+    options = Quantization(encoding, method, group_size=group_size, scale_dtype=scale_dtype, keep=keep)
     solver = solver_for(options, calibration is not None)
     data = None if calibration is None else as_data(calibration)
     layers = find_sites(model, **vars(Layers(include, exclude, lm_head)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ class Quantization:
         "gptq makes up for each rounding in the weights that are left, and needs --calibration; nearest rounds; auto: gptq "
         "where there is calibration text and fewer than 8 bits.",
     )
+    _: KW_ONLY
     group_size: Literal[32, 64, 128] = option(64, "Columns that share a scale: 32, 64 or 128.", given=int)
     scale_dtype: Literal["float16", "bfloat16"] = option("float16", "Of the scales.")
     keep: str | Path | None = option(

@@ -57,6 +57,8 @@ class SparseLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype: must be float32, bfloat16 or float16 for a sparse layer, got {dtype}")
         self.spec = WeightSpec(
             (out_features, in_features), dtype, Format.parse(format), Encoding.parse(encoding)
         )

@@ -72,7 +72,7 @@ class Search:
     bytes: int | None = None
     seconds: float | None = None
     batch: int | None = None
-    losses: list[float] = field(default_factory=list, repr=False, compare=False)
+    losses: list[float] = field(init=False, default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.bytes is not None and self.seconds is not None:
