@@ -12,6 +12,7 @@ from torch import nn
 SMALLER = {
     r"count=\d+": "count=4, length=16",
     r"minutes=\d+": "minutes=0.02",
+    r"(?<=held_out.txt\"\)\.read_text\(\))": ", window=32",
     r"TokenStream\(text, tokenizer\)": "TokenStream(text, tokenizer, length=16)",
 }
 
@@ -47,8 +48,11 @@ def test_fences_say_what_they_hold(path):
 @pytest.mark.parametrize("path", [path for path in PAGES if "python" in languages(path)])
 def test_it_runs_in_sequence(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.llama().save_pretrained(tmp_path / "DENSE")
-    tiny_tokenizer().save_pretrained(tmp_path / "DENSE")
+    for folder in ("DENSE", "MODEL"):
+        tiny.llama().save_pretrained(tmp_path / folder)
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+    for file in ("corpus.txt", "held_out.txt"):
+        (tmp_path / file).write_text(TEXT * 20)
     known = names()
     for code in fences(path, "python"):
         exec(compile(smaller(code), path, "exec"), known)

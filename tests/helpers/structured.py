@@ -49,16 +49,7 @@ def phi3() -> nn.Module:
     from transformers import Phi3Config, Phi3ForCausalLM
 
     torch.manual_seed(0)
-    config = Phi3Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
+    config = Phi3Config(**tiny.SIZES, num_key_value_heads=2, pad_token_id=0, eos_token_id=2)
     return Phi3ForCausalLM(config).eval()
 
 
@@ -67,7 +58,4 @@ def gpt_neox() -> nn.Module:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
-    return GPTNeoXForCausalLM(config).eval()
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**tiny.SIZES)).eval()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+"""Of every family whose configuration uses these names."""
+
 
 def llama(tied: bool = False, layers: int = 2, **kwargs) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(
-        num_hidden_layers=layers, tie_word_embeddings=tied, pad_token_id=0, **(sizes | heads | kwargs)
-    )
+    own = {"num_hidden_layers": layers, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = LlamaConfig(tie_word_embeddings=tied, pad_token_id=0, **(SIZES | own | kwargs))
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
 
@@ -29,14 +31,7 @@ def gpt2() -> nn.Module:
 def bert(head: bool = False) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM, BertModel
 
-    config = BertConfig(
-        vocab_size=96,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
-    )
+    config = BertConfig(**SIZES, max_position_embeddings=64)
     torch.manual_seed(0)
     return (BertForMaskedLM if head else BertModel)(config).eval()
 

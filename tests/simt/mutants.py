@@ -301,7 +301,7 @@ class Build:
     @classmethod
     def of(cls, folder: Path) -> Build:
         entries = json.loads((folder / "compile_commands.json").read_text())
-        module = [it for it in entries if "/_simt.dir/" in it["output"]]
+        module = [it for it in entries if "/_simt.dir/" in it["command"]]  # not every CMake has "output"
         return cls(folder, {str(Path(it["file"]).resolve()): shlex.split(it["command"]) for it in module})
 
     def variant(self, mutant: Mutant, folder: Path) -> Path:

@@ -254,17 +254,8 @@ class TestLayers:
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
         kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
-        config = Qwen2Config(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            use_sliding_window=True,
-            sliding_window=4,
-            layer_types=kinds,
-        )
+        own = {"num_hidden_layers": 4, "num_key_value_heads": 2, "layer_types": kinds}
+        config = Qwen2Config(**(tiny.SIZES | own), use_sliding_window=True, sliding_window=4)
         model = Qwen2ForCausalLM(config).eval()
         remove_layers(model, 1, "l1", include="model.layers.0")
         assert model.config.layer_types == kinds[1:]
