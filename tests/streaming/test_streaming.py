@@ -26,9 +26,8 @@ def qwen():
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=1,
-        layer_types=["full_attention"] * 2,
+        **tiny.SIZES, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=1, layer_types=["full_attention"] * 2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config).eval()
@@ -41,10 +40,7 @@ def neox():
     """A model whose head transformers renames when it loads it."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    config = GPTNeoXConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
+    config = GPTNeoXConfig(**tiny.SIZES, max_position_embeddings=64, bos_token_id=1, eos_token_id=1)
     torch.manual_seed(0)
     return GPTNeoXForCausalLM(config).eval()
 
@@ -111,10 +107,8 @@ def test_the_weights_are_those_of_prune_in_memory(tmp_path, name, method, patter
 def test_experts_that_transformers_merges_are_refused(tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    config = MixtralConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
+    own = {"num_hidden_layers": 1, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(**(tiny.SIZES | own))
     folder = save(MixtralForCausalLM(config), tmp_path / "dense")
     with pytest.raises(CheckpointError, match=r"experts.*is merged or reordered by transformers .*in memory"):
         wanda(folder, tmp_path / "out")
