@@ -27,6 +27,7 @@ from sparseprune.io.safetensors import DTYPE_NAMES, CheckpointError, TensorInfo,
 from sparseprune.io.shards import INDEX_FILE, STREAM_FILE, WEIGHTS_FILE, open_sharded, open_whole
 from sparseprune.io.skeleton import CONFIG_FILE, from_config, read_config
 from sparseprune.models import notes
+from sparseprune.models.modules import take_hooks
 from sparseprune.models.sites import linear_shape
 from sparseprune.statistics import overlap
 from sparseprune.weights.linear import SparseLinear
@@ -347,6 +348,7 @@ class _Plan:
             old = self.modules[name]
             layer.register_parameter("bias", old.bias)
             layer.train(old.training)
+            take_hooks(old, layer)
             root = layer if old is root else root
             for parent in self.skeleton.modules():
                 for attribute, child in list(parent._modules.items()):

@@ -270,7 +270,7 @@ def time_model(
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    dense = {layer.name for layer in find_sites(model) if layer.stays is None}
+    dense = {layer.name for layer in find_sites(model) if layer.stays is None or layer.module is model}
     return [
         (name, module)
         for name, module in model.named_modules()

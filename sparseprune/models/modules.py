@@ -8,7 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["device_of", "evaluation_mode", "max_length", "parent_of"]
+__all__ = ["device_of", "evaluation_mode", "max_length", "parent_of", "take_hooks"]
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 
 
 def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -28,6 +33,12 @@ def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
             "model.named_modules()"
         ) from None
     return parent, attribute
+
+
+def take_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Hooks on the calls of `old`, whose place `new` takes, are on `new` too; a handle removes its hook from both."""
+    for name in _HOOKS:  # the very dictionaries: handles know them
+        new.__dict__[name] = old.__dict__[name]
 
 
 def device_of(model: nn.Module) -> torch.device:

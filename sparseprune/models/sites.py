@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparseprune.models.modules import take_hooks
 from sparseprune.options import Layers
 
 __all__ = [
@@ -170,11 +171,13 @@ class WeightSite(ABC):
     @property
     def stays(self) -> str | None:
         """Why no other module can take the place of the site's, such as a `SparseLinear`; None where one can."""
+        if not self.name:
+            return "the model itself, which nothing holds; put it into an nn.Sequential"
         sharing = [name for name, module in self.tied if module is not self.module]
         return f"weight shared with {sharing[0]}" if sharing else None
 
     def replace(self, model: nn.Module, new: nn.Module) -> None:
-        """Puts `new` wherever `model` has the site's module.
+        """Puts `new` wherever `model` has the site's module; the hooks on it are on `new` from then on.
 
         Raises:
             ValueError: the site `stays`.
@@ -185,6 +188,7 @@ class WeightSite(ABC):
             for attribute, child in parent._modules.items():
                 if child is self.module:
                     parent._modules[attribute] = new
+        take_hooks(self.module, new)
 
 
 class LinearSite(WeightSite):

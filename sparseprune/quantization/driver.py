@@ -111,7 +111,7 @@ def quantize(
             continue
         how = "kept" if layer.name in kept else solver.name
         rows.append(_row(layer, originals.pop(layer.name, layer.weight), weight, how))
-        layer.replace(model, SparseLinear.from_weight(weight, layer.bias, layer.module.training))
+        layer.replace(model, SparseLinear.in_place_of(layer.module, weight))
     notes = list(job.notes)
     if stored is not None:
         notes.append(

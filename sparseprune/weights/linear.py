@@ -81,10 +81,13 @@ class SparseLinear(nn.Module):
 
         encoding: see `SparseWeight.from_dense`.
         """
+        return cls.in_place_of(linear, SparseWeight.from_dense(site_of(linear).weight, format, encoding))
+
+    @classmethod
+    def in_place_of(cls, linear: nn.Module, weight: SparseWeight) -> SparseLinear:
+        """A layer over what `linear`'s weight has become: it shares the bias, and has its mode and its notes."""
         bias: Any = linear.bias
-        layer = cls.from_weight(
-            SparseWeight.from_dense(site_of(linear).weight, format, encoding), bias, training=linear.training
-        )
+        layer = cls.from_weight(weight, bias, training=linear.training)
         notes.carry(linear, layer)
         return layer
 

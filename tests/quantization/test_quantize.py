@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from helpers.shapes import generator
 from torch import nn
 
 import sparseprune as sp
+from sparseprune.models import notes
 from sparseprune.quantization.methods import METHODS
+from sparseprune.recovery import to_dense
 from sparseprune.statistics.inputs import Gram
 from sparseprune.weights.encoding import Encoding
 from sparseprune.weights.gguf import StoredCodes
@@ -112,6 +115,38 @@ def test_saved_and_loaded_the_model_is_the_same(tmp_path):
     sp.quantize(model, "int4")
     sp.save(model, tmp_path / "out")
     assert torch.equal(logits(sp.load(tmp_path / "out")), logits(model))
+
+
+SWAPS = pytest.mark.parametrize(
+    "swap", [sp.quantize, partial(sp.sparsify, policy="always")], ids=["quantize", "sparsify"]
+)
+
+
+@SWAPS
+def test_a_swap_keeps_the_bias_the_hooks_and_what_is_noted(swap):
+    model = nn.Sequential(nn.Linear(64, 32))
+    sp.prune(model, "2:4")
+    bias, noted, seen = model[0].bias, notes.noted(model[0]), []
+    before = model[0].register_forward_pre_hook(lambda *call: seen.append("before"))
+    model[0].register_forward_hook(lambda *call: seen.append("after"))
+    swap(model)
+    assert isinstance(model[0], sp.SparseLinear)
+    assert model[0].bias is bias and bias.requires_grad and notes.noted(model[0]) == noted is not None
+    model(torch.randn(2, 64))
+    before.remove()
+    model(torch.randn(2, 64))
+    to_dense(model)
+    model(torch.randn(2, 64))
+    assert seen == ["before", "after", "after", "after"] and notes.noted(model[0]) == noted
+
+
+@SWAPS
+def test_a_linear_that_is_the_whole_model_is_not_said_to_be_swapped(swap):
+    model = nn.Linear(64, 32)
+    sp.prune(model, "2:4")
+    report = swap(model)
+    assert "the model itself, which nothing holds; put it into an nn.Sequential" in report.layers[0].reason
+    assert report.bytes_after == report.bytes_before
 
 
 def test_an_error_leaves_the_model_as_it_was():
