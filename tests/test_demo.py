@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from helpers import tiny
@@ -48,7 +49,7 @@ def machine(ticks, monkeypatch):
 
 def test_every_column_and_file_is_there(small, tmp_path):
     said = []
-    report = demo.run(tmp_path / "keep", protocol=PROTOCOL, say=said.append)
+    report = demo.run(tmp_path / "keep", protocol=replace(PROTOCOL, calibration_windows=2), say=said.append)
     dense, *sparse = report.columns
     assert dense.zeros == dense.sparse_layers == 0
     assert len(sparse) == len(demo.RECIPES)
@@ -70,7 +71,7 @@ def test_every_column_and_file_is_there(small, tmp_path):
 
 def test_a_fast_machine_reads_and_measures_all(small, machine):
     machine["seconds"] = 1e-5
-    report = demo.run(minutes=5, protocol=PROTOCOL)
+    report = demo.run(minutes=5, protocol=replace(PROTOCOL, calibration_windows=4))
     assert report.seconds < 60
     assert [note.split(": ")[1] for note in report.notes] == ["auto"] * len(demo.RECIPES), "nothing was cut"
     assert "medians of 3 rounds" in str(report) and "in 6 windows" in str(report)

@@ -23,7 +23,7 @@ struct PackedHeader {
   std::uint16_t group;
   DType scales;
   std::uint8_t reserved[5];
-  std::uint64_t checksum;  // of the bytes before it
+  std::uint64_t checksum;  // covers the bytes before it
 };
 static_assert(sizeof(PackedHeader) == kHeaderBytes, "the header is one cache line");
 

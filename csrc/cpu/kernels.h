@@ -40,7 +40,7 @@ using PanelFn = void (*)(const PanelJob& job, std::int64_t begin, std::int64_t e
 // out[b, r] = bias[r] + sum_k w[r, k] * x[b, k]
 struct LinearJob {
   std::int64_t rows, cols, kpad, batch;
-  std::int64_t block;  // of the panel
+  std::int64_t block;  // batch rows in a panel
   const std::int64_t* offsets;
   const void* index;
   int column_bytes;  // csr: of a column's number
@@ -48,7 +48,7 @@ struct LinearJob {
   const void* panel;
   const void* bias;  // [rows] of the value type, or null
   void* out;         // [batch, rows], contiguous
-  DType dtype;       // of bias and out
+  DType dtype;       // what bias and out hold
   // Codes:
   const std::uint16_t *scales, *minimums;  // [tiles][groups][16]; minimums or null
   DType scale_dtype;
@@ -60,10 +60,10 @@ using LinearFn = void (*)(const LinearJob& job, std::int64_t begin, std::int64_t
 struct LinearKernel {
   Panel panel;
   std::int64_t unit_rows;
-  std::int64_t max_block, round;  // of the panel
+  std::int64_t max_block, round;  // batch rows in a panel
   std::size_t (*scratch_bytes)(const LinearJob& job);
   LinearFn run;
-  std::int32_t zero = 0;  // of the panel (bytes)
+  std::int32_t zero = 0;  // as in PanelJob
   std::uint8_t flip = 0;
 };
 
@@ -84,7 +84,7 @@ constexpr int kStrategies = 8;
 struct WordKernels {
   // out = mask ? in : 0, `mask` bytes of 0 or not 0. in == out is allowed.
   void (*mask_bytes)(const void* in, const std::uint8_t* mask, void* out, std::int64_t n);
-  // The same with one bit an element, lowest bit first.
+  // The same with one bit per element, lowest bit first.
   void (*mask_bits)(const void* in, const std::uint8_t* bits, void* out, std::int64_t n);
   // bits of the non-zeros (padding bits zero); returns their number.
   std::int64_t (*scan)(const void* in, std::uint8_t* bits, std::int64_t n);

@@ -34,14 +34,14 @@ struct Bitmap8Lane {
   std::uint32_t later;  // 1 in the field of every start that step s comes before
   unsigned quad;        // the lane 4g
   unsigned pair;        // 2t
-  unsigned shift;       // of the count of t pairs
-  std::uint32_t mask;   // of it, in each byte
+  unsigned shift;       // where the count of t pairs begins
+  std::uint32_t mask;   // its bits, in each byte
 };
 
 struct Bitmap8Unit {
   std::uint32_t bits;    // lane 4g + s, byte i: row g of bitmap i of step s
   std::uint32_t before;  // values of the step before that row
-  std::uint32_t counts;  // of its first pair (2 bits: up to 2), first two (3 bits: up to 4), first three (3 bits: up to 6)
+  std::uint32_t counts;  // in its first pair (2 bits: up to 2), first two (3 bits: up to 4), first three (3 bits: up to 6)
   std::uint32_t starts;  // all lanes alike: the unit's values before steps 1, 2 and 3, in 10 bits each
 };
 
@@ -78,7 +78,7 @@ SP_DEVICE Bitmap8Unit index_unit(const Bitmap8Lane& me, simt::Shared<const std::
   const std::uint32_t row = three + (pairs >> 6 & 0x03030303u);
   unit.counts = one + (two << 2) + (three << 5);
 
-  std::uint32_t rows = row;  // of this row and those above, up to 64
+  std::uint32_t rows = row;  // this row's and those above it, up to 64
   SP_UNROLL
   for (unsigned d = 4; d < 32; d *= 2) {
     const std::uint32_t above = simt::shuffle_up(rows, d);

@@ -63,7 +63,7 @@ int bitmap8_unpack(const Matrix& m, const std::uint64_t* index, const std::int64
 
 // plan.cpp: how a linear of this shape is run. Depends on the shape and the card alone: the caller keeps it.
 struct LinearPlan {
-  int config;                    // of the layout's kernels; its name by linear_config_name
+  int config;                    // which of the layout's kernels; linear_config_name names it
   int splits;                    // blocks that share a sum over columns; 1: none
   std::int64_t workspace_bytes;  // float32 [splits, batch, rows] where splits > 1, else 0
 };

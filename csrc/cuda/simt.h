@@ -46,7 +46,7 @@ struct alignas(16) u32x4 {
 };
 
 struct Grid {
-  const char* name;  // of the kernel, for the emulator's reports
+  const char* name;  // the kernel's, for the emulator's reports
   unsigned x, y, z;
   unsigned threads;
   unsigned shared_bytes;

@@ -19,7 +19,7 @@ namespace sparseprune::cuda {
 
 using namespace simt;
 
-constexpr int kWarps = 8;  // of a block: 4 to 8 blocks fill an SM, and a row of 4096 words of 16 bits is one turn of a block
+constexpr int kWarps = 8;  // in a block: 4 to 8 blocks fill an SM, and a row of 4096 words of 16 bits is one turn of a block
 constexpr int kThreads = 32 * kWarps;
 
 template <typename W>
@@ -145,7 +145,7 @@ SP_DEVICE unsigned load_bits(Global<const std::uint8_t> bits, std::int64_t left)
 }
 template <typename W>
 SP_DEVICE void store_bits(Global<std::uint8_t> bits, unsigned own, std::int64_t left) {
-  if constexpr (kLane<W> == 4) own |= shuffle_xor(own, 1) << 4;  // of the even lanes, which store
+  if constexpr (kLane<W> == 4) own |= shuffle_xor(own, 1) << 4;  // in the even lanes, which store
   const int first = lane_id() * kLane<W>;
   if (first % 8 == 0 && first < left) store(bits + first / 8, static_cast<std::uint8_t>(own));
 }

@@ -6,7 +6,7 @@
 
 namespace sparseprune::codes {
 
-constexpr std::int64_t kRows = 16;  // of a tile
+constexpr std::int64_t kRows = 16;  // in a tile
 
 // Groups of columns that have a scale, the padding's among them.
 static constexpr std::int64_t groups(std::int64_t kpad, const Packing& p) {

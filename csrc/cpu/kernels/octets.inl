@@ -1,4 +1,4 @@
-// Linear over `octets` weights: 2:4, int8 or int4 values, one scale a group of columns.
+// Linear over `octets` weights: 2:4, int8 or int4 values, one scale per group of columns.
 //
 //   out[b][row] = sum_g scale[row][g] * xscale[b][g] * sum_{kept k in g} value[row][k] * q[b][k]
 //

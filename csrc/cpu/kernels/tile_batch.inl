@@ -5,7 +5,7 @@
 // Panel: blocks_f32 of width 16 * NV.
 // Work partition: a tile's 16 rows x one block. K goes in chunks of kChunk columns, whose panel rows (kChunk x
 // width x 4 bytes) stay in L1 while the 16 rows pass over them. Per chunk, the tile is expanded to floats [kChunk][16]
-// and its masks are transposed to one word a row and 32 columns; the set bits of that word drive the inner loop.
+// and its masks are transposed to one word per row and 32 columns; the set bits of that word drive the inner loop.
 // One weight costs NV fused multiply-adds and NV + 1 loads.
 
 constexpr std::int64_t kChunk = 64;

@@ -11,7 +11,7 @@ namespace sparseprune {
 struct LinearCall {
   const std::uint8_t* packed;
   std::int64_t packed_bytes;
-  std::int64_t rows, cols;  // of the weight
+  std::int64_t rows, cols;  // the weight's
   Packing packing;
   const void* x;  // [batch, cols], rows `stride` elements apart
   std::int64_t batch, stride;

@@ -33,7 +33,7 @@ constexpr std::uint32_t gather_even(std::uint32_t x) {
   return (x | x >> 8) & 0xffffu;
 }
 
-// One bit a row for the 8 columns of byte `byte`: masks[j] bit r = row r keeps column 8 * byte + j.
+// One bit per row for the 8 columns of byte `byte`: masks[j] bit r = row r keeps column 8 * byte + j.
 void column_masks(const std::uint8_t* bits, std::int64_t stride, int rows, std::int64_t byte, std::uint16_t* masks) {
   std::uint32_t m[8] = {};
   for (int r = 0; r < rows; ++r) {

@@ -70,8 +70,8 @@ struct Bitmap8Args {
   simt::Global<typename Tile::T> out;
   simt::Global<float> workspace;  // null without splits
   std::int64_t stored, rows, cols, batch, stride;
-  std::int64_t row_begin;        // of this launch
-  int strips, blocks;            // of 16 rows, of 64 columns
+  std::int64_t row_begin;        // where this launch starts
+  int strips, blocks;            // strips of 16 rows, blocks of 64 columns
   int split_blocks, split_more;  // blocks of a split, and how many splits have one more: a kernel divides slowly
   bool x_aligned;                // every row of x to 16 bytes
 };
@@ -181,8 +181,8 @@ class Bitmap8Stream {
  private:
   // Where the values of 32 units of this warp lie.
   struct Window {
-    simt::Global<const Word> values;  // of the first, from this lane's chunk on
-    std::uint32_t mine;               // of iteration i + lane: distance from it << 8 | length, in eights
+    simt::Global<const Word> values;  // the first one's, from this lane's chunk on
+    std::uint32_t mine;               // in iteration i + lane: distance from it << 8 | length, in eights
   };
 
   // The offset of the unit that comes `ahead` iterations after that of index_, or of the one behind it: a multiple of 8
@@ -233,7 +233,7 @@ class Bitmap8Stream {
   // In the stage to be filled: the places of the warp and of its group, and of what this thread copies.
   unsigned put_slot_, x_, put_x_;
   int lane_, stage_ = 0;
-  int units_;  // of this warp
+  int units_;  // this warp's
   Window now_{}, next_{};
   simt::Global<const std::uint8_t> index_;  // the next chunk of bitmaps
   simt::Global<const Word> x_from_;         // and of x, in the first of x_rows_ rows
@@ -300,9 +300,9 @@ template <typename Tile, typename Sum>
 int launch_linear_bitmap8(const char* name, const LinearCall& call, const Geometry& geometry) {
   using Word = typename Tile::Word;
   using T = typename Tile::T;
-  constexpr std::int64_t kMaxGrid = 65535;  // of its y
+  constexpr std::int64_t kMaxGrid = 65535;  // the most along its y
   const std::int64_t m_tiles = ceil_div(call.rows, Tile::kM), n_tiles = ceil_div(call.batch, Tile::kN);
-  const std::int64_t stride = call.batch == 1 ? 0 : call.stride;  // of one row it says nothing
+  const std::int64_t stride = call.batch == 1 ? 0 : call.stride;  // with one row it says nothing
 
   Bitmap8Args<Tile> args{};
   args.offsets = reinterpret_cast<const std::int64_t*>(call.packed + geometry.offsets);

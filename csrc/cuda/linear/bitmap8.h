@@ -9,7 +9,7 @@ struct Bitmap8Config {
   int m;        // rows of a block
   int n;        // batch rows of a block
   int warps_k;  // warps that share a block's columns, 64 at a time
-  int stages;   // of the ring in shared memory
+  int stages;   // in the ring in shared memory
   int blocks;   // that an SM's registers are to hold
 };
 

@@ -19,7 +19,7 @@ namespace {
 
 constexpr double kMemoryBytes = 20, kL2Bytes = 90;  // an SM gets in a unit of time
 constexpr double kSharedBytes = 256;                // an SM's shared memory moves in it (A100; other cards have more)
-constexpr double kMmaRate = 0.85;                   // of the peak, which no kernel reaches
+constexpr double kMmaRate = 0.85;                   // a fraction of the peak, which no kernel reaches
 constexpr double kLatency = 500;                    // from a request to its bytes, memory being busy
 constexpr double kLaunch = 1500;                    // a second kernel
 

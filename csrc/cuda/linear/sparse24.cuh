@@ -45,8 +45,8 @@ namespace sparseprune::cuda {
 struct Sparse24Cursor {
   simt::Global<const std::uint8_t> values, metadata;
   simt::Global<const std::uint16_t> x;
-  int block;    // of columns
-  int columns;  // of x that are left from the thread's part on
+  int block;    // counts blocks of columns
+  int columns;  // left of x from the thread's part on
 };
 
 template <typename C>

@@ -13,7 +13,7 @@ constexpr int kMaxShared = 99 * 1024;
 struct Sparse24Config {
   const char* name;
   int warps_m, warps_n, warps_k;
-  int units, n_tiles;  // of a warp: units of 32 rows, tiles of 8 batch rows
+  int units, n_tiles;  // per warp: units of 32 rows, tiles of 8 batch rows
   int stages;          // blocks of columns in shared memory for each K group: one is multiplied, the others arrive
 
   constexpr int tile_m() const {

@@ -14,7 +14,7 @@ struct Sparse24Args {
   simt::Global<std::uint16_t> out;
   simt::Global<float> partial;  // null for one split
   std::int64_t rows, batch, stride, copied_stride;
-  std::int64_t strips;  // of 32 rows
+  std::int64_t strips;  // strips of 32 rows
   int cols, blocks;     // blocks of 64 columns
   unsigned tiles_m, tiles_n;
   std::int64_t strip_bytes;  // values of a strip
@@ -32,8 +32,8 @@ struct Sparse24Tile {
   static constexpr int kThreads = kConfig.threads(), kGroup = kThreads / kWarpsK;
 
   static constexpr int kBlockUnits = kWarpsM * kUnits;
-  static constexpr int kValueBytes = sparse24::kValues * 2, kMetadataBytes = sparse24::kWords * 4;  // of a unit
-  static constexpr int kRowBytes = sparse24::kCols * 2;                                             // of x
+  static constexpr int kValueBytes = sparse24::kValues * 2, kMetadataBytes = sparse24::kWords * 4;  // in a unit
+  static constexpr int kRowBytes = sparse24::kCols * 2;                                             // in a row of x
   static constexpr int kMetadata = kBlockUnits * kValueBytes, kX = kMetadata + kBlockUnits * kMetadataBytes;
   static constexpr int kStageBytes = kConfig.stage_bytes();
   static constexpr int kShared = kConfig.shared_bytes();
@@ -77,13 +77,13 @@ struct Sparse24Tile {
 
 // Where a thread's work lies.
 struct Sparse24Place {
-  int thread;  // of its K group
+  int thread;  // within its K group
   int k_group, warp_m, warp_n;
   std::int64_t strip, n;       // the first of the block's tile
-  int units, x_rows;           // of the tile that there are
+  int units, x_rows;           // as many as the tile has
   int copied_rows;             // x_rows, or 0 where x is gathered
-  int a_byte, e_byte, b_byte;  // of a stage: the first of this lane's operands
-  int x_byte;                  // of a stage: the first of this thread's copies of x
+  int a_byte, e_byte, b_byte;  // within a stage: the first of this lane's operands
+  int x_byte;                  // within a stage: the first of this thread's copies of x
 };
 
 // Byte of part `part` (8 columns) of row n of x, in a stage.

@@ -13,7 +13,7 @@
 //                 ..                      lane 31       4 such items a lane: rows 0-3, 4-7, 8-11, 12-15
 //
 //           Values pass through shared memory, so that a unit's, which begin at 16 bytes, are 16-byte accesses too.
-// Constants a unit in shared memory a warp, 2 or 4 KB: 16 or 32 KB a block, of which 3 fit every chip.
+// Constants One unit in shared memory per warp, 2 or 4 KB: 16 or 32 KB per block, of which 3 fit every chip.
 #include "core/layouts/bitmap8.h"
 #include "cuda/words.cuh"
 
@@ -94,8 +94,8 @@ SP_DEVICE void store_eight(Global<W> p, const Eight<W>& x, std::int64_t left, bo
 
 // The lane's items of a unit's bitmaps: item i is row 4 i + lane / 8, columns from 8 (lane % 8) on.
 struct Items {
-  unsigned kept[kItems];  // a bit a column
-  int rank[kItems];       // of the first value within the unit
+  unsigned kept[kItems];  // one bit per column
+  int rank[kItems];       // the first value's, within the unit
   int all;                // values of the unit
 };
 SP_DEVICE Items items_of(Global<const std::uint64_t> index) {
@@ -121,7 +121,7 @@ SP_DEVICE Items items_of(Global<const std::uint64_t> index) {
 }
 static_assert(tile_row(1) == 8 && tile_col(2) == 8 && tile_col(14) == 56, "bitmap 2 b + half has columns 8 b, rows 8 half");
 
-// Half a warp a unit, a lane a bitmap.
+// Half a warp per unit, one lane per bitmap.
 SP_KERNEL SP_THREADS(kThreads, 4) bitmap8_index_kernel(Global<const std::uint8_t> bits, Units units,
                                                        Global<std::uint64_t> index, Global<std::int64_t> counts) {
   const int tile = lane_id() % kTiles;

@@ -13,7 +13,7 @@ using namespace sparseprune::avx512_bf16;
 //
 // A packed tile, expanded, is B as tdpbf16ps wants it: row j holds the columns (2j, 2j + 1) of 16 output rows.
 // Panel: tiles_bf16, so that A tiles are contiguous.
-// A unit is 32 output rows; a block of 32 x 32 sums takes four accumulators, two A and two B tiles: one load a product.
+// A unit is 32 output rows; a block of 32 x 32 sums takes four accumulators, two A and two B tiles: one load per product.
 constexpr std::int64_t kUnitRows = 2 * kTileRows;
 constexpr std::int64_t kTileElements = 512;    // bf16 of a tile: 1 KiB
 constexpr std::int64_t kPairSums = 4 * 256;    // floats of a block
