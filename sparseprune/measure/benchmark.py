@@ -27,6 +27,7 @@ from sparseprune.models.notes import recall
 from sparseprune.models.sites import find_sites, site_of
 from sparseprune.report import Column, Report, Table, track
 from sparseprune.weights.choose import best_of, options_for
+from sparseprune.weights.encoding import PLAIN, Encoding
 from sparseprune.weights.format import Format
 from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.options import Conversion
@@ -47,7 +48,7 @@ _CUDA_CALLS = 8  # between two events, which cost as much as a small layer
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """Lower quartiles of one layer at one batch size: dense, and in each sparse format by name."""
+    """Lower quartiles of one layer at one batch size: dense, and in each form by name ("2:4", "dense int4")."""
 
     batch: int
     dense_seconds: float
@@ -138,6 +139,7 @@ def time_layer(
     *,
     seconds: float = 0.5,
     rotated_bytes: int | None = None,
+    encoding: str | Encoding = PLAIN,
 ) -> list[LayerTiming]:
     """Time an `nn.Linear` (or transformers' `Conv1D`) against its sparse twins where it lies, one result per batch size.
 
@@ -146,6 +148,7 @@ def time_layer(
         seconds: to spend, about, over all batch sizes together.
         rotated_bytes: how much memory the copies of the dense weight may take, by default `bytes_past_caches`; below
             the weight's own size there is one copy, and the layer is timed in whatever cache holds it.
+        encoding: of the sparse twins' values; a twin's name is its spec's, such as "2:4" or "dense int4".
     """
     weight = site_of(linear).weight
     if rotated_bytes is None:
@@ -153,7 +156,8 @@ def time_layer(
     copies = max(1, min(_MAX_COPIES, math.ceil(rotated_bytes / max(1, weight.nbytes))))
     modules = {"dense": _copies(linear, copies)}
     for form in formats:
-        modules[str(form)] = _copies(SparseLinear.from_dense(linear, form), copies)
+        twin = SparseLinear.from_dense(linear, form, encoding)
+        modules[str(twin.spec)] = _copies(twin, copies)
     timings = []
     for batch in batches:
         x = torch.randn(batch, weight.shape[1]).to(weight.device, weight.dtype)
@@ -170,7 +174,11 @@ def _copies(module: nn.Module, count: int) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class KindTiming:
-    """The layers of one shape, dtype and sparsity: how many, and the timings of one of them."""
+    """The layers of one shape, dtype, sparsity and kind of values: how many, and the timings of one of them.
+
+    `format` is the name of the form in which they are fastest, or which they have: "2:4", "dense int4"; None where they are
+    plain and dense.
+    """
 
     example: str
     count: int
@@ -224,7 +232,7 @@ def time_model(
 ) -> ModelTiming:
     """Time each kind of linear of a model, dense against sparse, and the model's tokens per second.
 
-    Sparse layers are timed in the format they have, pruned dense ones in `format` (or the best that "auto" finds),
+    Sparse and quantized layers are timed in the form they have, pruned dense ones in `format` (or the best that "auto" finds),
     others dense only.
 
     Args:
@@ -244,11 +252,20 @@ def time_model(
     kinds = []
     share = seconds / max(1, len(groups))
     for kind, members in track(list(groups.items()), "timing layers", enabled=progress):
-        formats, shape, dtype, zeros, _ = kind
+        formats, shape, dtype, zeros, encoding, _ = kind
         name, module = members[0]
         dense = module.to_dense() if isinstance(module, SparseLinear) else module
-        timings = tuple(time_layer(dense, formats, batches, seconds=min(share, 0.5 * len(batches))))
-        best = best_of(speedups_of(formats, timings)) if formats else None
+        timings = tuple(
+            time_layer(dense, formats, batches, seconds=min(share, 0.5 * len(batches)), encoding=encoding)
+        )
+        best = None
+        if formats:
+            best = best_of(
+                {
+                    it: {timing.batch: timing.speedup(it) for timing in timings}
+                    for it in timings[0].sparse_seconds
+                }
+            )
         kinds.append(
             KindTiming(
                 name,
@@ -256,7 +273,7 @@ def time_model(
                 shape=shape,
                 dtype=str(dtype).removeprefix("torch."),
                 sparsity=zeros,
-                format=None if best is None else str(best),
+                format=best,
                 timings=timings,
             )
         )
@@ -285,8 +302,10 @@ def _kind(module: nn.Module, form: Format | None) -> Any:
             (module.out_features, module.in_features),
             module.dtype,
             round(module.sparsity, 2),
+            module.encoding,
             module.packed.device,
         )
     site = site_of(module)
     options = options_for(site.weight, form, recall(site))
-    return options.formats, options.shape, options.dtype, round(options.sparsity, 2), site.weight.device
+    zeros = round(options.sparsity, 2)
+    return options.formats, options.shape, options.dtype, zeros, PLAIN, site.weight.device

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ __all__ = [
     "Candidate", "Choice", "Options", "Recognised", "best_of", "fastest", "options_for", "packed_bytes", "recognise",
     "smallest", "smallest_bytes", "unstructured_forms",
 ]  # fmt: skip
+
+_Form = TypeVar("_Form")
 
 _GROUP_SIZES = (4, 8, 16, 32)
 _WASTE = 0.1
@@ -150,8 +153,8 @@ def fastest(options: Options, speedups: Mapping[Format, Mapping[int, float]]) ->
     return Choice(chosen, f"{options.reason}; {reason}", dict(speedups[best]))
 
 
-def best_of(speedups: Mapping[Format, Mapping[int, float]]) -> Format:
-    """The fastest over all batch sizes together."""
+def best_of(speedups: Mapping[_Form, Mapping[int, float]]) -> _Form:
+    """The fastest form, or name of one, over all batch sizes together."""
     return max(speedups, key=lambda form: math.prod(speedups[form].values()))
 
 

@@ -50,6 +50,10 @@ class WeightSpec:
         if self.encoding.minimums and form.kind != "dense":
             raise ValueError(f"format: must be dense for values with minimums, got {form}; use int4")
 
+    def __str__(self) -> str:
+        """`"2:4"`, `"bitmap"`, and so on; `"dense int4"`, `"2:4 int8"` where values are codes."""
+        return str(self.format) if self.encoding == PLAIN else f"{self.format} {self.encoding.kind}"
+
     def parts(self, nnz: int) -> dict[str, Part]:
         """The tensors of such a weight that keeps `nnz` entries, by name, in the order of a state dict."""
         rows, cols = self.shape
