@@ -56,6 +56,25 @@ def test_paths_exist(page):
     assert missing(page.read_text(), files_and_folders(ROOT)) == []
 
 
+def test_comments_name_pages_and_files_that_exist():
+    """In all sources but these tests, which name files of trees that they make up."""
+    known = files_and_folders(ROOT)
+    sources = [
+        name
+        for name in known
+        if re.search(r"\.(py|pyi|cpp|h|inl|cu|cuh|cmake|yml)$|Makefile$|CMakeLists", name)
+    ]
+    named = rf"(?<![\w./-])(?:docs|tests|benchmarks|scripts|csrc)/[\w/-]+{ENDINGS}\b"
+    absent = {
+        f"{name}: {path}"
+        for name in sources
+        if not name.startswith(("tests/docs/", "tests/gpu_check/"))
+        for path in re.findall(named, (ROOT / name).read_text())
+        if path not in known
+    }
+    assert absent == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda it: it.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
@@ -67,6 +86,19 @@ def test_links_lead_somewhere(page):
         if anchor:
             heads = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", it.lower()).replace(" ", "-") for it in heads], target
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "A method of pruning", "An allocation", "A recovery term", "An operation", "An instruction set", "A CUDA kernel",
+        "A kind of site", "A command", "A format", "An encoding", "A report column",
+    ],
+)  # fmt: skip
+def test_there_is_a_recipe_that_names_its_files(change):
+    recipes = (ROOT / "CONTRIBUTING.md").read_text().partition("## Recipes")[2]
+    (paragraph,) = re.findall(rf"^\*\*{change}\b.*?(?:\n\n|\Z)", recipes, re.MULTILINE | re.DOTALL)
+    assert mentioned(paragraph, {"sparseprune", "csrc", "docs", "tests"})
 
 
 KNOWN = ["csrc/", "csrc/cpu/", "csrc/cpu/plan.cpp", "docs/", "docs/design.md", "sparseprune/", "sparseprune/io/", "sparseprune/io/shards.py"]  # fmt: skip
