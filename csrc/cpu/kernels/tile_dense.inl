@@ -83,7 +83,7 @@ void tile_dense_group_run(const LinearJob& job, std::int64_t begin, std::int64_t
         const auto* masks = static_cast<const std::uint16_t*>(job.index) + (tile + t) * job.kpad + k0;
         const T*& next = values[tile + t - begin];
         for (std::int64_t k = 0; k < size; ++k) {
-          if (k % 4 == 0) prefetch(reinterpret_cast<const char*>(next) + kPrefetchBytes);
+          if (k % 4 == 0) prefetch_ahead(next);
           const std::uint32_t mask = masks[k];
           store(s.weights[k][t], expand(next, mask));
           next += popcount(mask);
