@@ -60,9 +60,10 @@ def test_levels_share_no_function(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_kernel_under_sanitizers(tmp_path):
-    build(tmp_path, "test_kernels")
-    output = call(tmp_path / "test_kernels", OMP_NUM_THREADS="2", UBSAN_OPTIONS="print_stacktrace=1")
-    assert passed(output) > 20000 * len(_core.isas_available())
+@pytest.mark.parametrize(("program", "least"), [("test_kernels", 20000), ("test_codes", 2000)])
+def test_every_kernel_under_sanitizers(tmp_path, program, least):
+    build(tmp_path, program)
+    output = call(tmp_path / program, OMP_NUM_THREADS="2", UBSAN_OPTIONS="print_stacktrace=1")
+    assert passed(output) > least * len(_core.isas_available())
     for level in _core.isas_available():
         assert re.search(rf"^{level}: \d+ checks$", output, re.MULTILINE), output

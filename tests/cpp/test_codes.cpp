@@ -1,0 +1,168 @@
+// int8 and int4 weights on every available instruction set under AddressSanitizer and UndefinedBehaviorSanitizer, against
+// double. Activations are whole numbers and each group of 32 holds a 127, so that rounding them to int8 changes nothing.
+#include <cmath>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch/isa.h"
+#include "cpu/ops/linear.h"
+#include "cpu/ops/pack.h"
+#include "support.h"
+
+using namespace sparseprune;
+
+namespace {
+
+struct Case {
+  Place place;
+  Packing packing;
+  std::int64_t rows, cols;
+  int threads;
+};
+
+std::uint16_t half(double x, DType dtype) {
+  return static_cast<std::uint16_t>(encode(dtype, static_cast<float>(x)));
+}
+
+// A weight's canonical form, and what its codes stand for: dense[row * cols + col].
+struct Weight {
+  std::vector<std::uint8_t> codes, mask;
+  std::vector<std::uint16_t> scales, minimums;
+  std::vector<double> dense;
+
+  explicit Weight(const Case& c) {
+    const Packing& p = c.packing;
+    const bool sparse = p.layout == Layout::octets, byte = p.encoding == Encoding::int8;
+    const std::int64_t groups = ceil_div(c.cols, p.group), stride = ceil_div(c.cols, 8);
+    std::vector<double> scale, minimum;
+    for (std::int64_t i = 0; i < c.rows * groups; ++i) {
+      scale.push_back(std::ldexp(random_source.whole(7), -5));
+      minimum.push_back(std::ldexp(random_source.whole(7), -2));
+      scales.push_back(half(scale.back(), p.scales));
+      if (has_minimums(p.encoding)) minimums.push_back(half(minimum.back(), p.scales));
+    }
+    if (sparse) mask.assign(static_cast<std::size_t>(c.rows * stride), 0);
+    std::int64_t count = 0;
+    for (std::int64_t r = 0; r < c.rows; ++r) {
+      std::int64_t first = 0, second = 0;
+      for (std::int64_t k = 0; k < c.cols; ++k) {
+        if (k % 4 == 0) first = random_source.below(4), second = (first + 1 + random_source.below(3)) % 4;
+        if (sparse && k % 4 != first && k % 4 != second) {
+          dense.push_back(0);
+          continue;
+        }
+        if (sparse) {
+          std::uint8_t& bits = mask[static_cast<std::size_t>(r * stride + k / 8)];
+          bits = static_cast<std::uint8_t>(bits | 1u << k % 8);
+        }
+        const auto at = static_cast<std::size_t>(r * groups + k / p.group);
+        const auto code = static_cast<int>(random_source.below(byte ? 256 : 16));
+        const int number = byte ? code - 128 : has_minimums(p.encoding) ? code : code - 8;
+        dense.push_back(number * scale[at] + (has_minimums(p.encoding) ? minimum[at] : 0));
+        if (byte) {
+          codes.push_back(static_cast<std::uint8_t>(number));
+        } else if (count++ % 2 == 0) {
+          codes.push_back(static_cast<std::uint8_t>(code));
+        } else {
+          codes.back() = static_cast<std::uint8_t>(codes.back() | code << 4);
+        }
+      }
+    }
+  }
+};
+
+void test_linear(const Case& c, const Weight& w, const Memory& blob, std::int64_t bytes, std::int64_t batch, bool biased) {
+  const DType dtype = c.packing.dtype;
+  const auto word = static_cast<std::int64_t>(size_of(dtype));
+  std::vector<float> x, bias;
+  for (std::int64_t i = 0; i < batch * c.cols; ++i) {
+    x.push_back(i % c.cols % 32 == 0 ? 127.0f : static_cast<float>(random_source.below(255) - 127));
+  }
+  for (std::int64_t r = 0; r < c.rows; ++r) bias.push_back(random_source.whole(8));
+  const auto words = [&](const std::vector<float>& v) {
+    Memory m(c.place, static_cast<std::int64_t>(v.size()) * word, word);
+    for (std::size_t i = 0; i < v.size(); ++i) {
+      const std::uint32_t bits = encode(dtype, v[i]);
+      std::memcpy(m.as<char>() + static_cast<std::int64_t>(i) * word, &bits, size_of(dtype));
+    }
+    return m;
+  };
+  const Memory input = words(x), biases = words(bias), out(c.place, batch * c.rows * word, word);
+  linear({blob.as<std::uint8_t>(), bytes, c.rows, c.cols, c.packing, input.as<void>(), batch, c.cols,
+          biased ? biases.as<void>() : nullptr, out.as<void>(), c.threads});
+  bool close = true;
+  for (std::int64_t b = 0; b < batch; ++b) {
+    for (std::int64_t r = 0; r < c.rows; ++r) {
+      double sum = biased ? static_cast<double>(bias[static_cast<std::size_t>(r)]) : 0, size = std::abs(sum);
+      for (std::int64_t k = 0; k < c.cols; ++k) {
+        const double product =
+            w.dense[static_cast<std::size_t>(r * c.cols + k)] * x[static_cast<std::size_t>(b * c.cols + k)];
+        sum += product;
+        size += std::abs(product) + (w.minimums.empty() ? 0 : 2 * 127 * 2);  // codes and minimums cancel
+      }
+      const double got = decode(dtype, out.as<char>() + (b * c.rows + r) * word);
+      close &= std::abs(got - sum) <= 3e-6 * size + unit_roundoff(dtype) * std::abs(sum);
+    }
+  }
+  expect(close, "linear");
+}
+
+void test_all(const Case& c, std::int64_t& turn) {
+  context = std::string(kernels().isa) + " " + describe(c.packing) + " " + std::to_string(c.rows) + "x" +
+            std::to_string(c.cols) + ", group " + std::to_string(c.packing.group);
+  const Weight w(c);
+  const Memory codes = copy_of(c.place, w.codes), mask = copy_of(c.place, w.mask), scales = copy_of(c.place, w.scales),
+               minimums = copy_of(c.place, w.minimums);
+  const std::int64_t bytes = packed_bytes(c.rows, c.cols, c.packing, 0);
+  const Memory blob(c.place, bytes, kAlign);
+  auto* data = blob.as<std::uint8_t>();
+  pack(c.rows, c.cols, c.packing,
+       {codes.as<void>(), mask.as<std::uint8_t>(), nullptr, scales.as<std::uint16_t>(), minimums.as<std::uint16_t>()}, data,
+       c.threads);
+
+  const Memory codes2(c.place, static_cast<std::int64_t>(w.codes.size()), 1),
+      mask2(c.place, static_cast<std::int64_t>(w.mask.size()), 1),
+      scales2(c.place, static_cast<std::int64_t>(2 * w.scales.size()), 2),
+      minimums2(c.place, static_cast<std::int64_t>(2 * w.minimums.size()), 2);
+  unpack_values(data, bytes, nullptr, codes2.as<void>(), c.threads);
+  unpack_scales(data, bytes, scales2.as<std::uint16_t>(), minimums2.as<std::uint16_t>(), c.threads);
+  if (!w.mask.empty()) unpack_bits(data, bytes, mask2.as<std::uint8_t>(), c.threads);
+  expect(codes2.equals(w.codes.data()) && scales2.equals(w.scales.data()) && minimums2.equals(w.minimums.data()) &&
+             mask2.equals(w.mask.data()),
+         "unpacked as it was packed");
+
+  constexpr std::int64_t kBatches[] = {1, 0, 2, 3, 8, 4, 5, 9, 17, 7};
+  for (int i = 0; i < 3; ++i, ++turn) test_linear(c, w, blob, bytes, i == 0 ? 1 : kBatches[turn % 10], turn % 3 != 0);
+}
+
+}  // namespace
+
+int main() {
+  constexpr Encoding kDense[] = {Encoding::int8, Encoding::int4, Encoding::int4_minimum};
+  std::int64_t turn = 0;
+  for (const std::string& isa : isas_available()) {
+    set_isa(isa);
+    const std::int64_t before = passed;
+    for (const Place place : {Place::heap, Place::pages}) {
+      for (const std::int64_t rows : {0, 1, 15, 16, 17, 33, 65}) {
+        for (const std::int64_t cols : {0, 4, 28, 32, 60, 64, 68, 128, 132, 260}) {
+          for (const std::uint16_t group : {32, 64, 128}) {
+            const DType dtype = static_cast<DType>(turn % 3), scale = turn % 2 ? DType::f16 : DType::bf16;
+            const int threads = 1 + static_cast<int>(turn % 2);
+            for (const Encoding e : kDense)
+              test_all({place, {Layout::quads, dtype, e, group, scale}, rows, cols, threads}, turn);
+            for (const Encoding e : {Encoding::int8, Encoding::int4}) {
+              test_all({place, {Layout::octets, dtype, e, group, scale}, rows, cols, threads}, turn);
+            }
+          }
+        }
+      }
+      test_all({place, {Layout::quads, DType::bf16, Encoding::int4, 64, DType::f16}, 17, 63, 2}, turn);  // an odd width
+      test_all({place, {Layout::octets, DType::f32, Encoding::int8, 32, DType::f16}, 300, 1028, 2}, turn);
+    }
+    std::printf("%s: %lld checks\n", isa.c_str(), static_cast<long long>(passed - before));
+  }
+  std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed), static_cast<long long>(failed));
+  return failed != 0;
+}
