@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sparseprune.quantization.driver import quantize
     from sparseprune.recovery.trainer import recover
     from sparseprune.surgery.entry import cut
+    from sparseprune.weights.embedding import SparseEmbedding
     from sparseprune.weights.format import Format
     from sparseprune.weights.linear import SparseLinear
     from sparseprune.weights.sparse_weight import SparseWeight
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "CheckpointError": "io.safetensors",
     "Format": "weights.format",
+    "SparseEmbedding": "weights.embedding",
     "SparseLinear": "weights.linear",
     "SparseWeight": "weights.sparse_weight",
     "calibration": "calibration:",
@@ -65,6 +67,7 @@ _PLACES = {
 __all__ = [
     "CheckpointError",
     "Format",
+    "SparseEmbedding",
     "SparseLinear",
     "SparseWeight",
     "__version__",

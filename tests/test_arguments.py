@@ -596,6 +596,18 @@ CLASSES = {
             "batch": Refused(8),
         },
     ),
+    sp.SparseEmbedding: Call(
+        lambda **options: repr(it := sp.SparseEmbedding(**options)) + str(it.packed.device),
+        {"num_embeddings": 16, "embedding_dim": 8},
+        {
+            "num_embeddings": Changes(4),
+            "embedding_dim": Changes(9),
+            "padding_idx": Refused(16, "padding_idx"),
+            "encoding": Refused("int3"),
+            "dtype": Refused(torch.int64),
+            "device": Changes("meta"),
+        },
+    ),
     sp.SparseLinear: Call(
         lambda **options: repr(layer := sp.SparseLinear(**options)) + str([layer.packed.device, layer.bias]),
         {"in_features": 16, "out_features": 8},
@@ -617,7 +629,7 @@ VALUES = {
 }  # fmt: skip
 """What functions are given, or give back, part by part: nothing takes arguments for later."""
 
-MODULES = {sp.SparseLinear}
+MODULES = {sp.SparseEmbedding, sp.SparseLinear}
 """Constructed as torch's own of the same kind."""
 
 RESULTS = {

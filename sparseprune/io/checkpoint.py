@@ -2,8 +2,8 @@
 
 `load` also reads the shards and the index that a streamed pruning writes (sparseprune/streaming).
 
-Sparse layers are stored in canonical form as `<layer>.weight.<part>` (docs/formats.md), all else as it is, tied weights
-once. There is no pickle anywhere, and nothing from a file reaches a kernel unchecked.
+Packed weights are stored in canonical form as `<layer>.weight.<part>` (docs/formats.md), all else as it is, tied weights
+once, packed ones among them. There is no pickle anywhere, and nothing from a file reaches a kernel unchecked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from sparseprune.io.safetensors import DTYPE_NAMES, CheckpointError, TensorInfo, TensorSource, write
 from sparseprune.io.shards import INDEX_FILE, STREAM_FILE, WEIGHTS_FILE, open_sharded, open_whole
 from sparseprune.io.skeleton import CONFIG_FILE, from_config, read_config
-from sparseprune.models import notes
-from sparseprune.models.modules import take_hooks
-from sparseprune.models.sites import linear_shape
+from sparseprune.models import notes, ties
+from sparseprune.models.modules import put_in_place
+from sparseprune.models.sites import matrix_shape
 from sparseprune.statistics import overlap
+from sparseprune.weights.embedding import SparseEmbedding, refusal
 from sparseprune.weights.linear import SparseLinear
+from sparseprune.weights.module import SparseModule
 from sparseprune.weights.sparse_weight import SparseWeight
 from sparseprune.weights.spec import SPEC, WeightSpec
 
@@ -146,11 +148,16 @@ def _sources(model: nn.Module) -> tuple[list[TensorSource], dict[str, str]]:
     first_tensor: dict[Any, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseModule):
             if id(module) in first_module:
                 tied[name] = first_module[id(module)]
                 continue
-            sources.append(_sparse_source(prefix, module))
+            weight = f"{prefix}weight"
+            first = first_tensor.setdefault(_identity(module.packed), weight)
+            if first == weight:
+                sources.append(_sparse_source(weight, module))
+            else:
+                tied[weight] = first
         first_module[id(module)] = name
         for key, tensor in _own_state(prefix, module).items():
             first = first_tensor.setdefault(_identity(tensor), key)
@@ -170,12 +177,10 @@ def _sources(model: nn.Module) -> tuple[list[TensorSource], dict[str, str]]:
     return sources, tied
 
 
-def _sparse_source(prefix: str, layer: SparseLinear) -> TensorSource:
+def _sparse_source(key: str, layer: SparseModule) -> TensorSource:
     if layer.packed.is_meta:
-        raise ValueError(
-            f"model: {prefix}weight is on the meta device and has no data; load its weights first"
-        )
-    return weight_source(f"{prefix}weight", layer.spec, layer.nnz, layer.sparse_weight)
+        raise ValueError(f"model: {key} is on the meta device and has no data; load its weights first")
+    return weight_source(key, layer.spec, layer.nnz, layer.sparse_weight)
 
 
 def weight_source(key: str, spec: WeightSpec, nnz: int, make: Callable[[], SparseWeight]) -> TensorSource:
@@ -185,9 +190,9 @@ def weight_source(key: str, spec: WeightSpec, nnz: int, make: Callable[[], Spars
 
 
 def _own_state(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """The module's own part of the state dict, without its children's and without a sparse layer's weight."""
+    """The module's own part of the state dict, without its children's and without a packed weight."""
     state: dict[str, Any] = {}
-    if isinstance(module, SparseLinear):
+    if isinstance(module, SparseModule):
         nn.Module._save_to_state_dict(module, state, prefix, keep_vars=True)
     else:
         module._save_to_state_dict(state, prefix, keep_vars=True)
@@ -319,20 +324,30 @@ class _Plan:
         specs = (key for key in self.keys if key.endswith(_SPEC) or key == _SPEC[1:])
         names = sorted(key.removesuffix(_SPEC[1:]).removesuffix(".") for key in specs)
         self.sparse = {name: self._parts_of(name) for name in names}
+        # Modules without a weight of their own in the file, and those that have it.
+        self.sharing = {
+            _module_of(alias): _module_of(first)
+            for alias, first in tied.items()
+            if first.rpartition(".")[2] == "weight" and _module_of(first) in self.sparse
+        }
         self._check_tied()
         self.state = self._skeleton_state()
         self.sources = self._find_sources()
         self._check_dense()
 
-    def read(self, progress: Progress | None) -> tuple[dict[str, SparseLinear], dict[str, Tensor]]:
+    def read(self, progress: Progress | None) -> tuple[dict[str, SparseModule], dict[str, Tensor]]:
         """The sparse modules, packed and validated one by one, and the dense tensors by name."""
         total, done = len(self.keys), 0
-        modules, state = {}, {}
+        modules: dict[str, SparseModule] = {}
+        state = {}
         for name in self.sparse:
             modules[name] = self._read_sparse(name)
             done += 3
             if progress is not None:
                 progress(done, total)
+        for name, first in self.sharing.items():
+            with self._blaming(f"{name}.weight"):
+                modules[name] = self._in_place_of(name, modules[first])
         for key in sorted(self.keys & self.state.keys()):
             # A copy: what the file maps would vanish with the file.
             state[key] = self.file.get_tensor(key).clone()
@@ -341,19 +356,14 @@ class _Plan:
                 progress(done, total)
         return modules, state
 
-    def fill(self, modules: dict[str, SparseLinear], state: dict[str, Tensor]) -> nn.Module:
+    def fill(self, modules: dict[str, SparseModule], state: dict[str, Tensor]) -> nn.Module:
         """Swaps the sparse modules in and sets the tensors, those of one tie to one object; gives the model."""
         root = self.skeleton
+        ties.release(root, modules)
         for name, layer in modules.items():
             old = self.modules[name]
-            layer.register_parameter("bias", old.bias)
-            layer.train(old.training)
-            take_hooks(old, layer)
             root = layer if old is root else root
-            for parent in self.skeleton.modules():
-                for attribute, child in list(parent._modules.items()):
-                    if child is old:
-                        setattr(parent, attribute, layer)
+            put_in_place(self.skeleton, old, layer)
         for alias, first in self.tied.items():
             if first in modules:
                 parent = self.modules[alias.rpartition(".")[0]]
@@ -373,13 +383,13 @@ class _Plan:
     def _skeleton_state(self) -> dict[str, Tensor]:
         """Dense tensors the skeleton expects, the weights that the file has in sparse form left out."""
         state: dict[str, Tensor] = {}
-        swapped = {id(self.modules[name]) for name in self.sparse if name in self.modules}
+        swapped = {id(self.modules[name]) for name in (*self.sparse, *self.sharing) if name in self.modules}
         for name, module in self.modules.items():
             prefix = f"{name}." if name else ""
             own = _own_state(prefix, module)
             if id(module) in swapped:
                 own.pop(f"{prefix}weight", None)
-            elif isinstance(module, SparseLinear) and name not in self.tied:
+            elif isinstance(module, SparseModule) and name not in self.tied:
                 self._fail(
                     f"{name}{_SPEC}", "missing: the model has a sparse layer here; pass the dense model"
                 )
@@ -388,7 +398,7 @@ class _Plan:
             state.update(own)
             for buffer in module._non_persistent_buffers_set:
                 tensor = module._buffers[buffer]
-                if tensor is not None and tensor.is_meta and not isinstance(module, SparseLinear):
+                if tensor is not None and tensor.is_meta and not isinstance(module, SparseModule):
                     self._fail(
                         f"{prefix}{buffer}",
                         "a buffer that no checkpoint holds is on the meta device; build the model on the CPU",
@@ -411,23 +421,32 @@ class _Plan:
     def _parts_of(self, name: str) -> dict[str, str]:
         """The parts of the sparse weight of module `name`, and what the file calls them; all are there."""
         key = f"{name}.weight".lstrip(".")
-        module = self.modules.get(name)
-        if linear_shape(module) is None:
-            found = "no such module" if module is None else f"a {type(module).__name__}"
-            self._fail(
-                f"{key}.{SPEC}", f"the model must have a linear layer here, it has {found}; {_OTHER_MODEL}"
-            )
-        try:
+        self._check_module(name, f"{key}.{SPEC}")
+        with self._blaming(key):
             spec = WeightSpec.from_tensor(self.file.get_tensor(f"{key}.{SPEC}"))
-        except ValueError as error:
-            self._fail(key, f"{error}")
         parts = {part: f"{key}.{part}" for part in spec.part_names}
         for stored in parts.values():
             if stored not in self.keys:
                 self._fail(stored, f"missing, though weight.{SPEC} is there; save the model again")
         return parts
 
+    def _check_module(self, name: str, key: str) -> None:
+        """A packed weight can take its place in module `name`; `key`: what the file says so by."""
+        module = self.modules.get(name)
+        if module is None or matrix_shape(module) is None:
+            found = "no such module" if module is None else f"a {type(module).__name__}"
+            self._fail(
+                key,
+                f"the model must have a linear layer or an embedding here, it has {found}; {_OTHER_MODEL}",
+            )
+        problem = refusal(module) if _is_embedding(module) else None
+        if problem:
+            self._fail(key, f"the embedding {problem}")
+
     def _check_tied(self) -> None:
+        for name, first in self.sharing.items():
+            self._check_module(name, f"{name}.weight")
+            self._check_shape(f"{name}.weight", self._shape_of(first), self._shape_of(name))
         for alias, first in self.tied.items():
             if first in self.sparse and alias not in self.modules:
                 self._fail(alias, f"the model must have a layer here, tied to {first}, and has none")
@@ -449,16 +468,42 @@ class _Plan:
         if shape != expected:
             self._fail(key, f"shape must be {expected}, as in the model, got {shape}; {_OTHER_MODEL}")
 
-    def _read_sparse(self, name: str) -> SparseLinear:
+    def _read_sparse(self, name: str) -> SparseModule:
         parts = self.sparse[name]
-        expected = linear_shape(self.modules[name])
-        assert expected is not None  # _parts_of ensured it
-        try:
+        with self._blaming(parts[SPEC].removesuffix(f".{SPEC}")):
             weight = SparseWeight.from_parts({part: self.file.get_tensor(key) for part, key in parts.items()})
-        except ValueError as error:
-            self._fail(parts[SPEC].removesuffix(f".{SPEC}"), f"{error}")
-        self._check_shape(parts[SPEC], weight.shape, expected)
-        return SparseLinear.from_weight(weight)
+            self._check_shape(parts[SPEC], weight.shape, self._shape_of(name))
+            return self._in_place_of(name, weight)
 
-    def _fail(self, name: str, problem: str) -> Any:
+    def _in_place_of(self, name: str, weight: SparseWeight | SparseModule) -> SparseModule:
+        old = self.modules[name]
+        kind: Any = SparseEmbedding if _is_embedding(old) else SparseLinear
+        made: SparseModule = kind.in_place_of(old, weight)
+        return made
+
+    def _shape_of(self, name: str) -> tuple[int, int]:
+        shape = matrix_shape(self.modules[name])
+        assert shape is not None  # _check_module ensured it
+        return shape
+
+    @contextmanager
+    def _blaming(self, name: str) -> Iterator[None]:
+        """What the file says wrongly about `name` is an error of the checkpoint."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            self._fail(name, f"{error}")
+
+    def _fail(self, name: str, problem: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: {name}: {problem}")
+
+
+def _module_of(weight: str) -> str:
+    """The module whose `weight` this is."""
+    return weight.removesuffix("weight").removesuffix(".")
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag, SparseEmbedding))

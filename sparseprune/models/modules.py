@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["device_of", "evaluation_mode", "max_length", "parent_of", "take_hooks"]
+__all__ = ["device_of", "evaluation_mode", "max_length", "parent_of", "put_in_place", "take_hooks"]
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -67,3 +67,12 @@ def max_length(model: nn.Module) -> int | None:
         if isinstance(value, int):
             return value
     return None
+
+
+def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `model` has `old` as a submodule; it takes over its hooks."""
+    take_hooks(old, new)
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is old:
+                parent._modules[attribute] = new

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparseprune.models.modules import take_hooks
+from sparseprune.models.modules import put_in_place
 from sparseprune.options import Layers
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "is_linear",
     "linear_shape",
     "matches",
+    "matrix_shape",
     "site_of",
 ]
 
@@ -184,11 +185,7 @@ class WeightSite(ABC):
         """
         if self.stays is not None:
             raise ValueError(f"{self.name}: no other module can take its place: {self.stays}; leave it dense")
-        for parent in model.modules():
-            for attribute, child in parent._modules.items():
-                if child is self.module:
-                    parent._modules[attribute] = new
-        take_hooks(self.module, new)
+        put_in_place(model, self.module, new)
 
 
 class LinearSite(WeightSite):
@@ -393,8 +390,17 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     for kind in KINDS:
         if module is not None and kind.holds(module):
             return kind("", module).out_features, kind("", module).in_features
-    stated = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    return stated if all(type(it) is int for it in stated) else None  # type: ignore[return-value]
+    return _stated(module, "out_features", "in_features")
+
+
+def matrix_shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """(rows, cols) of the weight of a linear or an embedding, dense or not, by what it states; None for other modules."""
+    return _stated(module, "num_embeddings", "embedding_dim") or linear_shape(module)
+
+
+def _stated(module: nn.Module | None, *sizes: str) -> tuple[int, int] | None:
+    rows, cols = (getattr(module, size, None) for size in sizes)
+    return (rows, cols) if type(rows) is int and type(cols) is int else None
 
 
 def matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
@@ -434,7 +440,7 @@ def _head_weights(model: nn.Module) -> set[int]:
     for module in model.modules():
         get_head = getattr(module, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        weight = getattr(head, "weight", None)
-        if isinstance(weight, Tensor):
+        weight = head._parameters.get("weight") if isinstance(head, nn.Module) else None
+        if weight is not None:
             weights.add(id(weight))
     return weights

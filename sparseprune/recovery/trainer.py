@@ -31,7 +31,7 @@ from sparseprune.recovery.options import Budget, Checkpointing, Training
 from sparseprune.recovery.report import RecoveryReport
 from sparseprune.recovery.terms import Distillation
 from sparseprune.statistics.overlap import remember
-from sparseprune.weights.linear import SparseLinear
+from sparseprune.weights.module import SparseModule
 
 __all__ = ["recover"]
 
@@ -153,12 +153,12 @@ def _check(model: nn.Module, teacher: nn.Module | None, distillation: Distillati
             "model: must be the plain model in each process, it is wrapped for parallel training (FSDP and its shards are "
             "not supported); pass the model itself, recover averages the gradients"
         )
-    sparse = next((name for name, module in model.named_modules() if isinstance(module, SparseLinear)), None)
-    if sparse is not None:
-        raise ValueError(
-            f"model: {sparse} must be dense to be trained, it is a SparseLinear; call "
-            "sparseprune.recovery.to_dense(model) first"
-        )
+    for name, module in model.named_modules():
+        if isinstance(module, SparseModule):
+            raise ValueError(
+                f"model: {name} must be dense to be trained, it is a {type(module).__name__}; call "
+                "sparseprune.recovery.to_dense(model) first"
+            )
     terms = distillation.terms(teacher is not None)
     if teacher is None:
         return

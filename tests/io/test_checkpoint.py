@@ -259,11 +259,11 @@ BAD = {
     "unexpected": (lambda t: t.update(extra=torch.ones(1)), r"extra: not in the model \(1 such in all\)"),
     "unexpected sparse": (
         lambda t: t.update({f"nowhere.weight.{p}": t[f"up.weight.{p}"].clone() for p in ("values", "mask", "spec")}),
-        "nowhere.weight.spec: the model must have a linear layer here, it has no such module",
+        "nowhere.weight.spec: the model must have a linear layer or an embedding here, it has no such module",
     ),
     "not a linear": (
         lambda t: t.update({f"norm.weight.{p}": t[f"up.weight.{p}"].clone() for p in ("values", "mask", "spec")}),
-        "norm.weight.spec: the model must have a linear layer here, it has a BatchNorm1d",
+        "norm.weight.spec: the model must have a linear layer or an embedding here, it has a BatchNorm1d",
     ),
     "dense shape": (lambda t: t.update({"up.bias": torch.ones(41)}), r"up.bias: shape must be \(40,\), as in the model, got \(41,\)"),
     "values too short": (lambda t: t.update({"up.weight.values": t["up.weight.values"][1:]}), "up.weight: values: shape must be"),
@@ -351,7 +351,7 @@ def test_config_errors(tmp_path):
         ({**good, "num_hidden_layers": 3}, "model.layers.2.* missing"),
         (
             {**good, "num_hidden_layers": 1},
-            "model.layers.1.*the model must have a linear layer here, it has no such",
+            "model.layers.1.*the model must have a linear layer or an embedding here, it has no such",
         ),
         ({**good, "num_attention_heads": 0}, "config.json"),
     ]
