@@ -25,6 +25,8 @@ def demo(
     """
     from sparseprune import demo as demonstration
 
+    if keep is not None and keep.exists() and not keep.is_dir():
+        raise NotADirectoryError(f"--keep: must be a folder, got the file {keep}; name another")
     report = demonstration.run(keep, minutes, say=say, progress=True)
     if not as_json:
         for conversion in report.conversions:

@@ -51,8 +51,12 @@ def evaluate(
         raise ValueError("--text: must be given, or --tasks; pass a text file to read")
     if text is None and (reference is not None or calibration is not None):
         raise ValueError("--reference, --calibration: must come with --text; pass a text file to read")
+    if not tasks and (limit is not None or task_folder is not None):
+        raise ValueError("--limit, --task-folder: must come with --tasks; name a task, or leave them out")
     if layers and reference is None:
         raise ValueError("--layers: must come with --reference; pass the dense model")
+    files.check_text("--text", text)
+    files.check_text("--calibration", calibration)
     content = None if text is None else files.read_text("--text", text)
     calibrated = None if calibration is None else files.read_text("--calibration", calibration)
     loaded, tokenizer = files.load_any(model, dtype)

@@ -22,7 +22,8 @@ from torch import nn
 
 from sparseprune import clock
 from sparseprune.kernels.native import isa
-from sparseprune.measure.evaluate import SpeedResult, decode_speed, prompt_speed
+from sparseprune.measure.evaluate import PROMPT, SpeedResult, decode_speed, prompt_speed
+from sparseprune.models.modules import max_length
 from sparseprune.models.notes import recall
 from sparseprune.models.sites import find_sites, site_of
 from sparseprune.report import Column, Report, Table, track
@@ -279,7 +280,10 @@ def time_model(
         )
     decode = prompt = None
     if tokens:
-        measures = track([decode_speed, prompt_speed], "tokens per second", enabled=progress)
+        limit = max_length(model)
+        length = PROMPT if limit is None else min(PROMPT, limit)
+        both: list[Callable[[nn.Module], SpeedResult]] = [decode_speed, lambda it: prompt_speed(it, length)]
+        measures = track(both, "tokens per second", enabled=progress)
         decode, prompt = (measure(model) for measure in measures)
     devices = dict.fromkeys(kind[-1] for kind in groups) or ["cpu"]
     machine = ", ".join([*map(describe_device, devices), f"torch {torch.__version__}"])

@@ -19,6 +19,7 @@ from sparseprune.report import track
 from sparseprune.statistics.overlap import recall
 
 __all__ = [
+    "PROMPT",
     "PerplexityResult",
     "SpeedResult",
     "Windows",
@@ -33,6 +34,9 @@ __all__ = [
 
 # Rows of logits that become float32 at a time: 128 x 49152 x 4 bytes are 25 MB, a window takes 200.
 _ROWS = 128
+
+PROMPT = 512
+"""Tokens in a prompt whose reading is timed, where a model has so many positions."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,7 @@ def decode_speed(
     return _speed(model, times[warmup:], 1, f"decode, batch 1, {dtype_name(model)}")
 
 
-def prompt_speed(model: Any, length: int = 512, repeats: int = 5, *, warmup: int = 1) -> SpeedResult:
+def prompt_speed(model: Any, length: int = PROMPT, repeats: int = 5, *, warmup: int = 1) -> SpeedResult:
     """Reading `length` random tokens at batch 1, logits included: the median of `repeats` passes."""
     _check_positive(length=length, repeats=repeats)
     _check_length(model, "length", length)

@@ -220,7 +220,7 @@ def test_bench_tokens(folders, monkeypatch):
 
     speed = SpeedResult(12.5, 1.0, 1, 1, 2, "decode, batch 1, float32")
     monkeypatch.setattr(benchmark, "decode_speed", lambda model: speed)
-    monkeypatch.setattr(benchmark, "prompt_speed", lambda model: speed)
+    monkeypatch.setattr(benchmark, "prompt_speed", lambda model, length: speed)
     assert "12.5 tokens/s" in run("bench", folders / "sparse", "--batch", 1, "--seconds", 0.1).stdout
 
 
@@ -253,7 +253,7 @@ def bad(folders, tmp_path):
     return [
         (("inspect", tmp_path / "nowhere"), "no model at .*nowhere"),
         (("inspect", damaged), "model.safetensors: must be a whole safetensors file"),
-        (("eval", dense, "--text", tmp_path / "nowhere.txt"), "No such file"),
+        (("eval", dense, "--text", tmp_path / "nowhere.txt"), "--text: there is no file"),
         (("eval", dense), "--text: must be given, or --tasks"),
         (("eval", dense, "--text", text, "--layers"), "--layers: must come with --reference"),
         (("eval", dense, "--text", text, "--reference", sparse), "--reference: must be dense, .* is sparse"),

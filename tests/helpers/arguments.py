@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 BAR = "━"
-MEASURED = ("seconds", "speedups", "tokens_per_second", "peak_memory", "timings", "decode", "prompt", "runs")
+MEASURED = ("seconds", "speedups", "tokens_per_second", "peak_memory", "timings", "runs")
 """Keys of reports that no two runs share."""
 
 
