@@ -12,7 +12,7 @@ from torch import nn
 from sparseprune.kernels.native import isa
 from sparseprune.measure.benchmark import bytes_past_caches, describe_device, speedups_of, time_layer
 from sparseprune.models.notes import recall
-from sparseprune.models.sites import WeightSite, find_sites
+from sparseprune.models.sites import WeightSite, dense_again, find_sites
 from sparseprune.options import Layers
 from sparseprune.report import Column, Report, Table, alike, human_bytes, track
 from sparseprune.weights.choose import Choice, Options, fastest, options_for, smallest
@@ -137,8 +137,7 @@ def sparsify(
     layers = find_sites(model, **vars(chosen))
     if not layers:
         raise ValueError(
-            f"model: {type(model).__name__} has no linear layer to convert under {chosen}; see "
-            "sparseprune.models.sites.find_sites(model)"
+            f"model: {type(model).__name__} has no linear layer to convert under {chosen}; {dense_again(model)}"
         )
     options = {
         layer.name: options_for(layer.weight, form, recall(layer))

@@ -22,6 +22,7 @@ __all__ = [
     "ExpertSite",
     "LinearSite",
     "WeightSite",
+    "dense_again",
     "find_sites",
     "is_linear",
     "linear_shape",
@@ -366,6 +367,17 @@ def find_sites(
             )
         sites.append(replace(first, tied=tuple((site.name, site.module) for site in others)))
     return sites
+
+
+def dense_again(model: nn.Module) -> str:
+    """What to do where `model` has none of the sites that were asked for."""
+    held = [
+        it for it in model.modules() if linear_shape(it) is not None and hasattr(it, "packed")
+    ]  # a SparseLinear, of which this file knows nothing
+    see = "see sparseprune.models.sites.find_sites(model)"
+    if not held:
+        return see
+    return f"{len(held)} are sparse or quantized already, sparseprune.recovery.to_dense(model) undoes that; {see}"
 
 
 def is_linear(module: nn.Module) -> bool:

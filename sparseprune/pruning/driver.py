@@ -14,7 +14,7 @@ from sparseprune import clock
 from sparseprune.calibration import CalibrationData, as_data
 from sparseprune.models.batches import Batch
 from sparseprune.models.losses import Evaluate
-from sparseprune.models.sites import WeightSite, find_sites
+from sparseprune.models.sites import WeightSite, dense_again, find_sites
 from sparseprune.options import Layers
 from sparseprune.pruning.allocation import Allocation, AllocationContext, allocation_name, resolve_allocation
 from sparseprune.pruning.auto import choose
@@ -199,8 +199,7 @@ def find_layers(model: nn.Module, pattern: Pattern, chosen: Layers) -> list[Weig
     layers = find_sites(model, **vars(chosen))
     if not layers:
         raise ValueError(
-            f"model: {type(model).__name__} has no linear layer to prune under {chosen}; see "
-            "sparseprune.models.sites.find_sites(model)"
+            f"model: {type(model).__name__} has no linear layer to prune under {chosen}; {dense_again(model)}"
         )
     for layer in layers:
         pattern.check_shape(layer.out_features, layer.in_features, layer.name)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from sparseprune import clock
 from sparseprune.calibration import CalibrationData, as_data
 from sparseprune.kernels import ops
+from sparseprune.kernels.codes import CODES
 from sparseprune.models.batches import Batch
 from sparseprune.models.notes import recall
-from sparseprune.models.sites import WeightSite, find_sites
+from sparseprune.models.sites import WeightSite, dense_again, find_sites
 from sparseprune.options import Layers
 from sparseprune.pruning.base import Method, Pruned, Target
 from sparseprune.pruning.job import Job
@@ -30,6 +31,7 @@ from sparseprune.weights.encoding import Encoding
 from sparseprune.weights.format import Format
 from sparseprune.weights.gguf import StoredCodes
 from sparseprune.weights.linear import SparseLinear
+from sparseprune.weights.rounding import check_scales
 from sparseprune.weights.sparse_weight import SparseWeight
 from sparseprune.weights.spec import DTYPES, WeightSpec
 
@@ -55,7 +57,8 @@ def quantize(
     """Swaps a model's linears for `SparseLinear` layers of int8 or int4 codes, in place.
 
     A linear that was pruned to 2:4 becomes 2:4 codes, 3.25 bits a weight in int4 (groups of 64, float16 scales); any other
-    becomes dense ones, 4.25 bits, in which zeros stay zeros but are stored. The model computes in the dtype it has.
+    becomes dense ones, 4.25 bits, in which zeros stay zeros but are stored (int4_minimum has no code for 0: the report
+    says how many weights were). The model computes in the dtype it has.
 
     Args:
         encoding: "int8"; "int4"; "int4_minimum", int4 with a minimum for each group, for dense weights (those in 2:4
@@ -80,14 +83,16 @@ def quantize(
     options = Quantization(encoding, method, group_size=group_size, scale_dtype=scale_dtype, keep=keep)
     solver = solver_for(options, calibration is not None)
     data = None if calibration is None else as_data(calibration)
-    layers = find_sites(model, **vars(Layers(include, exclude, lm_head)))
+    given = Layers(include, exclude, lm_head)
+    layers = find_sites(model, **vars(given))
     if not layers:
         raise ValueError(
-            f"model: {type(model).__name__} has no linear layer to quantize under include={include!r}, "
-            f"exclude={exclude!r}, lm_head={lm_head}; see sparseprune.models.sites.find_sites(model)"
+            f"model: {type(model).__name__} has no linear layer to quantize under {given}; {dense_again(model)}"
         )
     stored = None if keep is None else StoredCodes.read(keep)
-    size = sum(parameter.numel() for parameter in model.parameters())
+    held = [it for it in model.modules() if isinstance(it, SparseLinear)]  # from before; no parameters
+    size = sum(it.numel() for it in model.parameters())
+    size += sum(it.in_features * it.out_features for it in held)
     reasons = {layer.name: _left_alone(layer) for layer in layers}
     chosen = [layer for layer in layers if not reasons[layer.name]]
     kept: dict[str, SparseWeight] = {}
@@ -103,19 +108,26 @@ def quantize(
     weights = {**kept, **{name: target.done() for name, target in targets.items()}}
     if data is not None:
         remember(model, data)
-    rows = []
+    rows, zeros = [], 0
     for layer in layers:
         weight = weights.get(layer.name)
         if weight is None:
             rows.append(_unchanged(layer, reasons[layer.name]))
             continue
         how = "kept" if layer.name in kept else solver.name
-        rows.append(_row(layer, originals.pop(layer.name, layer.weight), weight, how))
+        original = originals.pop(layer.name, layer.weight)
+        if weight.encoding.minimums and how != "kept":
+            zeros += original.numel() - int(original.count_nonzero())
+        rows.append(_row(layer, original, weight, how))
         layer.replace(model, SparseLinear.in_place_of(layer.module, weight))
     notes = list(job.notes)
     if stored is not None:
         notes.append(
             f"{len(kept)} of {len(chosen)} layers have the codes of {Path(stored.path).name}, bit by bit"
+        )
+    if zeros:
+        notes.append(
+            f"{zeros:,} weights were zero, for which int4_minimum has no code; int4 and int8 keep zeros"
         )
     return QuantizeReport(tuple(rows), size, clock.now() - begin, tuple(notes))
 
@@ -175,11 +187,17 @@ class _Quantized(Target):
     def solve(self, weight: Tensor, statistic: Any) -> Tensor:
         """The codes' weight, float32 [out, in]; the codes are left in `made`."""
         assert self.spec is not None and self.solver is not None and self.made is not None
-        mask = None
+        mask = kept = None
+        code = CODES[self.spec.encoding.kind]
         if self.spec.format != Format("dense"):
             mask = SparseWeight.from_dense(weight.float(), self.spec.format).mask
-        kept = None if mask is None else ops.unpack_mask(mask, weight.shape[1])
+            kept = None if mask is None else ops.unpack_mask(mask, weight.shape[1])
+        elif not code.minimums and not bool(weight.all()):
+            kept = weight != 0
         codes, grid = self.solver.solve(weight.float(), kept, self.spec.encoding, statistic)
+        check_scales(weight, grid)
+        if kept is not None:
+            codes = torch.where(kept, codes, float(code.zero))
         made = SparseWeight.from_codes(codes, mask, grid, self.spec)
         self.made[:] = [made]
         return made.to(dtype=torch.float32).dense()
@@ -200,7 +218,8 @@ def _as_method(solver: QuantizationMethod) -> Method:
 
 def _row(layer: WeightSite, original: Tensor, weight: SparseWeight, method: str) -> LayerQuantized:
     rounded = weight.to(dtype=torch.float32).dense()
-    error = (rounded - original.float()).norm() / original.float().norm().clamp_min(1e-30)
+    # in float64: squares of large and of small weights leave float32
+    lost, norm = (torch.linalg.vector_norm(it, dtype=torch.float64) for it in (rounded - original, original))
     return LayerQuantized(
         layer.name,
         weight.shape,
@@ -210,7 +229,7 @@ def _row(layer: WeightSite, original: Tensor, weight: SparseWeight, method: str)
         weight.bits_per_weight,
         original.nbytes,
         weight.nbytes,
-        float(error),
+        float(lost / norm) if norm else 0.0,
     )
 
 

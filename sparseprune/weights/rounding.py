@@ -10,10 +10,14 @@ from torch import Tensor
 from sparseprune.kernels.codes import CODES, join_nibbles
 from sparseprune.weights.encoding import Encoding
 
-__all__ = ["Grid", "codes_of", "fit_grid", "joined", "nearest", "stored_codes"]
+__all__ = ["Grid", "check_scales", "codes_of", "fit_grid", "joined", "nearest", "stored_codes"]
 
 _SHRINK = tuple(1 - 0.03 * step for step in range(10))
 """Scales tried, as fractions of the one that reaches the largest weight: clipping it a little often pays for the rest."""
+
+
+_LEAST_STEPS = 8
+"""Of the scales' dtype next to 0, for the largest scale of a weight: rounding it moves the weights by 1/16 at most."""
 
 
 class Grid:
@@ -24,6 +28,10 @@ class Grid:
         self.encoding = encoding
         self.scales = scales.to(encoding.scale_dtype)
         self.minimums = None if minimums is None else minimums.to(encoding.scale_dtype)
+
+    def parts(self) -> list[Tensor]:
+        """The scales, and the minimums where there are any."""
+        return [self.scales] if self.minimums is None else [self.scales, self.minimums]
 
     def columns(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """float32 `[rows, end - begin]`: the scale of each entry, and what its code 0 stands for."""
@@ -55,6 +63,18 @@ def joined(grids: Sequence[Grid]) -> Grid:
     return Grid(grids[0].encoding, scales, torch.cat(minimums, 1) if minimums else None)
 
 
+def check_scales(weight: Tensor, grid: Grid) -> None:
+    """ValueError where all of `weight` `[rows, cols]` is so small that the scales' dtype cannot tell its scales from 0."""
+    dtype = grid.scales.dtype
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    if largest and max(float(part.abs().max()) for part in grid.parts()) < _LEAST_STEPS * step:
+        raise ValueError(
+            f"weight: must have scales of at least {_LEAST_STEPS * step:.2g}, for {dtype} tells no finer ones apart, got "
+            f"weights up to {largest:.2g}; use bfloat16 scales, or leave the layer out"
+        )
+
+
 def stored_codes(codes: Tensor, encoding: Encoding) -> Tensor:
     """Codes `[n]` of any dtype as `SparseWeight.values` has them."""
     return codes.to(torch.int8) if CODES[encoding.kind].bits == 8 else join_nibbles(codes.to(torch.uint8))
@@ -72,9 +92,10 @@ def fit_grid(weight: Tensor, encoding: Encoding, kept: Tensor | None = None) -> 
     rows, cols = weight.shape
     size = encoding.group_size
     padding = -cols % size
-    groups = torch.nn.functional.pad(weight.float(), (0, padding)).view(rows, -1, size)
+    shape = (rows, (cols + padding) // size, size)
+    groups = torch.nn.functional.pad(weight.float(), (0, padding)).view(shape)
     counts = torch.ones_like(weight, dtype=torch.bool) if kept is None else kept
-    counts = torch.nn.functional.pad(counts, (0, padding)).view(rows, -1, size)
+    counts = torch.nn.functional.pad(counts, (0, padding)).view(shape)
     if not bool(torch.isfinite(groups).all()):
         raise ValueError("weight: must be finite to be quantized, got NaN or Inf; repair the checkpoint")
     groups = torch.where(counts, groups, 0.0)
@@ -90,14 +111,14 @@ def fit_grid(weight: Tensor, encoding: Encoding, kept: Tensor | None = None) -> 
         tried = [Grid(encoding, largest * f / -code.zero) for f in _SHRINK]
     else:  # so many codes that clipping gains nothing
         tried = [Grid(encoding, groups.abs().amax(-1) / code.largest)]
-    if not bool(torch.isfinite(tried[0].scales).all()):
+    if not all(bool(torch.isfinite(part).all()) for part in tried[0].parts()):
         raise ValueError(
-            f"weight: must have scales within {encoding.scale_dtype}, got weights up to {float(groups.abs().max()):g}; "
-            "use scale_dtype=torch.bfloat16"
+            f"weight: must have scales and minimums within {encoding.scale_dtype}, got weights up to "
+            f"{float(groups.abs().max()):g}; use bfloat16 scales"
         )
     best, least = tried[0], None
     for grid in tried:
-        _, rounded = codes_of(groups.view(rows, -1), grid)
+        _, rounded = codes_of(groups.flatten(1), grid)
         error = torch.where(counts, rounded.view_as(groups) - groups, 0.0).square().sum(-1)
         if least is None:
             least = error

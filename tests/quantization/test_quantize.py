@@ -64,13 +64,84 @@ def test_what_was_pruned_to_two_of_four_becomes_two_of_four_codes():
             )
 
 
-def test_zeros_that_are_not_two_of_four_stay_zeros_in_dense_codes():
+@pytest.mark.parametrize("encoding", ["int4", "int8"])
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+def test_zeros_that_are_not_two_of_four_stay_zeros_in_dense_codes(encoding, method):
     model = tiny.llama()
     sp.prune(model, "unstructured", sparsity=0.6)
     zeros = {name: it.weight == 0 for name, it in model.named_modules() if isinstance(it, nn.Linear)}
-    assert {it.format for it in sp.quantize(model, "int4").layers} == {"dense"}
+    data = BATCHES if method == "gptq" else None
+    assert {it.format for it in sp.quantize(model, encoding, method, calibration=data).layers} == {"dense"}
     for name, layer in layers_of(model).items():
         assert not bool(layer.weight[zeros[name]].any()), name
+
+
+def test_zeros_that_minimums_lose_are_counted():
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+    sp.prune(model, "unstructured", sparsity=0.75, include="0")
+    zeros = int((model[0].weight == 0).sum())
+    report = sp.quantize(model, "int4_minimum")
+    assert f"{zeros:,} weights were zero, for which int4_minimum has no code" in str(report)
+    assert "zero" not in str(sp.quantize(nn.Sequential(nn.Linear(64, 32)), "int4_minimum"))
+
+
+def one(weight: torch.Tensor) -> nn.Module:
+    linear = nn.Linear(4, 4, bias=False)
+    linear.weight = nn.Parameter(weight.clone())
+    linear.out_features, linear.in_features = weight.shape
+    return nn.Sequential(linear)
+
+
+@pytest.mark.parametrize("encoding", ["int8", "int4", "int4_minimum"])
+def test_weights_of_any_size_are_quantized_well_or_refused(encoding):
+    """Too small or too large for float16 scales: an error, and its remedy works."""
+    weight = torch.rand(32, 64, generator=generator(3)) - 0.5
+    for size in (1e-30, 1e-10, 1e-8, 1e-6, 1e-3, 1.0, 1e4, 1e8, 1e30):
+        for scales in ("float16", "bfloat16"):
+            try:
+                (row,) = sp.quantize(one(weight * size), encoding, scale_dtype=scales).layers
+            except ValueError as error:
+                assert scales == "float16" and not 1e-3 <= size <= 1e4, size
+                assert "0: weight: must have scales" in str(error) and "use bfloat16 scales" in str(error)
+            else:
+                assert row.error < (0.03 if encoding == "int8" else 0.1), (size, scales)
+
+
+def test_minimums_beyond_float16_are_refused():
+    weight = torch.rand(32, 64, generator=generator(3)) * 1000 - 80000
+    weight[0, 0] = -80000
+    with pytest.raises(
+        ValueError, match=r"scales and minimums within torch.float16, got weights up to 80000"
+    ):
+        sp.quantize(one(weight), "int4_minimum")
+    with pytest.raises(ValueError, match="scales and minimums within"):
+        SparseWeight.from_dense(weight, "dense", "int4_minimum")
+
+
+@pytest.mark.parametrize("encoding", ["int8", "int4", "int4_minimum"])
+@pytest.mark.parametrize("shape", [(0, 64), (8, 0), (0, 0)])
+def test_weights_without_entries(encoding, shape):
+    model = one(torch.zeros(shape))
+    sp.quantize(model, encoding)
+    assert model(torch.zeros(3, shape[1])).shape == (3, shape[0])
+
+
+def test_the_share_counts_layers_that_were_sparse_before():
+    model = tiny.llama()
+    total = sum(it.numel() for it in model.parameters())
+    sp.quantize(model, "int8", include="*mlp*")
+    assert sp.quantize(model, "int4").weights_of_model == total
+
+
+@pytest.mark.parametrize("again", [sp.quantize, sp.sparsify, partial(sp.prune, pattern="2:4")])
+def test_a_model_that_is_quantized_already_is_told_how_to_be_dense(again):
+    model = nn.Sequential(nn.Linear(64, 32))
+    sp.quantize(model)
+    with pytest.raises(
+        ValueError, match=r"; 1 are sparse or quantized already, sparseprune.recovery.to_dense\(model\)"
+    ):
+        again(model)
+    again(to_dense(model))
 
 
 @pytest.mark.parametrize("masked", [False, True])

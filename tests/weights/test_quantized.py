@@ -100,7 +100,8 @@ def test_groups_of_zeros_and_constants(form, encoding):
 def test_what_cannot_be_quantized_is_named():
     dense = torch.ones(4, 64)
     with pytest.raises(
-        ValueError, match="scales within torch.float16, got weights up to 1e.20; use scale_dtype"
+        ValueError,
+        match="scales and minimums within torch.float16, got weights up to 1e.20; use bfloat16 scales",
     ):
         SparseWeight.from_dense(dense * 1e20, "dense", "int4")
     dense[1, 3] = torch.nan
