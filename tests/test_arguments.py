@@ -203,6 +203,7 @@ FUNCTIONS = {
             "scale_dtype": Changes("bfloat16"),
             "calibration": Refused(DATA),
             "keep": Refused("no/such/file"),
+            "embeddings": Changes("int8"),
             **LAYERS,
             "progress": Shows(),
         },
@@ -555,6 +556,7 @@ CLASSES = {
             "group_size": Refused(17),
             "scale_dtype": Changes("bfloat16"),
             "keep": Refused("no/such/file"),
+            "embeddings": Changes("int8"),
         },
     ),
     Gradual: Call(

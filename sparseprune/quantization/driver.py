@@ -22,6 +22,7 @@ from sparseprune.pruning.base import Method, Pruned, Target
 from sparseprune.pruning.job import Job
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.pruning.sequential import BlockRun
+from sparseprune.quantization.embedding import embedding_sites, encode_site, stays
 from sparseprune.quantization.methods import METHODS, QuantizationMethod
 from sparseprune.quantization.options import Quantization
 from sparseprune.quantization.report import LayerQuantized, QuantizeReport
@@ -49,6 +50,7 @@ def quantize(
     scale_dtype: Literal["float16", "bfloat16"] = "float16",
     calibration: CalibrationData | Iterable[Batch] | None = None,
     keep: str | Path | None = None,
+    embeddings: Literal["int4", "int8"] | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     lm_head: bool = False,
@@ -69,6 +71,9 @@ def quantize(
         calibration: what gptq runs the model on (`sparseprune.calibration.windows`, or any batches).
         keep: the GGUF file that the model came from: a linear whose weight is still what the file's Q4_0, Q4_1 or Q8_0
             codes stand for gets these, bit by bit, whatever the other arguments say.
+        embeddings: "int8" or "int4": the token embeddings and the output head become codes, too, rounded to nearest (or kept);
+            a tied head and its embedding share the memory. None: they stay as they are. In a small model they are a fifth
+            or more of the weights.
         include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_sites`. Weights shared by several
             layers are left alone.
         progress: show bars on stderr.
@@ -80,7 +85,9 @@ def quantize(
             message names the layer.
     """
     begin = clock.now()
-    options = Quantization(encoding, method, group_size=group_size, scale_dtype=scale_dtype, keep=keep)
+    options = Quantization(
+        encoding, method, group_size=group_size, scale_dtype=scale_dtype, keep=keep, embeddings=embeddings
+    )
     solver = solver_for(options, calibration is not None)
     data = None if calibration is None else as_data(calibration)
     given = Layers(include, exclude, lm_head)
@@ -120,6 +127,8 @@ def quantize(
             zeros += original.numel() - int(original.count_nonzero())
         rows.append(_row(layer, original, weight, how))
         layer.replace(model, SparseLinear.in_place_of(layer.module, weight))
+    if embeddings is not None:
+        rows += _embeddings(model, Encoding(embeddings, group_size, getattr(torch, scale_dtype)), stored)
     notes = list(job.notes)
     if stored is not None:
         notes.append(
@@ -130,6 +139,22 @@ def quantize(
             f"{zeros:,} weights were zero, for which int4_minimum has no code; int4 and int8 keep zeros"
         )
     return QuantizeReport(tuple(rows), size, clock.now() - begin, tuple(notes))
+
+
+def _embeddings(model: nn.Module, encoding: Encoding, stored: StoredCodes | None) -> list[LayerQuantized]:
+    rows = []
+    for site in embedding_sites(model):
+        reason = stays(site) or _no_kernels(site)
+        if reason:
+            rows.append(_unchanged(site, reason))
+            continue
+        original = site.weight.detach()
+        weight = None if stored is None else stored.find(original)
+        how = "nearest" if weight is None else "kept"
+        weight = SparseWeight.from_dense(original, "dense", encoding) if weight is None else weight
+        rows.append(_row(site, original, weight, how))
+        encode_site(model, site, weight)
+    return rows
 
 
 def solver_for(options: Quantization, calibrated: bool) -> QuantizationMethod:
@@ -155,6 +180,10 @@ def _left_alone(layer: WeightSite) -> str:
     """Why a layer keeps its weight as it is; empty where nothing keeps it."""
     if layer.stays is not None:
         return layer.stays
+    return _no_kernels(layer)
+
+
+def _no_kernels(layer: WeightSite) -> str:
     weight = layer.weight
     if weight.device.type != "cpu":
         return f"on {weight.device}: int8 and int4 have kernels for the CPU only"

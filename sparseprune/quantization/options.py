@@ -37,9 +37,15 @@ class Quantization:
         given=Path,
     )
 
+    embeddings: Literal["int4", "int8"] | None = option(
+        None,
+        "The token embeddings and the output head, too, rounded to nearest: int8 or int4. A tied head shares the memory.",
+    )
+
     def __post_init__(self) -> None:
         require_among(("int4", "int4_minimum", "int8"), encoding=self.encoding)
         require_among(("auto", "nearest", "gptq"), method=self.method)
+        require_among(("int4", "int8"), embeddings=self.embeddings)
         require_among(("float16", "bfloat16"), scale_dtype=self.scale_dtype)
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size: must be 32, 64 or 128, got {self.group_size!r}")

@@ -125,6 +125,7 @@ TABLES = {
         "group_size": Refused("--group-size 17", "--group-size: must be"),
         "scale_dtype": Changes("--scale-dtype bfloat16"),
         "keep": Refused("--keep NOWHERE", "--keep: there is no file"),
+        "embeddings": Changes("--embeddings int8"),
         **NOTHING,
         "lm_head": Changes("--lm-head"),
         "calibration": Refused(FEW, "--calibration: method nearest looks at weights only"),

@@ -317,3 +317,19 @@ def test_requantizing_a_kept_weight_changes_nothing(gguf_file):
     assert torch.equal(rounded, weights["Q4_0"])
     again = SparseWeight.from_codes(codes, None, Grid(found.encoding, found.scales), found.spec)
     assert torch.equal(again.dense(), found.dense())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("embeddings", ["int8", "int4"])
+def test_embeddings_and_head_become_codes_and_are_stored_once(tmp_path, tied, embeddings):
+    model = tiny.llama(tied=tied)
+    before = logits(model)
+    report = sp.quantize(model, "int8", embeddings=embeddings)
+    rows = [it for it in report.layers if "embed" in it.name or "lm_head" in it.name]
+    assert len(rows) == (1 if tied else 2) and {it.encoding for it in rows} == {embeddings}
+    norms = sum(it.numel() for it in model.parameters())
+    assert report.quantized_weights == report.weights_of_model - norms, "all but the norms"
+    error = float((logits(model) - before).norm() / before.norm())
+    assert error < (0.03 if embeddings == "int8" else 0.3)
+    sp.save(model, tmp_path / "out")
+    assert torch.equal(logits(sp.load(tmp_path / "out")), logits(model))
