@@ -82,7 +82,7 @@ def record_launches(build: Build) -> list[Launch]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "launches"
         include = ["-I", ROOT / "csrc", *(part for path in build.include for part in ("-isystem", path))]
-        sources = [ROOT / "scripts/launches.cpp", *objects]
+        sources = [ROOT / "scripts/launches.cpp", ROOT / "csrc/core/header.cpp", *objects]
         subprocess.run(["g++", *CXX_FLAGS, *include, *sources, "-o", program], check=True)
         lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
     return [Launch(**{**fields, "grid": tuple(fields["grid"])}) for fields in map(json.loads, lines)]

@@ -167,7 +167,7 @@ void products(Layout layout, DType dtype) {
       const std::int64_t workspace = splits > 1 ? splits * 8 * 4096 * 4 : 0;
       product(packing, 4096, 4096, 8, {config, splits, workspace}, 0, 0);
       product(packing, 4096, 4096, 8, {config, splits, workspace}, size_of(dtype), 0);
-      product(packing, 4095, 61, 7, {config, splits, workspace}, 0, 0);
+      product(packing, 4095, 253, 7, {config, splits, workspace}, 0, 0);
     }
   }
   // What is chosen for the layers of a 7B LLaMA, on an A100, an RTX 4090 and an H100.
