@@ -83,10 +83,10 @@ def require_share(remedy: str = "", whole: bool = False, **values: float | None)
             raise ValueError(_sentence(f"{name}: must be in {bounds}, got {value!r}", remedy))
 
 
-def require_among(known: Sequence[str], **values: str | None) -> None:
-    """Raises ValueError unless each of `values` is None or one of `known`."""
+def require_among(known: Sequence[str], **values: str) -> None:
+    """Raises ValueError unless each of `values` is one of `known`."""
     for name, value in values.items():
-        if value is not None and value not in known:
+        if value not in known:
             raise ValueError(f"{name}: must be one of {', '.join(known)}, got {value!r}")
 
 

@@ -112,7 +112,8 @@ class Recipe:
         pattern.resolve_sparsity(self.sparsity)
         require_at_least(0, seed=self.seed)
         require_above(0, minutes=self.minutes)
-        require_among(("row", "layer"), scope=self.scope)
+        if self.scope is not None:
+            require_among(("row", "layer"), scope=self.scope)
         if self.scope is not None and pattern.structured:
             raise ValueError(
                 f"scope: pattern {pattern} ranks within its groups, got {self.scope!r}; leave it out"

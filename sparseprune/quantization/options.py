@@ -45,9 +45,10 @@ class Quantization:
     def __post_init__(self) -> None:
         require_among(("int4", "int4_minimum", "int8"), encoding=self.encoding)
         require_among(("auto", "nearest", "gptq"), method=self.method)
-        require_among(("int4", "int8"), embeddings=self.embeddings)
         require_among(("float16", "bfloat16"), scale_dtype=self.scale_dtype)
-        if self.group_size not in (32, 64, 128):
+        if self.embeddings is not None:
+            require_among(("int4", "int8"), embeddings=self.embeddings)
+        if type(self.group_size) is not int or self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size: must be 32, 64 or 128, got {self.group_size!r}")
         if self.keep is not None and not Path(self.keep).is_file():
             raise FileNotFoundError(

@@ -210,6 +210,7 @@ def test_auto_on_this_machine_measures_for_real():
     ("arguments", "message"),
     [
         ({"format": "3-4"}, "format: must be"),
+        ({"policy": None}, "policy: must be one of auto, always, got None"),
         ({"policy": "never"}, "policy: must be one of auto, always, got 'never'"),
         ({"policy": "always", "batch": 8}, 'batch: nothing is measured under policy="always", got 8'),
         ({"policy": "always", "seconds": 8}, "seconds: nothing is measured"),
