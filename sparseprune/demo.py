@@ -20,6 +20,7 @@ import torch
 from sparseprune import clock
 from sparseprune.calibration import windows
 from sparseprune.convert import SparsifyReport, sparsify
+from sparseprune.hardware import fast_bfloat16
 from sparseprune.io.checkpoint import WEIGHTS_FILE, load, save
 from sparseprune.io.inspection import memory_bytes
 from sparseprune.kernels.native import isa
@@ -222,7 +223,7 @@ def run(
     say: Callable[[str], None] = lambda text: None,
     progress: bool = False,
 ) -> DemoReport:
-    """The demo: load, prune, sparsify, save, reload and measure, in bfloat16.
+    """The demo: load, prune, sparsify, save, reload and measure, in bfloat16 where the CPU is fast at it, else in float32.
 
     Args:
         directory: where the models are saved, each in a folder of its own; None: a temporary folder.
@@ -242,8 +243,10 @@ def run(
     source = demo_model_path()
     calibration_text, evaluation_text = demo_texts()
     with _folder(directory) as folder:
-        say(f"Loading {source.name} ({human_bytes(source.stat().st_size)}) in bfloat16")
-        dense, tokenizer = load_dense(source, torch.bfloat16)
+        dtype = torch.bfloat16 if fast_bfloat16(torch.device("cpu")) else torch.float32
+        named = str(dtype).removeprefix("torch.")
+        say(f"Loading {source.name} ({human_bytes(source.stat().st_size)}) in {named}")
+        dense, tokenizer = load_dense(source, dtype)
         calibration = windows(
             calibration_text,
             tokenizer,
@@ -306,7 +309,7 @@ def run(
         tuple(columns),
         tuple(conversions),
         f"perplexity: {quality.protocol}",
-        f"speed: medians of {rounds} rounds in turn, eager, bfloat16, {torch.get_num_threads()} threads, "
+        f"speed: medians of {rounds} rounds in turn, eager, {named}, {torch.get_num_threads()} threads, "
         f"{isa()} kernels, torch {torch.__version__}",
         clock.now() - begin,
         minutes,

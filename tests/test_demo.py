@@ -69,6 +69,15 @@ def test_every_column_and_file_is_there(small, tmp_path):
     assert any("Saving and loading again" in line for line in said)
 
 
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_it_runs_in_what_the_cpu_is_fast_at(small, machine, monkeypatch, fast, dtype):
+    monkeypatch.setattr(demo, "fast_bfloat16", lambda device: fast)
+    said = []
+    report = demo.run(protocol=replace(PROTOCOL, calibration_windows=1), say=said.append)
+    assert said[0].endswith(f"in {dtype}")
+    assert dtype in report.machine and report.protocol.endswith(dtype)
+
+
 def test_a_fast_machine_reads_and_measures_all(small, machine):
     machine["seconds"] = 1e-5
     report = demo.run(minutes=5, protocol=replace(PROTOCOL, calibration_windows=4))
