@@ -10,7 +10,7 @@ from torch import Tensor
 from sparseprune.kernels.codes import CODES, join_nibbles
 from sparseprune.weights.encoding import Encoding
 
-__all__ = ["Grid", "check_scales", "codes_of", "fit_grid", "joined", "nearest", "stored_codes"]
+__all__ = ["Grid", "check_scales", "codes_of", "fit_grid", "joined", "nearest", "rounded", "stored_codes"]
 
 _SHRINK = tuple(1 - 0.03 * step for step in range(10))
 """Scales tried, as fractions of the one that reaches the largest weight: clipping it a little often pays for the rest."""
@@ -18,6 +18,9 @@ _SHRINK = tuple(1 - 0.03 * step for step in range(10))
 
 _LEAST_STEPS = 8
 """Of the scales' dtype next to 0, for the largest scale of a weight: rounding it moves the weights by 1/16 at most."""
+
+_AT_ONCE = 1 << 19
+"""Entries of the blocks of rows that are rounded one after the other: some ten copies of one in float32 are alive at a time."""
 
 
 class Grid:
@@ -56,11 +59,11 @@ def codes_of(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return nearest(weight, *grid.columns(0, weight.shape[1]), grid.encoding)
 
 
-def joined(grids: Sequence[Grid]) -> Grid:
-    """The grid of a weight whose groups of columns have these."""
+def joined(grids: Sequence[Grid], along: int = 1) -> Grid:
+    """The grid of a weight whose groups of columns have these; along 0: whose blocks of rows."""
     minimums = [grid.minimums for grid in grids if grid.minimums is not None]
-    scales = torch.cat([grid.scales for grid in grids], 1)
-    return Grid(grids[0].encoding, scales, torch.cat(minimums, 1) if minimums else None)
+    scales = torch.cat([grid.scales for grid in grids], along)
+    return Grid(grids[0].encoding, scales, torch.cat(minimums, along) if minimums else None)
 
 
 def check_scales(weight: Tensor, grid: Grid) -> None:
@@ -78,6 +81,20 @@ def check_scales(weight: Tensor, grid: Grid) -> None:
 def stored_codes(codes: Tensor, encoding: Encoding) -> Tensor:
     """Codes `[n]` of any dtype as `SparseWeight.values` has them."""
     return codes.to(torch.int8) if CODES[encoding.kind].bits == 8 else join_nibbles(codes.to(torch.uint8))
+
+
+def rounded(weight: Tensor, encoding: Encoding, kept: Tensor | None = None) -> tuple[Tensor, Grid]:
+    """(codes, int8 `[rows, cols]`, their grid): a weight of that shape rounded by the grid that fits it best (`fit_grid`).
+
+    Memory: the codes, and what is computed of a block of rows.
+    """
+    rows = max(1, _AT_ONCE // max(1, weight.shape[1]))
+    masks = [None] * -(-max(1, weight.shape[0]) // rows) if kept is None else kept.split(rows)
+    codes, grids = [], []
+    for block, mask in zip(weight.split(rows), masks, strict=True):
+        grids.append(fit_grid(block, encoding, mask))
+        codes.append(codes_of(block, grids[-1])[0].to(torch.int8))
+    return torch.cat(codes), joined(grids, 0)
 
 
 def fit_grid(weight: Tensor, encoding: Encoding, kept: Tensor | None = None) -> Grid:

@@ -20,7 +20,7 @@ from sparseprune.kernels.codes import dequantize, pack_codes, unpack_codes
 from sparseprune.kernels.packing import Packed, packing_code
 from sparseprune.weights.encoding import PLAIN, Encoding
 from sparseprune.weights.format import Format, group_counts, popcounts
-from sparseprune.weights.rounding import Grid, check_scales, codes_of, fit_grid, stored_codes
+from sparseprune.weights.rounding import Grid, check_scales, rounded, stored_codes
 from sparseprune.weights.spec import DTYPES, SPEC, WeightSpec
 
 __all__ = ["SparseWeight"]
@@ -70,9 +70,9 @@ class SparseWeight:
         if values_as == PLAIN:
             return cls(values, mask, spec)
         kept = None if mask is None else ops.unpack_mask(mask, weight.shape[1])
-        grid = fit_grid(weight, values_as, kept)
+        codes, grid = rounded(weight, values_as, kept)
         check_scales(weight, grid)
-        return cls.from_codes(codes_of(weight, grid)[0], mask, grid, spec)
+        return cls.from_codes(codes, mask, grid, spec)
 
     @classmethod
     def from_codes(cls, codes: Tensor, mask: Tensor | None, grid: Grid, spec: WeightSpec) -> SparseWeight:

@@ -2,11 +2,13 @@
 // double. Activations are whole numbers and each group of 32 holds a 127, so that rounding them to int8 changes nothing.
 #include <cmath>
 #include <cstdio>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/dispatch/isa.h"
 #include "cpu/ops/linear.h"
+#include "cpu/ops/lookup.h"
 #include "cpu/ops/pack.h"
 #include "support.h"
 
@@ -108,6 +110,37 @@ void test_linear(const Case& c, const Weight& w, const Memory& blob, std::int64_
   expect(close, "linear");
 }
 
+// Every row, the last one first; an index that is not a row is refused.
+void test_lookup(const Case& c, const Weight& w, const Memory& blob, std::int64_t bytes) {
+  const DType dtype = c.packing.dtype;
+  const auto word = static_cast<std::int64_t>(size_of(dtype));
+  const Memory indices(c.place, c.rows * 8, 8), out(c.place, c.rows * c.cols * word, word);
+  for (std::int64_t i = 0; i < c.rows; ++i) indices.as<std::int64_t>()[i] = c.rows - 1 - i;
+  const auto call = [&] {
+    lookup({blob.as<std::uint8_t>(), bytes, c.rows, c.cols, c.packing, indices.as<void>(), 8, c.rows, out.as<void>(),
+            c.threads});
+  };
+  call();
+  bool close = true;
+  for (std::int64_t i = 0; i < c.rows * c.cols; ++i) {
+    const double number = w.dense[static_cast<std::size_t>((c.rows - 1 - i / c.cols) * c.cols + i % c.cols)];
+    const double got = decode(dtype, out.as<char>() + i * word);
+    close &= std::abs(got - number) <= unit_roundoff(dtype) * std::abs(number);
+  }
+  expect(close, "lookup");
+  if (c.rows == 0) return;
+  for (const std::int64_t wrong : {std::int64_t{-1}, c.rows, std::int64_t{1} << 40}) {
+    indices.as<std::int64_t>()[c.rows - 1] = wrong;
+    bool refused = false;
+    try {
+      call();
+    } catch (const std::out_of_range&) {
+      refused = true;
+    }
+    expect(refused, "an index that is not a row is refused");
+  }
+}
+
 void test_all(const Case& c, std::int64_t& turn) {
   context = std::string(kernels().isa) + " " + describe(c.packing) + " " + std::to_string(c.rows) + "x" +
             std::to_string(c.cols) + ", group " + std::to_string(c.packing.group);
@@ -131,6 +164,7 @@ void test_all(const Case& c, std::int64_t& turn) {
   expect(codes2.equals(w.codes.data()) && scales2.equals(w.scales.data()) && minimums2.equals(w.minimums.data()) &&
              mask2.equals(w.mask.data()),
          "unpacked as it was packed");
+  if (c.packing.layout == Layout::quads) test_lookup(c, w, blob, bytes);
 
   constexpr std::int64_t kBatches[] = {1, 0, 2, 3, 8, 4, 5, 9, 17, 7};
   for (int i = 0; i < 3; ++i, ++turn) test_linear(c, w, blob, bytes, i == 0 ? 1 : kBatches[turn % 10], turn % 3 != 0);

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparseprune as sp
+from sparseprune.weights import rounding
 from sparseprune.weights.encoding import Encoding
 from sparseprune.weights.rounding import codes_of, fit_grid
 from sparseprune.weights.sparse_weight import SparseWeight
@@ -53,6 +54,23 @@ def test_round_trips(form, rows, fours, group, scales, dtype):
             assert torch.equal(part, weight.parts()[name])
     if kind == "2:4":
         assert not bool(weight.dense()[dense == 0].any()), "what was pruned stays zero"
+
+
+@forms
+def test_blocks_of_rows_are_rounded_as_the_whole(form, encoding, monkeypatch):
+    dense = weight_of(form, rows=37)
+    whole = SparseWeight.from_dense(dense, form, encoding)
+    monkeypatch.setattr(rounding, "_AT_ONCE", 5 * 132)
+    for name, part in SparseWeight.from_dense(dense, form, encoding).parts().items():
+        assert torch.equal(part, whole.parts()[name])
+
+
+@forms
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (0, 0)])
+def test_nothing_is_rounded_to_nothing(form, encoding, shape):
+    weight = SparseWeight.from_dense(torch.zeros(shape), form, encoding)
+    weight.validate()
+    assert weight.dense().shape == shape and weight.nnz == 0
 
 
 @forms

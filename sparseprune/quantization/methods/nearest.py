@@ -8,14 +8,13 @@ from torch import Tensor
 
 from sparseprune.quantization.methods.base import QuantizationMethod
 from sparseprune.weights.encoding import Encoding
-from sparseprune.weights.rounding import Grid, codes_of, fit_grid
+from sparseprune.weights.rounding import Grid, rounded
 
 __all__ = ["NEAREST"]
 
 
 def _solve(weight: Tensor, kept: Tensor | None, encoding: Encoding, statistic: Any) -> tuple[Tensor, Grid]:
-    grid = fit_grid(weight, encoding, kept)
-    return codes_of(weight, grid)[0], grid
+    return rounded(weight, encoding, kept)
 
 
 NEAREST = QuantizationMethod("nearest", _solve)
