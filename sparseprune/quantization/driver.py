@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ from sparseprune.pruning.base import Method, Pruned, Target
 from sparseprune.pruning.job import Job
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.pruning.sequential import BlockRun
-from sparseprune.quantization.embedding import embedding_sites, encode_site, stays
+from sparseprune.quantization.embedding import embedding_codes, no_kernels
 from sparseprune.quantization.methods import METHODS, QuantizationMethod
 from sparseprune.quantization.options import Quantization
-from sparseprune.quantization.report import LayerQuantized, QuantizeReport
+from sparseprune.quantization.report import LayerQuantized, QuantizeReport, error_of
 from sparseprune.statistics.overlap import remember
 from sparseprune.weights.choose import recognise
 from sparseprune.weights.encoding import Encoding
@@ -34,7 +34,7 @@ from sparseprune.weights.gguf import StoredCodes
 from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.rounding import check_scales
 from sparseprune.weights.sparse_weight import SparseWeight
-from sparseprune.weights.spec import DTYPES, WeightSpec
+from sparseprune.weights.spec import WeightSpec
 
 __all__ = ["quantize", "solver_for"]
 
@@ -108,27 +108,29 @@ def quantize(
         kept = {name: weight for name, weight in found.items() if weight is not None}
     todo = [layer for layer in chosen if layer.name not in kept]
     targets = {layer.name: _Quantized.of(layer, options, solver) for layer in todo}
-    originals = {layer.name: layer.weight.detach().clone() for layer in todo}  # for the errors in the report
+    values = getattr(torch, scale_dtype)
+    rest = (
+        [] if embeddings is None else embedding_codes(model, Encoding(embeddings, group_size, values), stored)
+    )
     job = Job(model, todo, _as_method(solver), targets, data if solver.statistic else None, progress)
     if todo:
         job.run(BlockRun(sequential=True), required=False)
-    weights = {**kept, **{name: target.done() for name, target in targets.items()}}
     if data is not None:
         remember(model, data)
-    rows, zeros = [], 0
+    rows = []
     for layer in layers:
-        weight = weights.get(layer.name)
-        if weight is None:
-            rows.append(_unchanged(layer, reasons[layer.name]))
+        if reasons[layer.name]:
+            rows.append(LayerQuantized.unchanged(layer, reasons[layer.name]))
             continue
-        how = "kept" if layer.name in kept else solver.name
-        original = originals.pop(layer.name, layer.weight)
-        if weight.encoding.minimums and how != "kept":
-            zeros += original.numel() - int(original.count_nonzero())
-        rows.append(_row(layer, original, weight, how))
+        if layer.name in kept:
+            weight, error, how = kept[layer.name], error_of(layer.weight, kept[layer.name]), "kept"
+        else:
+            (made,) = targets[layer.name].made
+            weight, error, how = made.weight, made.error, solver.name
+        rows.append(LayerQuantized.of(layer, weight, how, error))
         layer.replace(model, SparseLinear.in_place_of(layer.module, weight))
-    if embeddings is not None:
-        rows += _embeddings(model, Encoding(embeddings, group_size, getattr(torch, scale_dtype)), stored)
+    rows += [it.put(model) for it in rest]
+    zeros = sum(made.zeros for target in targets.values() for made in target.made)
     notes = list(job.notes)
     if stored is not None:
         notes.append(
@@ -139,22 +141,6 @@ def quantize(
             f"{zeros:,} weights were zero, for which int4_minimum has no code; int4 and int8 keep zeros"
         )
     return QuantizeReport(tuple(rows), size, clock.now() - begin, tuple(notes))
-
-
-def _embeddings(model: nn.Module, encoding: Encoding, stored: StoredCodes | None) -> list[LayerQuantized]:
-    rows = []
-    for site in embedding_sites(model):
-        reason = stays(site) or _no_kernels(site)
-        if reason:
-            rows.append(_unchanged(site, reason))
-            continue
-        original = site.weight.detach()
-        weight = None if stored is None else stored.find(original)
-        how = "nearest" if weight is None else "kept"
-        weight = SparseWeight.from_dense(original, "dense", encoding) if weight is None else weight
-        rows.append(_row(site, original, weight, how))
-        encode_site(model, site, weight)
-    return rows
 
 
 def solver_for(options: Quantization, calibrated: bool) -> QuantizationMethod:
@@ -180,14 +166,15 @@ def _left_alone(layer: WeightSite) -> str:
     """Why a layer keeps its weight as it is; empty where nothing keeps it."""
     if layer.stays is not None:
         return layer.stays
-    return _no_kernels(layer)
+    return no_kernels(layer.weight)
 
 
-def _no_kernels(layer: WeightSite) -> str:
-    weight = layer.weight
-    if weight.device.type != "cpu":
-        return f"on {weight.device}: int8 and int4 have kernels for the CPU only"
-    return "" if weight.dtype in DTYPES else f"dtype {weight.dtype} has no kernels"
+class _Made(NamedTuple):
+    """A layer's codes, their error, and how many weights were zero and have no code for it."""
+
+    weight: SparseWeight
+    error: float
+    zeros: int
 
 
 @dataclass(frozen=True)
@@ -196,7 +183,8 @@ class _Quantized(Target):
 
     spec: WeightSpec | None = None
     solver: QuantizationMethod | None = None
-    made: list[SparseWeight] | None = None
+    made: list[_Made] = field(default_factory=list)
+    """One item, once the layer is solved."""
 
     @classmethod
     def of(cls, layer: WeightSite, options: Quantization, solver: QuantizationMethod) -> _Quantized:
@@ -211,11 +199,11 @@ class _Quantized(Target):
             form if two_four and form else Format("dense"),
             values,
         )
-        return cls(Pattern.parse("unstructured"), 0.0, spec=spec, solver=solver, made=[])
+        return cls(Pattern.parse("unstructured"), 0.0, spec=spec, solver=solver)
 
     def solve(self, weight: Tensor, statistic: Any) -> Tensor:
-        """The codes' weight, float32 [out, in]; the codes are left in `made`."""
-        assert self.spec is not None and self.solver is not None and self.made is not None
+        """The codes' weight, float32 [out, in]; what came of it is left in `made`."""
+        assert self.spec is not None and self.solver is not None
         mask = kept = None
         code = CODES[self.spec.encoding.kind]
         if self.spec.format != Format("dense"):
@@ -228,12 +216,9 @@ class _Quantized(Target):
         if kept is not None:
             codes = torch.where(kept, codes, float(code.zero))
         made = SparseWeight.from_codes(codes, mask, grid, self.spec)
-        self.made[:] = [made]
+        zeros = weight.numel() - int(weight.count_nonzero()) if code.minimums else 0
+        self.made[:] = [_Made(made, error_of(weight, made), zeros)]
         return made.to(dtype=torch.float32).dense()
-
-    def done(self) -> SparseWeight:
-        assert self.made
-        return self.made[0]
 
 
 def _as_method(solver: QuantizationMethod) -> Method:
@@ -243,30 +228,3 @@ def _as_method(solver: QuantizationMethod) -> Method:
         return Pruned(rounded, torch.ones_like(rounded, dtype=torch.bool))
 
     return Method(solver.name, solve=solve, statistic=solver.statistic)
-
-
-def _row(layer: WeightSite, original: Tensor, weight: SparseWeight, method: str) -> LayerQuantized:
-    rounded = weight.to(dtype=torch.float32).dense()
-    # in float64: squares of large and of small weights leave float32
-    lost, norm = (torch.linalg.vector_norm(it, dtype=torch.float64) for it in (rounded - original, original))
-    return LayerQuantized(
-        layer.name,
-        weight.shape,
-        str(weight.format),
-        weight.encoding.kind,
-        method,
-        weight.bits_per_weight,
-        original.nbytes,
-        weight.nbytes,
-        float(lost / norm) if norm else 0.0,
-    )
-
-
-def _unchanged(layer: WeightSite, reason: str) -> LayerQuantized:
-    weight = layer.weight
-    dtype = str(weight.dtype).removeprefix("torch.")
-    shape = (weight.shape[0], weight.shape[1])
-    bits = 8.0 * weight.dtype.itemsize
-    return LayerQuantized(
-        layer.name, shape, "dense", dtype, "", bits, weight.nbytes, weight.nbytes, 0.0, reason
-    )

@@ -5,60 +5,76 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparseprune.models import ties
 from sparseprune.models.modules import put_in_place
 from sparseprune.models.sites import EmbeddingSite, LinearSite, WeightSite, find_sites
+from sparseprune.quantization.report import LayerQuantized, error_of
 from sparseprune.weights.embedding import SparseEmbedding, refusal
 from sparseprune.weights.encoding import Encoding
+from sparseprune.weights.gguf import StoredCodes
 from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.module import SparseModule
 from sparseprune.weights.sparse_weight import SparseWeight
+from sparseprune.weights.spec import DTYPES
 
-__all__ = ["EmbeddingCompressed", "compress_embedding", "embedding_sites", "encode_site", "stays"]
+__all__ = ["EmbeddingCodes", "embedding_codes", "embedding_sites", "encode_site", "no_kernels", "stays"]
 
 
 @dataclass(frozen=True)
-class EmbeddingCompressed:
-    """What became of a weight.
+class EmbeddingCodes:
+    """What the weight of an embedding or a head is to become.
 
     Attributes:
-        names: of the modules that have it: several where it is tied.
-        reason: why it stayed dense; empty where it did not.
+        weight: None where it stays as it is; `reason` says why.
+        method: "nearest", or "kept" (a file's own codes).
     """
 
-    names: tuple[str, ...]
-    shape: tuple[int, int]
-    bytes_before: int
-    bytes_after: int
+    site: WeightSite
+    weight: SparseWeight | None
+    method: str = ""
     reason: str = ""
 
+    def put(self, model: nn.Module) -> LayerQuantized:
+        """Puts it in place; its row of the report."""
+        if self.weight is None:
+            return LayerQuantized.unchanged(self.site, self.reason)
+        error = error_of(self.site.weight.detach(), self.weight)
+        row = LayerQuantized.of(self.site, self.weight, self.method, error)
+        encode_site(model, self.site, self.weight)
+        return row
 
-def compress_embedding(model: nn.Module, encoding: str | Encoding = "int8") -> list[EmbeddingCompressed]:
-    """Rounds a model's embeddings and its output head to the nearest codes, in place; gives what became of each weight.
 
-    Which those are: `embedding_sites`. An error leaves the model as it was.
+def embedding_codes(
+    model: nn.Module, encoding: Encoding, stored: StoredCodes | None = None
+) -> list[EmbeddingCodes]:
+    """The codes of a model's embeddings and of its output head, rounded to nearest, or those that a file has for them.
+
+    Which weights those are: `embedding_sites`. The model stays as it is.
 
     Raises:
-        ValueError: a weight that cannot be encoded (NaN, Inf, on a GPU), no embedding in the model.
+        ValueError: no embedding and no head in the model, a weight that cannot be encoded.
     """
     sites = embedding_sites(model)
     if not sites:
-        raise ValueError(f"model: {type(model).__name__} has no embedding and no output head to compress")
-    reasons = {site.name: stays(site) for site in sites}
-    weights = {
-        site.name: SparseWeight.from_dense(site.weight, "dense", encoding)
-        for site in sites
-        if not reasons[site.name]
-    }
-    rows = []
+        raise ValueError(
+            f"embeddings: {type(model).__name__} has no embedding and no output head, got {encoding.kind}; leave it out"
+        )
+    found = []
     for site in sites:
-        shape, before = (site.out_features, site.in_features), site.weight.nbytes
-        weight = weights.get(site.name)
-        after = before if weight is None else encode_site(model, site, weight)
-        rows.append(EmbeddingCompressed(site.names, shape, before, after, reasons[site.name]))
-    return rows
+        if reason := stays(site):
+            found.append(EmbeddingCodes(site, None, reason=reason))
+            continue
+        if stored is not None and (kept := stored.find(site.weight)) is not None:
+            found.append(EmbeddingCodes(site, kept, "kept"))
+            continue
+        try:
+            weight = SparseWeight.from_dense(site.weight, "dense", encoding)
+        except ValueError as error:
+            raise ValueError(f"{site.name}: {error}") from error
+        found.append(EmbeddingCodes(site, weight, "nearest"))
+    return found
 
 
 def embedding_sites(model: nn.Module) -> list[WeightSite]:
@@ -86,6 +102,8 @@ def _named_by(module: Any) -> list[nn.Module]:
 
 def stays(site: WeightSite) -> str:
     """Why codes cannot take the place of a site's weight; empty where they can."""
+    if unserved := no_kernels(site.weight):
+        return unserved
     for name, module in ((site.name, site.module), *site.tied):
         if isinstance(module, nn.Linear):
             continue
@@ -107,3 +125,12 @@ def encode_site(model: nn.Module, site: WeightSite, weight: SparseWeight) -> int
     for place, module in made.items():
         put_in_place(model, place, module)
     return next(iter(made.values())).nbytes
+
+
+def no_kernels(weight: Tensor) -> str:
+    """Why nothing multiplies by codes in the place of `weight`; empty where something does."""
+    if weight.is_meta:
+        return "on the meta device: no data"
+    if not weight.is_cpu:
+        return f"on {weight.device}: int8 and int4 have kernels for the CPU only"
+    return "" if weight.dtype in DTYPES else f"dtype {weight.dtype} has no kernels"

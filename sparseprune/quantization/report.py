@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparseprune.report import Column, Report, Table, alike, human_bytes
+import torch
+from torch import Tensor
 
-__all__ = ["LayerQuantized", "QuantizeReport"]
+from sparseprune.models.sites import WeightSite
+from sparseprune.report import Column, Report, Table, alike, human_bytes
+from sparseprune.weights.sparse_weight import SparseWeight
+
+__all__ = ["LayerQuantized", "QuantizeReport", "error_of"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,38 @@ class LayerQuantized:
     bytes_after: int
     error: float
     reason: str = ""
+
+    @classmethod
+    def of(cls, site: WeightSite, weight: SparseWeight, method: str, error: float) -> LayerQuantized:
+        """Of a site that still has its own weight, which `weight` is to replace."""
+        form, values = str(weight.format), weight.encoding.kind
+        before = site.weight.nbytes
+        return cls(
+            site.name,
+            weight.shape,
+            form,
+            values,
+            method,
+            weight.bits_per_weight,
+            before,
+            weight.nbytes,
+            error,
+        )
+
+    @classmethod
+    def unchanged(cls, site: WeightSite, reason: str) -> LayerQuantized:
+        weight = site.weight
+        shape, dtype = (weight.shape[0], weight.shape[1]), str(weight.dtype).removeprefix("torch.")
+        bits = 8.0 * weight.dtype.itemsize
+        return cls(site.name, shape, "dense", dtype, "", bits, weight.nbytes, weight.nbytes, 0.0, reason)
+
+
+def error_of(original: Tensor, weight: SparseWeight) -> float:
+    """||W - Q|| / ||W||, 0 where W is."""
+    rounded = weight.to(dtype=torch.float32).dense()
+    # in float64: squares of large and of small weights leave float32
+    lost, norm = (torch.linalg.vector_norm(it, dtype=torch.float64) for it in (rounded - original, original))
+    return float(lost / norm) if norm else 0.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +110,7 @@ class QuantizeReport(Report):
             columns.pop()
         share = self.quantized_weights / max(1, self.weights_of_model)
         footer = [
-            f"quantized {self.quantized_weights:,} of {self.weights_of_model:,} weights ({share:.0%}); these linears took "
+            f"quantized {self.quantized_weights:,} of {self.weights_of_model:,} weights ({share:.0%}); their layers took "
             f"{human_bytes(self.bytes_before)} and take {human_bytes(self.bytes_after)}",
             *self.notes,
         ]

@@ -112,18 +112,13 @@ class SparseWeight:
     def dense(self) -> Tensor:
         """The weight `[rows, cols]`."""
         if self.scales is None:
-            return ops.bitmap_to_dense(self.values, self.kept_bits(), self.shape[1])
+            assert self.mask is not None  # only codes may be dense
+            return ops.bitmap_to_dense(self.values, self.mask, self.shape[1])
         values = self.encoding
         dense = dequantize(
             values.kind, self.values, self.mask, self.scales, self.minimums, self.shape[1], values.group_size
         )
         return dense.to(self.dtype)
-
-    def kept_bits(self) -> Tensor:
-        """The mask, of a dense weight too."""
-        if self.mask is not None:
-            return self.mask
-        return ops.pack_mask(torch.ones(self.shape, dtype=torch.bool, device=self.values.device))
 
     @property
     def encoding(self) -> Encoding:
@@ -142,8 +137,9 @@ class SparseWeight:
         """
         form, values = self.format, self.encoding
         if self.scales is None:
+            assert self.mask is not None
             layout = backend.of(self.values).layout_for(form.kind, form.n, form.m, self.dtype)
-            return ops.pack(self.values, self.kept_bits(), self.shape[1], layout)
+            return ops.pack(self.values, self.mask, self.shape[1], layout)
         if not self.values.is_cpu:
             raise ValueError(
                 f"device: {values.kind} weights have kernels for the CPU only, got {self.values.device}; keep the layer "

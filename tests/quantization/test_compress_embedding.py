@@ -16,8 +16,10 @@ from torch import nn
 import sparseprune as sp
 from sparseprune.io.inspection import memory_bytes
 from sparseprune.models.sites import find_sites
-from sparseprune.quantization.embedding import compress_embedding, embedding_sites, encode_site
+from sparseprune.quantization.embedding import embedding_codes, embedding_sites, encode_site
+from sparseprune.quantization.report import LayerQuantized
 from sparseprune.recovery import to_dense
+from sparseprune.weights.encoding import Encoding
 from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.sparse_weight import SparseWeight
 
@@ -55,6 +57,11 @@ def is_one(model: nn.Module) -> bool:
     return model.get_input_embeddings().packed is model.get_output_embeddings().packed
 
 
+def compress_embedding(model: nn.Module, encoding: str = "int8") -> list[LayerQuantized]:
+    """Embeddings and head alone, as `quantize(embeddings=)` does it."""
+    return [it.put(model) for it in embedding_codes(model, Encoding.parse(encoding))]
+
+
 def header(folder: Path) -> dict:
     with open(folder / "model.safetensors", "rb") as file:
         return json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -65,10 +72,10 @@ def header(folder: Path) -> dict:
 def test_logits_stay_close_and_the_tokens_the_same(encoding, tied):
     model = confident(tied)
     before, tokens = logits(model), generated(model)
+    names = [site.names for site in embedding_sites(model)]
+    assert names == ([("model.embed_tokens", "lm_head")] if tied else [("model.embed_tokens",), ("lm_head",)])
     rows = compress_embedding(model, encoding)
-    assert [row.names for row in rows] == (
-        [("model.embed_tokens", "lm_head")] if tied else [("model.embed_tokens",), ("lm_head",)]
-    )
+    assert [row.name for row in rows] == [it[0] for it in names]
     for row in rows:
         assert row.bytes_before == PLAIN_BYTES and row.shape == (VOCABULARY, WIDTH) and not row.reason
         assert row.bytes_after < PLAIN_BYTES * (
@@ -163,8 +170,9 @@ def test_bert_has_a_bias_and_other_ties_which_stay(tmp_path):
     with torch.no_grad():
         model.cls.predictions.bias.normal_()
     before = logits(model)
-    (row,) = compress_embedding(model, "int8")
-    assert row.names == ("bert.embeddings.word_embeddings", "cls.predictions.decoder")
+    (site,) = embedding_sites(model)
+    compress_embedding(model, "int8")
+    assert site.names == ("bert.embeddings.word_embeddings", "cls.predictions.decoder")
     assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
     assert model.get_input_embeddings().padding_idx == 0
     assert float((logits(model) - before).norm() / before.norm()) < 0.02
@@ -179,12 +187,14 @@ def test_bert_has_a_bias_and_other_ties_which_stay(tmp_path):
 
 def test_gpt2s_positions_stay_dense_and_a_plain_models_embedding_is_found():
     gpt2 = tiny.gpt2()
-    (row,) = compress_embedding(gpt2)
-    assert row.names == ("transformer.wte", "lm_head") and type(gpt2.transformer.wpe) is nn.Embedding
+    (site,) = embedding_sites(gpt2)
+    compress_embedding(gpt2)
+    assert site.names == ("transformer.wte", "lm_head") and type(gpt2.transformer.wpe) is nn.Embedding
     classifier = tiny.lstm_classifier().requires_grad_(False)
     expected = classifier(tiny.ids())
-    (row,) = compress_embedding(classifier)
-    assert row.names == ("embedding",) and isinstance(classifier.embedding, sp.SparseEmbedding)
+    (site,) = embedding_sites(classifier)
+    compress_embedding(classifier)
+    assert site.names == ("embedding",) and isinstance(classifier.embedding, sp.SparseEmbedding)
     assert float((classifier(tiny.ids()) - expected).norm() / expected.norm()) < 0.02
 
 
@@ -208,8 +218,9 @@ class Backwards(nn.Module):
 
 def test_any_order_and_any_number_of_places(tmp_path):
     model = Backwards().eval()
-    (row,) = compress_embedding(model, "int4")
-    assert row.names == ("head", "embed", "other", "again")
+    (site,) = embedding_sites(model)
+    compress_embedding(model, "int4")
+    assert site.names == ("head", "embed", "other", "again")
     assert model.again is model.embed and model.head.packed is model.embed.packed is model.other.packed
     sp.save(model, tmp_path / "out")
     again = sp.load(tmp_path / "out", model=Backwards())
@@ -231,7 +242,9 @@ def test_what_cannot_be_codes_stays_dense_and_says_why():
     assert row.bytes_after == row.bytes_before == PLAIN_BYTES
     assert row.reason.startswith("model.embed_tokens: must do no more than look up rows, Scaled has")
     assert model.lm_head.weight is embed.weight and model.all_tied_weights_keys
-    with pytest.raises(ValueError, match="model: Sequential has no embedding and no output head to compress"):
+    with pytest.raises(
+        ValueError, match="embeddings: Sequential has no embedding and no output head, got int8"
+    ):
         compress_embedding(nn.Sequential(nn.Linear(4, 4)))
 
 
@@ -240,7 +253,7 @@ def test_an_error_leaves_the_model_as_it_was():
     with torch.no_grad():
         model.lm_head.weight[3, 3] = torch.nan
     before = model.model.embed_tokens
-    with pytest.raises(ValueError, match="weight: must be finite to be quantized, got NaN or Inf"):
+    with pytest.raises(ValueError, match="lm_head: weight: must be finite to be quantized, got NaN or Inf"):
         compress_embedding(model)
     assert model.model.embed_tokens is before
 

@@ -220,6 +220,19 @@ def test_a_linear_that_is_the_whole_model_is_not_said_to_be_swapped(swap):
     assert report.bytes_after == report.bytes_before
 
 
+def test_an_embedding_that_cannot_be_codes_leaves_the_linears_as_they_were():
+    model = tiny.llama(tied=True)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="model.embed_tokens: weight: must be finite to be quantized"):
+        sp.quantize(model, "int8", embeddings="int8")
+    assert not layers_of(model)
+    with pytest.raises(
+        ValueError, match="embeddings: Sequential has no embedding and no output head, got int8; leave"
+    ):
+        sp.quantize(nn.Sequential(nn.Linear(64, 4)), embeddings="int8")
+
+
 def test_an_error_leaves_the_model_as_it_was():
     model = tiny.llama()
     with torch.no_grad():
