@@ -55,11 +55,11 @@ class Encoding:
             )
 
     @classmethod
-    def parse(cls, text: str | Encoding, group_size: int = 64) -> Encoding:
-        """`"int8"`, `"int4"`, `"int4_minimum"` or `"plain"` with float16 scales; an `Encoding` is given back as it is."""
+    def parse(cls, text: str | Encoding) -> Encoding:
+        """`"int8"`, `"int4"`, `"int4_minimum"` or `"plain"`, in groups of 64 with float16 scales; an `Encoding` is given back as it is."""
         if isinstance(text, Encoding):
             return text
-        return cls() if text == "plain" else cls(text, group_size, torch.float16)
+        return cls() if text == "plain" else cls(text, 64, torch.float16)
 
     def __str__(self) -> str:
         return self.kind if self.kind == "plain" else f"{self.kind}, groups of {self.group_size}"

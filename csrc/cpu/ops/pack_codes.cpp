@@ -2,6 +2,7 @@
 #include "cpu/ops/pack_codes.h"
 
 #include <cstring>
+#include <stdexcept>
 
 #include "core/layouts/octets.h"
 #include "core/layouts/quads.h"
@@ -198,15 +199,11 @@ void unpack_codes(const PackedView& v, std::uint8_t* codes, int threads) {
 }
 
 void unpack_code_bits(const PackedView& v, std::uint8_t* bits, int threads) {
-  if (v.header.layout == Layout::octets) {
-    unpack_octets_mask(codes_of(v.header), static_cast<const std::uint8_t*>(v.values), bits, threads);
-    return;
+  if (v.header.layout != Layout::octets) {
+    throw std::invalid_argument("packed: holds " + describe(packing_of(v.header)) +
+                                ", which keeps every entry and has no bits");
   }
-  const std::int64_t stride = ceil_div(v.header.cols, 8);
-  std::memset(bits, 0xff, static_cast<std::size_t>(v.header.rows * stride));
-  if (const std::int64_t last = v.header.cols % 8; last != 0) {
-    for (std::int64_t r = 0; r < v.header.rows; ++r) bits[(r + 1) * stride - 1] = static_cast<std::uint8_t>((1 << last) - 1);
-  }
+  unpack_octets_mask(codes_of(v.header), static_cast<const std::uint8_t*>(v.values), bits, threads);
 }
 
 void unpack_code_scales(const PackedView& v, const std::uint8_t* blob, std::uint16_t* scales, std::uint16_t* minimums,

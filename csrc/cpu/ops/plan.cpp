@@ -1,4 +1,6 @@
-// Which strategy serves a call. All cross-overs are here; benchmarks/crossovers.py measures them.
+// Which strategy serves a call. All cross-overs are here; benchmarks/crossovers.py measures them. The one to tile_dense dates
+// from before every line of a weight was prefetched: on Zen 5 (AVX-512, float32) tile_rows is now the faster by 1.2 times at
+// 32 rows, 1.1 at 64 and 1.02 to 1.08 at 256. It stays until it has been measured on a CPU with AMX, too.
 #include <stdexcept>
 #include <string>
 
