@@ -17,6 +17,7 @@ function(sparseprune_add_cpu target)
     ${cpu}/ops/pack_codes.cpp
     ${cpu}/ops/parallel.cpp
     ${cpu}/ops/plan.cpp
+    ${cpu}/ops/rounding.cpp
     ${cpu}/scalar/table.cpp)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
     set(AVX2 -mavx2 -mfma -mf16c -mbmi -mbmi2 -mpopcnt)

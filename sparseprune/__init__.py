@@ -18,7 +18,17 @@ from sparseprune.lazy import lazily
 from sparseprune.version import __version__
 
 if TYPE_CHECKING:
-    from sparseprune import calibration, models, pruning, quantization, recovery, streaming, surgery
+    from sparseprune import (
+        calibration,
+        compression,
+        models,
+        pruning,
+        quantization,
+        recovery,
+        streaming,
+        surgery,
+    )
+    from sparseprune.compression.driver import compress
     from sparseprune.convert import sparsify
     from sparseprune.io.checkpoint import load, save
     from sparseprune.io.safetensors import CheckpointError
@@ -43,6 +53,8 @@ _PLACES = {
     "SparseLinear": "weights.linear",
     "SparseWeight": "weights.sparse_weight",
     "calibration": "calibration:",
+    "compress": "compression.driver",
+    "compression": "compression:",
     "cuda_info": "kernels.cuda",
     "cut": "surgery.entry",
     "isa": "kernels.native",
@@ -72,6 +84,8 @@ __all__ = [
     "SparseWeight",
     "__version__",
     "calibration",
+    "compress",
+    "compression",
     "cuda_info",
     "cut",
     "isa",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import checkpoints, tiny
 from helpers.arguments import Call, Changes, Made, Refused, Shows, check
+from helpers.clocks import ticking
 from helpers.codes import random_codes
 from helpers.recovery import peaked, pruned_pair, stream
 from helpers.words import TEXT, tiny_tokenizer
@@ -204,7 +205,24 @@ FUNCTIONS = {
             "calibration": Refused(DATA),
             "keep": Refused("no/such/file"),
             "embeddings": Changes("int8"),
+            "reconstruction": Changes(True, {"method": "gptq", "calibration": DATA}),
+            "minutes": Refused(1.0, "minutes: bounds what is solved"),
             **LAYERS,
+            "progress": Shows(),
+        },
+    ),
+    sp.compress: Call(
+        lambda **arguments: compress_by_ticks(**arguments),
+        {"model": TEACHER, "budget": "12 bits", "calibration": DATA, "minutes": 0.05},
+        {
+            "model": Refused(NONE),
+            "budget": Changes("10 bits"),
+            "calibration": Refused([tiny.ids(1, 16)], "at least 2 batches"),
+            "minutes": Refused(0),
+            "keep": Refused("no/such/file"),
+            "include": Refused("nothing"),
+            "exclude": Refused("nothing"),
+            "seed": Changes(1),
             "progress": Shows(),
         },
     ),
@@ -450,6 +468,17 @@ def quantized(**options):
     return [sp.quantize(model, **vars(sp.quantization.Quantization(**options))), model]
 
 
+def compress_by_ticks(**arguments):
+    with ticking(0.02):
+        return sp.compress(**arguments)
+
+
+def compressed(**options):
+    model = peaked()
+    given = vars(sp.compression.Compression(**options))
+    return [compress_by_ticks(model=model, calibration=DATA.make(None), **given), model]
+
+
 def scheduled(schedule):
     model = tiny.llama()
     return [sp.prune(model, **HALF, schedule=schedule, evaluate=loss, recover=nudge), model]
@@ -557,6 +586,17 @@ CLASSES = {
             "scale_dtype": Changes("bfloat16"),
             "keep": Refused("no/such/file"),
             "embeddings": Changes("int8"),
+            "reconstruction": Refused(True, "calibration: reconstruction needs some"),
+            "minutes": Refused(1.0, "minutes: bounds what is solved"),
+        },
+    ),
+    sp.compression.Compression: Call(
+        lambda **options: compressed(**options),
+        {"budget": "12 bits", "minutes": 0.05},
+        {
+            "budget": Changes("10 bits"),
+            "minutes": Refused(0),
+            "keep": Refused("no/such/file"),
         },
     ),
     Gradual: Call(

@@ -9,6 +9,7 @@
 #include "cpu/ops/linear.h"
 #include "cpu/ops/lookup.h"
 #include "cpu/ops/pack.h"
+#include "cpu/ops/rounding.h"
 #if defined(SPARSEPRUNE_CUDA)
 #include "bindings/cuda.h"
 #endif
@@ -38,6 +39,46 @@ PYBIND11_MODULE(_core, m) {
          Address indices, int index_bytes, std::int64_t count, Address out, int threads) {
         lookup({ptr<const std::uint8_t>(packed), packed_bytes, rows, cols, to_packing(packing), ptr<const void>(indices),
                 index_bytes, count, ptr<void>(out), threads});
+      },
+      nogil);
+  // dtype: -1 for the codes, int8.
+  m.def(
+      "round_weight",
+      [](Address weight, std::int64_t rows, std::int64_t cols, std::int64_t group, Address scales, Address minimums,
+         Address kept, float zero, float least, float largest, int dtype, Address out, int threads) {
+        const RoundCall call{ptr<const float>(weight),
+                             rows,
+                             cols,
+                             group,
+                             ptr<const float>(scales),
+                             ptr<const float>(minimums),
+                             ptr<const std::uint8_t>(kept),
+                             zero,
+                             least,
+                             largest,
+                             threads};
+        if (dtype < 0) return round_to_codes(call, ptr<std::int8_t>(out));
+        round_to_values(call, to_dtype(dtype), ptr<void>(out));
+      },
+      nogil);
+  m.def(
+      "round_gradients",
+      [](Address weight, std::int64_t rows, std::int64_t cols, std::int64_t group, Address scales, Address minimums,
+         Address kept, float zero, float least, float largest, int dtype, Address gradient, Address of_weight,
+         Address of_scales, Address of_minimums, int threads) {
+        const RoundCall call{ptr<const float>(weight),
+                             rows,
+                             cols,
+                             group,
+                             ptr<const float>(scales),
+                             ptr<const float>(minimums),
+                             ptr<const std::uint8_t>(kept),
+                             zero,
+                             least,
+                             largest,
+                             threads};
+        round_gradients(call, to_dtype(dtype), ptr<const void>(gradient), ptr<float>(of_weight), ptr<float>(of_scales),
+                        ptr<float>(of_minimums));
       },
       nogil);
   m.def("strategy", [](Address packed, std::int64_t packed_bytes, std::int64_t batch) {

@@ -97,12 +97,27 @@ struct WordKernels {
   std::int64_t (*count)(const void* in, std::int64_t n);
 };
 
+// The codes of a group of columns: value = (code - zero) * scale + minimum.
+struct GroupGrid {
+  float scale, inverse, minimum;  // inverse: 1 / scale, 0 where that is 0
+  float zero, least, largest;     // of the codes
+};
+
+// Weights in training through codes, the columns of one group of one row: rounding.inl. kept: bytes of 0 or not 0, or null.
+struct RoundKernels {
+  void (*values[kDTypes])(const float* w, const std::uint8_t* kept, std::int64_t n, const GroupGrid& g, void* out);
+  void (*codes)(const float* w, const std::uint8_t* kept, std::int64_t n, const GroupGrid& g, std::int8_t* out);
+  void (*gradients[kDTypes])(const float* w, const std::uint8_t* kept, const void* gradient, std::int64_t n,
+                             const GroupGrid& g, float* of_weight, float* of_scale, float* of_minimum);
+};
+
 struct KernelTable {
   const char* isa;
   LinearKernel linear[kStrategies][kEncodings][kDTypes];  // run == nullptr: not at this level; see kernel_of
   PanelFn panel[kPanels][kDTypes];
   std::uint8_t bf16_interleave;  // column order of packed bf16 tiles
   WordKernels words16, words32;
+  RoundKernels round;
   // bits[i] = |in[i]| > threshold, out = bits ? in : 0 (NaN is kept). in == out is allowed.
   void (*threshold[kDTypes])(const void* in, float threshold, void* out, std::uint8_t* bits, std::int64_t n);
 };

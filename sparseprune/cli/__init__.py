@@ -1,4 +1,4 @@
-"""The command line: `sparseprune demo | prune | cut | quantize | recover | eval | bench | inspect`; a command is a file of this folder.
+"""The command line: `sparseprune demo | prune | cut | quantize | compress | recover | eval | bench | inspect`; a command is a file of this folder.
 
 Tables and JSON go to stdout, progress and errors to stderr. A mistake of the user's (a file that is missing or damaged,
 an option out of range) is one line on stderr and exit code 2.
@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from sparseprune.cli.bench import bench
+from sparseprune.cli.compress import compress
 from sparseprune.cli.cut import cut
 from sparseprune.cli.demo import demo
 from sparseprune.cli.errors import spoken
@@ -60,6 +61,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "prune": prune,
     "cut": cut,
     "quantize": quantize,
+    "compress": compress,
     "recover": recover,
     "eval": evaluate,
     "bench": bench,

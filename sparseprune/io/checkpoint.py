@@ -23,7 +23,14 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sparseprune.io.safetensors import DTYPE_NAMES, CheckpointError, TensorInfo, TensorSource, write
+from sparseprune.io.safetensors import (
+    DTYPE_NAMES,
+    CheckpointError,
+    TensorInfo,
+    TensorSource,
+    file_size,
+    write,
+)
 from sparseprune.io.shards import INDEX_FILE, STREAM_FILE, WEIGHTS_FILE, open_sharded, open_whole
 from sparseprune.io.skeleton import CONFIG_FILE, from_config, read_config
 from sparseprune.models import notes, ties
@@ -36,7 +43,7 @@ from sparseprune.weights.module import SparseModule
 from sparseprune.weights.sparse_weight import SparseWeight
 from sparseprune.weights.spec import SPEC, WeightSpec
 
-__all__ = ["CheckpointError", "is_checkpoint", "load", "load_tokenizer", "save"]
+__all__ = ["CheckpointError", "file_bytes", "is_checkpoint", "load", "load_tokenizer", "save"]
 
 _FORMAT = "sparseprune"
 _VERSION = "1"
@@ -69,8 +76,7 @@ def save(
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"directory: must be a folder, got the file {folder}; name another")
-    sources, tied = _sources(model)
-    metadata = header(model, tied) | notes.to_metadata(notes.notes_of(model))
+    sources, metadata = _contents(model)
     made = _make_folders(folder)
     try:
         aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -88,6 +94,18 @@ def save(
             path.rmdir()
         raise
     return folder
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Bytes of the file that `save` writes the weights to."""
+    sources, metadata = _contents(model)
+    return file_size([info for source in sources for info in source.infos], metadata)
+
+
+def _contents(model: nn.Module) -> tuple[list[TensorSource], dict[str, str]]:
+    """What to write, and the file's metadata."""
+    sources, tied = _sources(model)
+    return sources, header(model, tied) | notes.to_metadata(notes.notes_of(model))
 
 
 def header(model: nn.Module, tied: dict[str, str]) -> dict[str, str]:

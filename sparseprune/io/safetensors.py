@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPE_NAMES", "CheckpointError", "Reader", "TensorInfo", "TensorSource", "as_bytes", "write"]
+__all__ = [
+    "DTYPE_NAMES",
+    "CheckpointError",
+    "Reader",
+    "TensorInfo",
+    "TensorSource",
+    "as_bytes",
+    "file_size",
+    "write",
+]
 
 _MAX_HEADER = 100_000_000  # the library's own limit
 _CHUNK = 16 << 20
@@ -78,20 +87,7 @@ def write(
 
     OSError (a full disk) leaves a part of the file at `path`: write aside and rename.
     """
-    infos = [info for source in sources for info in source.infos]
-    # Wide dtypes first keeps every tensor aligned to its own dtype, which a memory map needs.
-    infos.sort(key=lambda info: -info.dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    offsets, end = {}, 0
-    for info in infos:
-        offsets[info.name], end = end, end + info.nbytes
-        header[info.name] = {
-            "dtype": DTYPE_NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [offsets[info.name], end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text, offsets = _header([info for source in sources for info in source.infos], metadata)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         start = file.tell()
@@ -113,6 +109,27 @@ def write(
                     progress(info.nbytes)
         file.flush()
         os.fsync(file.fileno())
+
+
+def file_size(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> int:
+    """Bytes of a file with such tensors."""
+    return 8 + len(_header(infos, metadata)[0]) + sum(info.nbytes for info in infos)
+
+
+def _header(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """(the header, where each tensor begins behind it)"""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offsets, end = {}, 0
+    # Wide dtypes first keeps every tensor aligned to its own dtype, which a memory map needs.
+    for info in sorted(infos, key=lambda info: -info.dtype.itemsize):
+        offsets[info.name], end = end, end + info.nbytes
+        header[info.name] = {
+            "dtype": DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offsets[info.name], end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), offsets
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

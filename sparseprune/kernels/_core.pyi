@@ -32,6 +32,41 @@ def lookup(
     threads: int,
     /,
 ) -> None: ...
+def round_weight(
+    weight: int,
+    rows: int,
+    cols: int,
+    group: int,
+    scales: int,
+    minimums: int,
+    kept: int,
+    zero: float,
+    least: float,
+    largest: float,
+    dtype: int,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
+def round_gradients(
+    weight: int,
+    rows: int,
+    cols: int,
+    group: int,
+    scales: int,
+    minimums: int,
+    kept: int,
+    zero: float,
+    least: float,
+    largest: float,
+    dtype: int,
+    gradient: int,
+    of_weight: int,
+    of_scales: int,
+    of_minimums: int,
+    threads: int,
+    /,
+) -> None: ...
 def strategy(packed: int, packed_bytes: int, batch: int, /) -> str: ...
 def header(packed: int, packed_bytes: int, rows: int, cols: int, packing: int, /) -> dict[str, int]: ...
 def scan_dense(

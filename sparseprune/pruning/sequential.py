@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,9 @@ def prune_blocks(
                 if (options := pace.epochs()) is not None:
                     zeros = Zeros(block, ())
                     zeros.set({own: ~masks[it] for own, it in block.named_parameters() if it in masks})
-                    with pace.timed("training"):
+                    with pace.timed("training"), ExitStack() as trained:
+                        for layer in inside:
+                            trained.enter_context(targets[layer.name].trained(layer))
                         reconstructed.append(
                             reconstruct(name, block, index, zeros, walk, dense, options, rewriter)
                         )

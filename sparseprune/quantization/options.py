@@ -6,7 +6,8 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
-from sparseprune.options import option, require_among
+from sparseprune.options import option, require_above, require_among
+from sparseprune.pruning.options import Reconstruction
 
 __all__ = ["Quantization"]
 
@@ -42,6 +43,14 @@ class Quantization:
         "The token embeddings and the output head, too, rounded to nearest: int8 or int4. A tied head shares the memory.",
     )
 
+    reconstruction: Reconstruction | bool | None = option(
+        None,
+        "Train each block through its codes towards the dense one's outputs; needs --calibration.",
+        flag="--reconstruct/--no-reconstruct",
+        given=bool | None,
+    )
+    minutes: float | None = option(None, "How long it may take, where blocks are solved on --calibration.")
+
     def __post_init__(self) -> None:
         require_among(("int4", "int4_minimum", "int8"), encoding=self.encoding)
         require_among(("auto", "nearest", "gptq"), method=self.method)
@@ -50,6 +59,11 @@ class Quantization:
             require_among(("int4", "int8"), embeddings=self.embeddings)
         if type(self.group_size) is not int or self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size: must be 32, 64 or 128, got {self.group_size!r}")
+        if not isinstance(self.reconstruction, (bool, Reconstruction, type(None))):
+            raise ValueError(
+                f"reconstruction: must be True, False or a Reconstruction, got {self.reconstruction!r}"
+            )
+        require_above(0, minutes=self.minutes)
         if self.keep is not None and not Path(self.keep).is_file():
             raise FileNotFoundError(
                 f"keep: there is no file {self.keep}; pass the GGUF file that the model came from"

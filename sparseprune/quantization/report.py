@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.models.sites import WeightSite
+from sparseprune.pruning.report import BlockReconstructed
 from sparseprune.report import Column, Report, Table, alike, human_bytes
 from sparseprune.weights.sparse_weight import SparseWeight
 
@@ -77,6 +78,7 @@ class QuantizeReport(Report):
     """Parameters of the whole model, each counted once."""
     seconds: float
     notes: tuple[str, ...] = ()
+    blocks: tuple[BlockReconstructed, ...] = ()
 
     @property
     def quantized_weights(self) -> int:

@@ -18,9 +18,10 @@ from sparseprune.models.batches import Batch
 from sparseprune.models.losses import Evaluate
 from sparseprune.models.modules import device_of
 from sparseprune.models.sites import find_sites
-from sparseprune.options import require_made
+from sparseprune.options import Layers, require_made
 from sparseprune.processes import join
 from sparseprune.pruning.zeros import Zeros
+from sparseprune.recovery.codes import open_codes
 from sparseprune.recovery.compiled import compiled_blocks
 from sparseprune.recovery.data import Sampler, as_sampler, batches_of
 from sparseprune.recovery.loop import Loop, Options
@@ -31,6 +32,7 @@ from sparseprune.recovery.options import Budget, Checkpointing, Training
 from sparseprune.recovery.report import RecoveryReport
 from sparseprune.recovery.terms import Distillation
 from sparseprune.statistics.overlap import remember
+from sparseprune.weights.encoding import PLAIN
 from sparseprune.weights.module import SparseModule
 
 __all__ = ["recover"]
@@ -92,15 +94,23 @@ def recover(
         progress=progress,
     )
     _check(model, teacher, distillation)
+    given = Layers(include, exclude, lm_head)
     sampler = as_sampler(data)
     device = device_of(model)
     dtype = _autocast_dtype(training.autocast, device)
     group = join(device)
     with ExitStack() as stack:
+        codes = stack.enter_context(open_codes(model, training.train, given))
         stack.enter_context(_float32(model))
         stack.enter_context(_mode(model, training.dropout))
-        layers = find_sites(model, include=include, exclude=exclude, lm_head=lm_head)
-        zeros = Zeros(model, layers)
+        layers = find_sites(model, **vars(given))
+        if training.lora is not None and codes.count():
+            raise ValueError(
+                f"lora: adapters cannot be merged into codes, which the model has in {sum(codes.count().values())} layers; "
+                "leave it out, and the codes are trained"
+            )
+        zeros = Zeros(model, [layer for layer in layers if layer not in codes])
+        stack.enter_context(codes.training)
         if training.lora is None:
             parameters = trained_parameters(model, training.train)
         else:
@@ -126,9 +136,12 @@ def recover(
             "compile": training.compile,
             "dropout": training.dropout,
             "data": sampler.source,
+            "codes": codes.count(),
         }
         loop = Loop(options, group, objective, sampler, made, parameters)
-        resumed = loop.restore({**settings, "zeros": zeros.digest(), "samples": sampler.digest()})
+        resumed = loop.restore(
+            {**settings, "zeros": zeros.digest() + codes.digest(), "samples": sampler.digest()}
+        )
         loop.run()
         seconds = loop.seconds
     remember(model, batches_of(sampler))
@@ -154,10 +167,10 @@ def _check(model: nn.Module, teacher: nn.Module | None, distillation: Distillati
             "not supported); pass the model itself, recover averages the gradients"
         )
     for name, module in model.named_modules():
-        if isinstance(module, SparseModule):
+        if isinstance(module, SparseModule) and module.encoding == PLAIN:
             raise ValueError(
-                f"model: {name} must be dense to be trained, it is a {type(module).__name__}; call "
-                "sparseprune.recovery.to_dense(model) first"
+                f"model: {name} must be dense to be trained, or int8 or int4 codes, it is a {type(module).__name__} of "
+                "plain values; call sparseprune.recovery.to_dense(model) first"
             )
     terms = distillation.terms(teacher is not None)
     if teacher is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
 from helpers.arguments import described, files
+from helpers.clocks import ticking
 from test_cli import TEXT, folders
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -44,6 +46,7 @@ USUAL = {
     "prune": "DENSE OUT --policy always",
     "cut": "DENSE OUT --structure heads --fraction 0.5",
     "quantize": "DENSE OUT --method nearest",
+    "compress": "DENSE OUT --budget 40KB --minutes 0.05 --calibration TEXT --length 32",
     "recover": "SPARSE OUT --text TEXT --steps 2 --length 32 --policy always",
     "eval": "DENSE --text TEXT --window 32 --max-windows 2",
     "bench": "SPARSE --seconds 0.1 --no-tokens --batch 1",
@@ -126,10 +129,25 @@ TABLES = {
         "scale_dtype": Changes("--scale-dtype bfloat16"),
         "keep": Refused("--keep NOWHERE", "--keep: there is no file"),
         "embeddings": Changes("--embeddings int8"),
+        "reconstruction": Refused("--reconstruct", "--calibration: reconstruction needs some"),
+        "minutes": Refused("--minutes 1", "--minutes: bounds what is solved"),
         **NOTHING,
         "lm_head": Changes("--lm-head"),
         "calibration": Refused(FEW, "--calibration: method nearest looks at weights only"),
         "seed": Changes("--seed 1", "--method gptq --calibration TEXT --samples 1 --length 7"),
+        **DTYPE,
+        **JSON,
+    },
+    "compress": {
+        "model": Refused("NOWHERE OUT --budget 40KB --calibration TEXT", "NOWHERE", alone=True),
+        "out": Refused("DENSE TEXT --budget 40KB --calibration TEXT", "OUT: must be a folder", alone=True),
+        "budget": Refused("--budget much", "--budget: must be a size"),
+        "minutes": Refused("--minutes 0", "--minutes: must be above 0"),
+        "keep": Refused("--keep NOWHERE", "--keep: there is no file"),
+        **NOTHING,
+        "calibration": Refused("--calibration NOWHERE", "--calibration: there is no file"),
+        "length": Changes("--length 16"),
+        "seed": Changes("--seed 1"),
         **DTYPE,
         **JSON,
     },
@@ -208,7 +226,8 @@ def call(name, options, root, out):
 
 
 def outcome(name, options, root, out):
-    result = call(name, options, root, out)
+    with ticking(0.02) if name == "compress" else nullcontext():
+        result = call(name, options, root, out)
     assert result.exit_code == 0, result.output + result.stderr
     shown = result.stdout.replace(str(out), "OUT")
     try:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sparseprune import clock
+
 
 class Ticks:
     """Goes on by `step` seconds each time it is read, and by what is added to `seconds`."""
@@ -12,3 +17,14 @@ class Ticks:
     def __call__(self) -> float:
         self.seconds += self.step
         return self.seconds
+
+
+@contextmanager
+def ticking(step: float) -> Iterator[None]:
+    """Inside, the package's clock is a new `Ticks`: what has so many minutes does the same each time."""
+    before = clock.now
+    clock.now = Ticks(step)
+    try:
+        yield
+    finally:
+        clock.now = before

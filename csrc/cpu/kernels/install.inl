@@ -17,6 +17,8 @@ void install_type(KernelTable& table) {
   table.panel[static_cast<int>(Panel::rows_f32)][d] = pack_rows_f32<T>;
   table.panel[static_cast<int>(Panel::blocks_f32)][d] = pack_blocks_f32<T>;
   table.threshold[d] = threshold<T>;
+  table.round.values[d] = round_values<T>;
+  table.round.gradients[d] = round_gradients<T>;
 }
 
 inline void install_all(KernelTable& table) {
@@ -25,5 +27,6 @@ inline void install_all(KernelTable& table) {
   install_type<f16>(table);
   table.words16 = word_kernels<std::uint16_t>();
   table.words32 = word_kernels<std::uint32_t>();
+  table.round.codes = round_codes;
   table.bf16_interleave = 1;
 }

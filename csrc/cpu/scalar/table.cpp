@@ -16,6 +16,8 @@ namespace {
 
 #include "cpu/kernels/words.inl"
 
+#include "cpu/kernels/rounding.inl"
+
 #include "cpu/kernels/install.inl"
 
 #include "cpu/kernels/bytes_panel.inl"

@@ -24,6 +24,7 @@ __all__ = [
     "measure_curves",
     "sensitivity",
     "statistics_for",
+    "two_factors",
 ]
 
 TOKENS = 1024
@@ -125,7 +126,7 @@ def measure_curves(
     estimates: dict[str, dict[float, float]] = {name: {} for name in places if name not in losses}
     for level in grid:
         known = {name: math.log(max(points[level], _FLOOR)) for name, points in losses.items()}
-        found = _two_factors(places, known)
+        found = two_factors(places, known)
         for name, points in estimates.items():
             points[level] = math.exp(found[name])
     return Curves({**losses, **estimates}, len(losses))
@@ -136,7 +137,7 @@ def kind_of(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _two_factors(places: Mapping[str, tuple[str, str]], known: Mapping[str, float]) -> dict[str, float]:
+def two_factors(places: Mapping[str, tuple[str, str]], known: Mapping[str, float]) -> dict[str, float]:
     """known[name] ~ mean + a[block] + b[kind], least squares by alternating means; estimates for all places."""
     mean = sum(known.values()) / len(known)
     terms: list[dict[str, float]] = [{}, {}]
