@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "core/layouts/bitmap8.h"
+#include "core/layouts/bitquads.h"
 #include "core/layouts/csr.h"
 #include "core/layouts/octets.h"
 #include "core/layouts/quads.h"
@@ -35,7 +36,7 @@ bool is_known(const Packing& p) {
   return static_cast<int>(p.layout) < kLayouts && static_cast<int>(p.dtype) < kDTypes &&
          static_cast<int>(p.encoding) < kEncodings && has_scales(p.encoding, p.group, p.scales) &&
          is_of_codes(p.layout) == (p.encoding != Encoding::plain) &&
-         (p.layout != Layout::octets || !has_minimums(p.encoding)) &&
+         (p.layout == Layout::quads || !has_minimums(p.encoding)) &&
          (p.layout != Layout::sparse24 || value_bits(p.encoding, p.dtype) == sparse24::kBits);
 }
 
@@ -49,7 +50,8 @@ std::int64_t stored_in(const PackedHeader& h, std::int64_t stored) {
     case Layout::tile:
     case Layout::csr:
     case Layout::quads:
-    case Layout::octets: return h.nnz;
+    case Layout::octets:
+    case Layout::bitquads: return h.nnz;
     case Layout::sparse24: return sparse24::units(h.rows, h.cols) * sparse24::kValues;
     case Layout::bitmap8: return stored;
   }
@@ -130,6 +132,7 @@ Geometry geometry_of(const PackedHeader& h) {
     case Layout::bitmap8: return bitmap8::geometry(h.rows, h.cols, bytes);
     case Layout::quads: return quads::geometry(h.rows, h.cols, packing_of(h));
     case Layout::octets: return octets::geometry(h.rows, h.cols, packing_of(h));
+    case Layout::bitquads: return bitquads::geometry(h.rows, h.cols, h.nnz, packing_of(h));
   }
   return {};
 }

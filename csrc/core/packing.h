@@ -10,18 +10,18 @@
 
 namespace sparseprune {
 
-// A file each in core/layouts. CPU: `tile`, `csr` of plain values, `quads`, `octets` of codes. GPU: `sparse24`, `bitmap8`.
-enum class Layout : std::uint8_t { tile = 0, csr = 1, sparse24 = 2, bitmap8 = 3, quads = 4, octets = 5 };
-constexpr int kLayouts = 6;
+// A file each in core/layouts. CPU: `tile`, `csr` of plain values, `quads`, `octets`, `bitquads` of codes. GPU: `sparse24`, `bitmap8`.
+enum class Layout : std::uint8_t { tile = 0, csr = 1, sparse24 = 2, bitmap8 = 3, quads = 4, octets = 5, bitquads = 6 };
+constexpr int kLayouts = 7;
 
 static constexpr bool is_cuda(Layout layout) {
   return layout == Layout::sparse24 || layout == Layout::bitmap8;
 }
 static constexpr bool is_of_codes(Layout layout) {
-  return layout == Layout::quads || layout == Layout::octets;
+  return layout == Layout::quads || layout == Layout::octets || layout == Layout::bitquads;
 }
 static constexpr const char* layout_name(Layout layout) {
-  constexpr const char* names[kLayouts] = {"tile", "csr", "sparse24", "bitmap8", "quads", "octets"};
+  constexpr const char* names[kLayouts] = {"tile", "csr", "sparse24", "bitmap8", "quads", "octets", "bitquads"};
   return names[static_cast<int>(layout)];
 }
 

@@ -9,6 +9,7 @@
 
 #include "core/dtype.h"
 #include "core/encoding.h"
+#include "core/layouts/bitquads.h"
 #include "core/layouts/tile.h"
 
 namespace sparseprune {
@@ -69,16 +70,17 @@ struct LinearKernel {
 
 // The ways to multiply; which one serves a call is decided in plan.cpp.
 enum class Strategy : std::uint8_t {
-  tile_rows,   // lanes are output rows: each weight vector is expanded in a register for a few batch rows
-  tile_dense,  // lanes are output rows: weights are expanded to L1 once for all batch rows
-  tile_batch,  // lanes are batch rows: zeros cost nothing
-  tile_amx,    // expand to AMX tiles, multiply as dense
-  csr_gather,  // one dot product a row, activations gathered
-  csr_batch,   // lanes are batch rows
-  quads_rows,  // dense codes: decoded in registers for a few batch rows, integer sums
-  octets_rows  // 2:4 codes: the same, with activations picked by the kept places
+  tile_rows,     // lanes are output rows: each weight vector is expanded in a register for a few batch rows
+  tile_dense,    // lanes are output rows: weights are expanded to L1 once for all batch rows
+  tile_batch,    // lanes are batch rows: zeros cost nothing
+  tile_amx,      // expand to AMX tiles, multiply as dense
+  csr_gather,    // one dot product a row, activations gathered
+  csr_batch,     // lanes are batch rows
+  quads_rows,    // dense codes: decoded in registers for a few batch rows, integer sums
+  octets_rows,   // 2:4 codes: the same, with activations picked by the kept places
+  bitquads_rows  // codes of any zero pattern: a chunk of columns is decoded to L1 once for all batch rows
 };
-constexpr int kStrategies = 8;
+constexpr int kStrategies = 9;
 
 // Operations on rows of raw words (W bytes an element): a zero is +0.0 or -0.0, NaN is not.
 struct WordKernels {

@@ -8,7 +8,8 @@ low nibble first. Every `group` columns of a row of the dense weight share a sca
     int4           (code - 8) * scale
     int4_minimum   code * scale + minimum
 
-The CPU alone has kernels for them: `quads` of dense weights, `octets` of 2:4 ones (docs/formats.md).
+The CPU alone has kernels for them: `quads` of dense weights, `octets` of 2:4 ones, `bitquads` of any others
+(docs/formats.md).
 """
 
 from __future__ import annotations
@@ -104,11 +105,15 @@ def pack_codes(
     codes, scales = codes.contiguous(), scales.contiguous()
     mask = None if mask is None else mask.contiguous()
     minimums = None if minimums is None else minimums.contiguous()
-    blob = torch.empty(native.packed_bytes(rows, cols, packing, 0), dtype=torch.uint8)
+    offsets = None
+    if mask is not None and layout_of(packing) == "bitquads":
+        offsets = native.count_bits(mask, cols)
+    kept = 0 if offsets is None else int(offsets[-1])  # of the other layouts, it follows from the shape
+    blob = torch.empty(native.packed_bytes(rows, cols, packing, kept), dtype=torch.uint8)
     _core.pack(
         codes.data_ptr(),
         0 if mask is None else mask.data_ptr(),
-        0,
+        0 if offsets is None else offsets.data_ptr(),
         scales.data_ptr(),
         0 if minimums is None else minimums.data_ptr(),
         blob.data_ptr(),
@@ -126,12 +131,19 @@ def unpack_codes(packed: Packed) -> tuple[Tensor, Tensor | None, Tensor, Tensor 
     count = native.header(*packed)["nnz"]
     encoding, threads = encoding_of(packing), torch.get_num_threads()
     bits = CODES[encoding].bits
-    codes = torch.empty(-(-count * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8)
-    _core.unpack_values(blob.data_ptr(), blob.numel(), 0, codes.data_ptr(), threads)
-    mask = None
-    if layout_of(packing) == "octets":
+    mask = offsets = None
+    if layout_of(packing) != "quads":
         mask = torch.empty((rows, -(-cols // 8)), dtype=torch.uint8)
         _core.unpack_bits(blob.data_ptr(), blob.numel(), mask.data_ptr(), threads)
+        offsets = native.count_bits(mask, cols)
+        if int(offsets[-1]) != count:
+            raise ValueError(
+                f"packed: must keep the {count} values that its header says, got a mask of {int(offsets[-1])}; the weight is damaged, pack it again"
+            )
+    codes = torch.empty(-(-count * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8)
+    _core.unpack_values(
+        blob.data_ptr(), blob.numel(), 0 if offsets is None else offsets.data_ptr(), codes.data_ptr(), threads
+    )
     scales = torch.empty((rows, -(-cols // group_of(packing))), dtype=scale_dtype_of(packing))
     minimums = torch.empty_like(scales) if CODES[encoding].minimums else None
     _core.unpack_scales(
@@ -151,7 +163,7 @@ def lookup(packed: Packed, indices: Tensor) -> Tensor:
 
     Raises:
         IndexError: an index that is not a row.
-        ValueError: the blob is not that weight, or a 2:4 one.
+        ValueError: the blob is not that weight, or a sparse one.
     """
     blob, rows, cols, packing = packed
     indices = indices.contiguous()

@@ -27,8 +27,16 @@ __all__ = [
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What weights compute in: the dtype of activations, bias and output."""
 
-LAYOUTS: dict[str, int] = {"tile": 0, "csr": 1, "sparse24": 2, "bitmap8": 3, "quads": 4, "octets": 5}
-"""`sparse24` and `bitmap8` are a GPU's; `quads` and `octets` hold codes, the others plain values."""
+LAYOUTS: dict[str, int] = {
+    "tile": 0,
+    "csr": 1,
+    "sparse24": 2,
+    "bitmap8": 3,
+    "quads": 4,
+    "octets": 5,
+    "bitquads": 6,
+}
+"""`sparse24` and `bitmap8` are a GPU's; `quads`, `octets` and `bitquads` hold codes, the others plain values."""
 
 ENCODINGS: dict[str, int] = {"plain": 0, "int8": 1, "int4": 2, "int4_minimum": 3}
 """How values are stored; the numbers are also those of `spec` in a file (weights/spec.py)."""

@@ -18,8 +18,10 @@ KINDS = [
     ("quads", "int4_minimum"),
     ("octets", "int8"),
     ("octets", "int4"),
+    ("bitquads", "int8"),
+    ("bitquads", "int4"),
 ]
-"""Layout and encoding: dense codes, and 2:4 ones."""
+"""Layout and encoding: dense codes, 2:4 ones, and those with zeros anywhere."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,21 @@ class Codes:
 
 
 def random_codes(
-    kind: tuple[str, str], rows: int, cols: int, group: int, scale_dtype: torch.dtype = torch.float16
+    kind: tuple[str, str],
+    rows: int,
+    cols: int,
+    group: int,
+    scale_dtype: torch.dtype = torch.float16,
+    sparsity: str = "50%",
 ) -> Codes:
+    """sparsity: of `bitquads`, as for `helpers.shapes.mask`; `octets` are 2:4, `quads` dense."""
     layout, encoding = kind
     seed = generator(rows, cols, group)
     kept = None
     count = rows * cols
-    if layout == "octets":
-        kept = ops.pack_mask(mask(rows, cols, "2:4", seed))
-        count //= 2
+    if layout != "quads":
+        there = mask(rows, cols, "2:4" if layout == "octets" else sparsity, seed)
+        kept, count = ops.pack_mask(there), int(there.sum())
     if encoding == "int8":
         codes = torch.randint(-128, 128, (count,), dtype=torch.int8, generator=seed)
     else:

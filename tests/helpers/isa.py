@@ -11,7 +11,7 @@ from sparseprune.kernels import _core
 
 LEVELS: list[str] = _core.isas_available()
 STRATEGIES = ("tile_rows", "tile_dense", "tile_batch", "tile_amx", "csr_gather", "csr_batch")
-CODE_STRATEGIES = ("quads_rows", "octets_rows")
+CODE_STRATEGIES = ("quads_rows", "octets_rows", "bitquads_rows")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -26,6 +26,8 @@ def mask(rows: int, cols: int, sparsity: str, seed: torch.Generator) -> Tensor:
         return torch.zeros(rows, cols, dtype=torch.bool)
     if sparsity == "dense":
         return torch.ones(rows, cols, dtype=torch.bool)
+    if sparsity == "uneven rows":  # one of zeros, one that keeps all, one half of it
+        return torch.rand(rows, cols, generator=seed) < (torch.arange(rows) % 3 / 2)[:, None]
     if sparsity.endswith("%"):
         return torch.rand(rows, cols, generator=seed) >= float(sparsity[:-1]) / 100
     n, m = map(int, sparsity.split(":"))

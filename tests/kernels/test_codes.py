@@ -1,4 +1,4 @@
-"""int8 and int4 weights, dense and 2:4, on every instruction set: against float64 of the same rounded numbers."""
+"""int8 and int4 weights, dense, 2:4 and with zeros anywhere, on every instruction set: against float64 of the same rounded numbers."""
 
 from __future__ import annotations
 
@@ -38,6 +38,44 @@ def test_linear_is_float64s_of_the_same_numbers(level, kind, group):
             with forced(level), threads(1):
                 out = cpu_linear(x, weight.pack(dtype), bias)
             assert_codes_linear(out, x, weight, bias, f"{rows}x{cols}, batch {batch}, {dtype}")
+
+
+AWKWARD = [
+    (1, 1),
+    (1, 300),
+    (15, 63),
+    (16, 64),
+    (17, 65),
+    (33, 255),
+    (16, 256),
+    (20, 257),
+    (40, 3),
+    (31, 1029),
+]
+
+
+@levels
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+@pytest.mark.parametrize("sparsity", ["zero", "dense", "uneven rows", "50%", "90%", "6:8"])
+def test_zeros_lie_anywhere(level, encoding, sparsity):
+    for turn, (rows, cols) in enumerate(AWKWARD):
+        group, dtype = (32, 64, 128)[turn % 3], DTYPES[turn % 3]
+        weight = random_codes(("bitquads", encoding), rows, cols, group, sparsity=sparsity)
+        for batch in (1, 4, 10):
+            x = torch.randn(batch, cols, generator=generator(rows, cols, batch)).to(dtype)
+            with forced(level), threads(1):
+                out = cpu_linear(x, weight.pack(dtype))
+            assert_codes_linear(out, x, weight, None, f"{rows}x{cols}, batch {batch}, {dtype}")
+
+
+@levels
+def test_more_batch_rows_than_a_thread_keeps_sums_of(level):
+    weight = random_codes(("bitquads", "int4"), 40, 600, 64)
+    for batch in (512, 513, 1030, 1999):
+        x = torch.randn(batch, 600, generator=generator(batch))
+        with forced(level), threads(2):
+            out = cpu_linear(x, weight.pack(x.dtype))
+        assert_codes_linear(out, x, weight, None, f"batch {batch}")
 
 
 @kinds
@@ -105,10 +143,11 @@ def test_empty_shapes(kind):
     cols=st.integers(0, 60),
     group=st.sampled_from([32, 64, 128]),
     scales=st.sampled_from([torch.float16, torch.bfloat16]),
+    sparsity=st.sampled_from(["zero", "50%", "90%", "uneven rows"]),
 )
-def test_packing_loses_nothing(kind, rows, cols, group, scales):
-    cols *= 4 if kind[0] == "octets" else 3
-    weight = random_codes(kind, rows, cols, group, scales)
+def test_packing_loses_nothing(kind, rows, cols, group, scales, sparsity):
+    cols *= 4 if kind[0] == "octets" else 7
+    weight = random_codes(kind, rows, cols, group, scales, sparsity)
     packed = weight.pack(torch.bfloat16)
     for got, part in zip(unpack_codes(packed), weight.parts, strict=True):
         assert (got is None) == (part is None)
@@ -140,6 +179,18 @@ def test_every_flipped_bit_of_a_header_is_found(kind):
             unpack_codes(good._replace(blob=good.blob[:size].clone()))
 
 
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+def test_a_mask_that_keeps_other_than_its_header_says_is_found(encoding):
+    weight = random_codes(("bitquads", encoding), 20, 132, 64)
+    good = weight.pack(torch.float32)
+    blob = good.blob.clone()
+    blob[128] ^= 1  # of row 0, column 0: masks begin behind the header and the offsets of two tiles
+    with pytest.raises(
+        ValueError, match=r"packed: must keep the \d+ values .* got a mask of \d+; the weight"
+    ):
+        unpack_codes(good._replace(blob=blob))
+
+
 def test_what_is_not_there_is_refused():
     weight = random_codes(("quads", "int4"), 20, 132, 64).pack(torch.float32)
     with pytest.raises(ValueError, match="packed: must hold plain values, got int4; use codes.unpack_codes"):
@@ -154,6 +205,8 @@ def test_what_is_not_there_is_refused():
         ("quads", "plain", 0, None),
         ("tile", "int4", 64, torch.float16),
         ("octets", "int4_minimum", 64, torch.float16),
+        ("bitquads", "int4_minimum", 64, torch.float16),
+        ("bitquads", "plain", 0, None),
         ("quads", "int4", 48, torch.float16),
         ("quads", "int4", 64, torch.float32),
     ]:

@@ -11,27 +11,22 @@
 //          and the sums of a group are exact. Decoding costs 3 cheap instructions for 16 * NB products, less than
 //          writing and reading expanded weights: many batch rows are served block after block (quant_rows.inl).
 
+// Where the tiles of a unit are read: the vectors of their next columns, and what belongs to these columns' group.
+struct QuadsPlace {
+  const std::uint8_t* w[kQuantTiles];
+  const std::uint16_t *scales[kQuantTiles], *minimums[kQuantTiles];
+};
+
+// Adds columns [begin, end), whole groups, to the sums of NB batch rows.
 template <typename E, int NB>
-inline void quads_block(const LinearJob& job, std::int64_t tile, std::int64_t b0) {
+inline void add_quads(const LinearJob& job, const BytesBlock& x, std::int64_t begin, std::int64_t end,
+                      const QuadsPlace& place, Vec (&sums)[kQuantTiles][NB]) {
   constexpr int NT = kQuantTiles;
-  const std::int64_t tiles = ceil_div(job.rows, kTileRows), groups = job.kpad / job.x_group;
-  const std::int64_t weight_groups = ceil_div(job.kpad, job.group);
   const std::uint8_t* w[NT];
   const std::uint16_t *scales[NT], *minimums[NT];
-  for (int t = 0; t < NT; ++t) {
-    const std::int64_t at = tile + t < tiles ? tile + t : tile;  // a last tile without a partner meets itself
-    w[t] = static_cast<const std::uint8_t*>(job.values) + at * Quads<E>::tile_bytes(job.kpad);
-    scales[t] = job.scales + at * weight_groups * kTileRows;
-    minimums[t] = job.minimums ? job.minimums + at * weight_groups * kTileRows : nullptr;
-  }
-  const BytesBlock x = bytes_block(const_cast<void*>(job.panel), job.batch, job.kpad, groups, b0, NB);
-
-  Vec sums[NT][NB];
-  for (auto& tile_sums : sums) {
-    for (auto& s : tile_sums) s = zero();
-  }
-  for (std::int64_t g = 0; g < groups; ++g) {
-    const std::int64_t k0 = g * job.x_group;
+  for (int t = 0; t < NT; ++t) w[t] = place.w[t], scales[t] = place.scales[t], minimums[t] = place.minimums[t];
+  std::int64_t g = begin / job.x_group;
+  for (std::int64_t k0 = begin; k0 < end; k0 += job.x_group, ++g) {
     Ints acc[NT][NB];
 #pragma GCC unroll 8
     for (int b = 0; b < NB; ++b) {
@@ -92,6 +87,26 @@ inline void quads_block(const LinearJob& job, std::int64_t tile, std::int64_t b0
       }
     }
   }
+}
+
+template <typename E, int NB>
+inline void quads_block(const LinearJob& job, std::int64_t tile, std::int64_t b0) {
+  constexpr int NT = kQuantTiles;
+  const std::int64_t tiles = ceil_div(job.rows, kTileRows), groups = job.kpad / job.x_group;
+  const std::int64_t weight_groups = ceil_div(job.kpad, job.group);
+  QuadsPlace place;
+  for (int t = 0; t < NT; ++t) {
+    const std::int64_t at = tile + t < tiles ? tile + t : tile;  // a last tile without a partner meets itself
+    place.w[t] = static_cast<const std::uint8_t*>(job.values) + at * Quads<E>::tile_bytes(job.kpad);
+    place.scales[t] = job.scales + at * weight_groups * kTileRows;
+    place.minimums[t] = job.minimums ? job.minimums + at * weight_groups * kTileRows : nullptr;
+  }
+  Vec sums[NT][NB];
+  for (auto& tile_sums : sums) {
+    for (auto& s : tile_sums) s = zero();
+  }
+  add_quads<E, NB>(job, bytes_block(const_cast<void*>(job.panel), job.batch, job.kpad, groups, b0, NB), 0, job.kpad, place,
+                   sums);
 #pragma GCC unroll 2
   for (int t = 0; t < NT; ++t) {
     if (tile + t < tiles) store_sums<NB>(job, tile + t, b0, sums[t], 1.0f);

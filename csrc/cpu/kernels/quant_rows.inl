@@ -1,9 +1,12 @@
-// What quads.inl and octets.inl share: the walk over tiles and blocks of batch rows, and the outputs. First of the three.
+// What the kernels of codes share: the walk over tiles and blocks of batch rows, the outputs, the table. First of them.
 
 template <typename E, int NB>
 inline void quads_block(const LinearJob& job, std::int64_t tile, std::int64_t b0);
 template <typename E, int NB>
 inline void octets_block(const LinearJob& job, std::int64_t tile, std::int64_t b0);
+template <typename E>
+inline void bitquads_rows(const LinearJob& job, std::int64_t begin, std::int64_t end, void* scratch);
+inline std::size_t bitquads_scratch(const LinearJob& job);
 
 template <typename E>
 struct Quads {
@@ -44,12 +47,12 @@ inline void store_sums(const LinearJob& job, std::int64_t tile, std::int64_t b0,
   }
 }
 
-template <typename F, int NB>
-inline void quant_sized(const LinearJob& job, std::int64_t tile, std::int64_t b0, std::int64_t nb) {
+template <int NB, typename F>
+inline void quant_sized(const F& format, const LinearJob& job, std::int64_t tile, std::int64_t b0, std::int64_t nb) {
   if (nb == NB) {
-    F::template block<NB>(job, tile, b0);
+    format.template block<NB>(job, tile, b0);
   } else if constexpr (NB > 1) {
-    quant_sized<F, NB - 1>(job, tile, b0, nb);
+    quant_sized<NB - 1>(format, job, tile, b0, nb);
   }
 }
 
@@ -66,7 +69,7 @@ void quant_rows(const LinearJob& job, std::int64_t begin, std::int64_t end, void
     const std::int64_t t1 = t0 + group < last ? t0 + group : last;
     for (std::int64_t b = 0; b < job.batch; b += job.block) {
       const std::int64_t nb = job.batch - b < job.block ? job.batch - b : job.block;
-      for (std::int64_t t = t0; t < t1; t += kQuantTiles) quant_sized<F, kQuantBatch>(job, t, b, nb);
+      for (std::int64_t t = t0; t < t1; t += kQuantTiles) quant_sized<kQuantBatch>(F{}, job, t, b, nb);
     }
   }
 }
@@ -79,14 +82,16 @@ template <typename T>
 inline void install_quant_type(KernelTable& table) {
   constexpr DType dtype = dtype_of<T>::value;
   const auto set = [&](Strategy s, Encoding encoding, LinearFn run, int zero, std::uint8_t flip) {
-    kernel_of(table, s, encoding, dtype) = {
-        Panel::bytes, kQuantTiles * kTileRows, kQuantBatch, 1, no_quant_scratch, run, zero, flip};
+    const auto scratch = s == Strategy::bitquads_rows ? bitquads_scratch : no_quant_scratch;
+    kernel_of(table, s, encoding, dtype) = {Panel::bytes, kQuantTiles * kTileRows, kQuantBatch, 1, scratch, run, zero, flip};
   };
   set(Strategy::quads_rows, Encoding::int8, quant_rows<Quads<QuadInt8>>, QuadInt8::kZero, 0);
   set(Strategy::quads_rows, Encoding::int4, quant_rows<Quads<QuadInt4>>, QuadInt4::kZero, 0);
   set(Strategy::quads_rows, Encoding::int4_minimum, quant_rows<Quads<QuadInt4>>, 0, 0);
   set(Strategy::octets_rows, Encoding::int8, quant_rows<Octets<OctetInt8>>, 0, OctetInt8::kFlip);
   set(Strategy::octets_rows, Encoding::int4, quant_rows<Octets<OctetInt4>>, 0, OctetInt4::kFlip);
+  set(Strategy::bitquads_rows, Encoding::int8, bitquads_rows<BitInt8>, BitInt8::kZero, 0);
+  set(Strategy::bitquads_rows, Encoding::int4, bitquads_rows<BitInt4>, BitInt4::kZero, 0);
   table.panel[static_cast<int>(Panel::bytes)][static_cast<int>(dtype)] = pack_bytes<T>;
 }
 

@@ -223,7 +223,7 @@ void unpack_bits(const std::uint8_t* blob, std::int64_t size, std::uint8_t* bits
 
 void unpack_values(const std::uint8_t* blob, std::int64_t size, const std::int64_t* offsets, void* values, int threads) {
   const PackedView v = view_packed(blob, size);
-  if (is_of_codes(v.header.layout)) return unpack_codes(v, static_cast<std::uint8_t*>(values), threads);
+  if (is_of_codes(v.header.layout)) return unpack_codes(v, offsets, static_cast<std::uint8_t*>(values), threads);
   if (v.header.layout == Layout::csr) {
     std::memcpy(values, v.values, static_cast<std::size_t>(v.geometry.total - kTailBytes - v.geometry.values));
   } else if (value_bits(v.header.encoding, v.header.dtype) == 16) {

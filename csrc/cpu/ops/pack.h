@@ -13,7 +13,7 @@ namespace sparseprune {
 struct Canonical {
   const void* values;
   const std::uint8_t* bits;
-  const std::int64_t* offsets;  // null for codes, whose number follows from the shape
+  const std::int64_t* offsets;  // null for codes in `quads` and `octets`, whose number follows from the shape
   const std::uint16_t* scales = nullptr;
   const std::uint16_t* minimums = nullptr;  // [rows, ceil(cols / group)] as scales, or null
 };

@@ -1,9 +1,11 @@
-// Runs once a layer: plain C++, parallel over tiles. 16 rows of codes begin at a whole byte, so that no two tiles share one.
+// Runs once a layer: plain C++, parallel over tiles. 16 rows of codes begin at a whole byte, so that no two tiles share one; those
+// that a bitmap keeps may not.
 #include "cpu/ops/pack_codes.h"
 
 #include <cstring>
 #include <stdexcept>
 
+#include "core/layouts/bitquads.h"
 #include "core/layouts/octets.h"
 #include "core/layouts/quads.h"
 #include "cpu/ops/parallel.h"
@@ -148,6 +150,134 @@ void unpack_octets_codes(const Codes& c, const std::uint8_t* values, std::uint8_
   });
 }
 
+std::uint64_t mask_at(const std::uint8_t* masks, std::int64_t i) {
+  std::uint64_t mask;
+  std::memcpy(&mask, masks + 8 * i, 8);
+  return mask;
+}
+
+// Walks the values of a tile of `bitquads` in their order: chunk(its kept values) gives where they begin, then visit(there, the
+// how manieth of how many, row in tile) for each.
+template <typename Chunk, typename Visit>
+void walk_bitquads(const std::uint8_t* masks, std::int64_t kpad, const Chunk& chunk, const Visit& visit) {
+  for (std::int64_t begin = 0; begin < kpad / 4; begin += bitquads::kChunkMasks) {
+    const std::int64_t left = kpad / 4 - begin, end = begin + (left < bitquads::kChunkMasks ? left : bitquads::kChunkMasks);
+    std::int64_t kept = 0, i = 0;
+    for (std::int64_t q = begin; q < end; ++q) kept += __builtin_popcountll(mask_at(masks, q));
+    auto* bytes = chunk(kept);
+    for (std::int64_t q = begin; q < end; ++q) {
+      for (std::uint64_t m = mask_at(masks, q); m != 0; m &= m - 1) visit(bytes, i++, kept, __builtin_ctzll(m) / 4);
+    }
+  }
+}
+// The byte of the i-th of a chunk's `kept` values, and its place in there.
+std::int64_t bitquads_byte(int bits, std::int64_t i, std::int64_t kept) {
+  const std::int64_t size = bitquads::chunk_bytes(bits, kept);
+  return i < size ? i : i - size;
+}
+int bitquads_shift(int bits, std::int64_t i, std::int64_t kept) {
+  return i < bitquads::chunk_bytes(bits, kept) ? 0 : 4;
+}
+// Of a code, what `bitquads` has: a number with a sign.
+int bitquads_flip(int bits) {
+  return bits == 8 ? 0 : 8;
+}
+
+void pack_bitquads(const Codes& c, const Geometry& g, const Canonical& weight, std::uint8_t* blob, int threads) {
+  const auto* codes = static_cast<const std::uint8_t*>(weight.values);
+  const std::int64_t stride = ceil_div(c.cols, 8);
+  auto* offsets = reinterpret_cast<std::int64_t*>(blob + g.offsets);
+  std::memset(offsets, 0, static_cast<std::size_t>(g.index - g.offsets));
+  for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
+    std::uint8_t* masks = blob + g.index + t * g.kpad * 2;
+    std::memset(masks, 0, static_cast<std::size_t>(g.kpad) * 2);
+    for (int r = 0; r < rows; ++r) {
+      const std::uint8_t* bits = weight.bits + (first + r) * stride;
+      for (std::int64_t k = 0; k < c.cols; k += 4) {  // the low nibble of a byte of a mask is an even row
+        std::uint8_t* byte = masks + k * 2 + r / 2;
+        *byte = static_cast<std::uint8_t>(*byte | (bits[k / 8] >> (k % 8) & 15) << (r % 2 * 4));
+      }
+    }
+    std::int64_t bytes = 0;
+    walk_bitquads(
+        masks, g.kpad,
+        [&](std::int64_t kept) {
+          bytes += bitquads::chunk_bytes(c.bits, kept);
+          return masks;
+        },
+        [](const std::uint8_t*, std::int64_t, std::int64_t, int) {});
+    offsets[t + 1] = bytes;
+  });
+  for (std::int64_t t = 0; t < g.units; ++t) offsets[t + 1] += offsets[t];
+  for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
+    std::int64_t next[codes::kRows] = {};
+    for (int r = 0; r < rows; ++r) next[r] = weight.offsets[first + r];
+    std::uint8_t* out = blob + g.values + offsets[t];
+    std::memset(out, 0, static_cast<std::size_t>(offsets[t + 1] - offsets[t]));
+    walk_bitquads(
+        blob + g.index + t * g.kpad * 2, g.kpad,
+        [&](std::int64_t kept) {
+          std::uint8_t* bytes = out;
+          out += bitquads::chunk_bytes(c.bits, kept);
+          return bytes;
+        },
+        [&](std::uint8_t* bytes, std::int64_t i, std::int64_t kept, int row) {
+          const int code = code_at(codes, c.bits, next[row]++) ^ bitquads_flip(c.bits);
+          std::uint8_t& byte = bytes[bitquads_byte(c.bits, i, kept)];
+          byte = static_cast<std::uint8_t>(byte | code << bitquads_shift(c.bits, i, kept));
+        });
+  });
+  const std::int64_t used = g.values + offsets[g.units];
+  std::memset(blob + used, 0, static_cast<std::size_t>(g.scales - used));
+}
+
+void unpack_bitquads_mask(const Codes& c, const PackedView& v, std::uint8_t* mask, int threads) {
+  const std::int64_t stride = ceil_div(c.cols, 8);
+  for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
+    const std::uint8_t* masks = static_cast<const std::uint8_t*>(v.index) + t * v.geometry.kpad * 2;
+    std::memset(mask + first * stride, 0, static_cast<std::size_t>(rows * stride));
+    for (int r = 0; r < rows; ++r) {
+      std::uint8_t* bits = mask + (first + r) * stride;
+      for (std::int64_t k = 0; k < c.cols; k += 4) {
+        bits[k / 8] = static_cast<std::uint8_t>(bits[k / 8] | (masks[k * 2 + r / 2] >> (r % 2 * 4) & 15) << (k % 8));
+      }
+    }
+  });
+}
+
+// offsets: of each row's first code.
+void unpack_bitquads_codes(const Codes& c, const PackedView& v, const std::int64_t* offsets, std::uint8_t* codes,
+                           int threads) {
+  std::memset(codes, 0, code_bytes(c, v.header.nnz));
+  for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
+    std::int64_t next[codes::kRows] = {};
+    for (int r = 0; r < rows; ++r) next[r] = offsets[first + r];
+    const std::int64_t begin = offsets[first] / 2, end = offsets[first + rows] / 2;  // bytes that other tiles may share
+    const auto* in = static_cast<const std::uint8_t*>(v.values) + v.offsets[t];
+    walk_bitquads(
+        static_cast<const std::uint8_t*>(v.index) + t * v.geometry.kpad * 2, v.geometry.kpad,
+        [&](std::int64_t kept) {
+          const std::uint8_t* bytes = in;
+          in += bitquads::chunk_bytes(c.bits, kept);
+          return bytes;
+        },
+        [&](const std::uint8_t* bytes, std::int64_t i, std::int64_t kept, int row) {
+          const int number = bytes[bitquads_byte(c.bits, i, kept)] >> bitquads_shift(c.bits, i, kept);
+          const std::int64_t at = next[row]++;
+          if (c.bits == 8) {
+            codes[at] = static_cast<std::uint8_t>(number);
+            return;
+          }
+          const auto nibble = static_cast<std::uint8_t>(((number & 15) ^ bitquads_flip(4)) << (at % 2 * 4));
+          if (at / 2 == begin || at / 2 == end) {
+            __atomic_fetch_or(codes + at / 2, nibble, __ATOMIC_RELAXED);
+          } else {
+            codes[at / 2] = static_cast<std::uint8_t>(codes[at / 2] | nibble);
+          }
+        });
+  });
+}
+
 void pack_scales(std::int64_t rows, std::int64_t groups, std::int64_t padded_groups, const std::uint16_t* scales,
                  std::uint16_t* packed, int threads) {
   for_tiles(rows, threads, [&](std::int64_t t, int n, std::int64_t first) {
@@ -176,6 +306,8 @@ void pack_codes(const PackedHeader& h, const Geometry& g, const Canonical& weigh
   const auto* codes = static_cast<const std::uint8_t*>(weight.values);
   if (h.layout == Layout::quads) {
     pack_quads(c, codes, blob + g.values, threads);
+  } else if (h.layout == Layout::bitquads) {
+    pack_bitquads(c, g, weight, blob, threads);
   } else {
     pack_octets(c, codes, weight.bits, blob + g.values, threads);
   }
@@ -189,16 +321,19 @@ void pack_codes(const PackedHeader& h, const Geometry& g, const Canonical& weigh
   }
 }
 
-void unpack_codes(const PackedView& v, std::uint8_t* codes, int threads) {
+void unpack_codes(const PackedView& v, const std::int64_t* offsets, std::uint8_t* codes, int threads) {
   const auto* values = static_cast<const std::uint8_t*>(v.values);
   if (v.header.layout == Layout::quads) {
     unpack_quads(codes_of(v.header), values, codes, threads);
+  } else if (v.header.layout == Layout::bitquads) {
+    unpack_bitquads_codes(codes_of(v.header), v, offsets, codes, threads);
   } else {
     unpack_octets_codes(codes_of(v.header), values, codes, threads);
   }
 }
 
 void unpack_code_bits(const PackedView& v, std::uint8_t* bits, int threads) {
+  if (v.header.layout == Layout::bitquads) return unpack_bitquads_mask(codes_of(v.header), v, bits, threads);
   if (v.header.layout != Layout::octets) {
     throw std::invalid_argument("packed: holds " + describe(packing_of(v.header)) +
                                 ", which keeps every entry and has no bits");

@@ -10,7 +10,8 @@
 namespace sparseprune {
 
 void pack_codes(const PackedHeader& h, const Geometry& g, const Canonical& weight, std::uint8_t* blob, int threads);
-void unpack_codes(const PackedView& v, std::uint8_t* codes, int threads);
+// offsets: index of each row's first code, for `bitquads` only.
+void unpack_codes(const PackedView& v, const std::int64_t* offsets, std::uint8_t* codes, int threads);
 void unpack_code_bits(const PackedView& v, std::uint8_t* bits, int threads);
 void unpack_code_scales(const PackedView& v, const std::uint8_t* blob, std::uint16_t* scales, std::uint16_t* minimums,
                         int threads);

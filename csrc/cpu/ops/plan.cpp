@@ -19,6 +19,7 @@ Layout layout_of(Strategy s) {
     case Strategy::csr_batch: return Layout::csr;
     case Strategy::quads_rows: return Layout::quads;
     case Strategy::octets_rows: return Layout::octets;
+    case Strategy::bitquads_rows: return Layout::bitquads;
     default: return Layout::tile;
   }
 }
@@ -30,6 +31,7 @@ bool serves(const KernelTable& table, const PackedHeader& h, Strategy s) {
 Strategy choose(const KernelTable& table, const PackedHeader& h, std::int64_t batch) {
   if (h.layout == Layout::quads) return Strategy::quads_rows;
   if (h.layout == Layout::octets) return Strategy::octets_rows;
+  if (h.layout == Layout::bitquads) return Strategy::bitquads_rows;
   if (h.layout == Layout::csr) return batch <= 2 ? Strategy::csr_gather : Strategy::csr_batch;
   // 16 batch rows cost AMX no more than one, and the expansion hides behind memory from the first.
   if (serves(table, h, Strategy::tile_amx)) return Strategy::tile_amx;
@@ -76,6 +78,7 @@ const char* strategy_name(Strategy s) {
     case Strategy::csr_batch: return "csr_batch";
     case Strategy::quads_rows: return "quads_rows";
     case Strategy::octets_rows: return "octets_rows";
+    case Strategy::bitquads_rows: return "bitquads_rows";
   }
   return "unknown";
 }

@@ -22,6 +22,9 @@ inline Bytes load_bytes(const std::uint8_t* p) {
   std::memcpy(r.v, p, sizeof r.v);
   return r;
 }
+inline void store_bytes(std::uint8_t* p, const Bytes& a) {
+  std::memcpy(p, a.v, sizeof a.v);
+}
 // 4 bytes for each of 16 rows.
 inline Bytes broadcast_quad(const std::uint8_t* p) {
   Bytes r;
@@ -121,6 +124,36 @@ struct QuadInt8 : Exact {
   static Part dot(const Part& part, const Bytes& codes, const Bytes& quad) {
     return dot4<std::uint8_t>(part, codes, quad);
   }
+};
+
+// `bitquads` decoded: vectors of 4 columns, an int4 in a byte, and what is not kept 0.
+template <typename Code>
+struct Bits : Code {
+  static constexpr int kQuads = 1;
+  static Bytes codes(const Bytes& v, int) {
+    return v;
+  }
+  // The next values, where the mask keeps some.
+  static Bytes expand(const std::uint8_t* values, std::uint64_t mask) {
+    Bytes r;
+    for (int i = 0; i < 64; ++i) {
+      const int value = mask >> i & 1u ? static_cast<std::int8_t>(*values++) : 0;
+      r.v[i] = static_cast<std::uint8_t>(value + Code::kZero);
+    }
+    return r;
+  }
+};
+struct BitInt4 : Bits<QuadInt4> {
+  static constexpr int kBits = 4;
+  // Values of 4 bits with a sign as `expand` reads them.
+  static Bytes nibbles(const Bytes& v, bool high) {
+    Bytes r;
+    for (int i = 0; i < 64; ++i) r.v[i] = static_cast<std::uint8_t>(((v.v[i] >> (high ? 4 : 0) & 15) ^ 8) - 8);
+    return r;
+  }
+};
+struct BitInt8 : Bits<QuadInt8> {
+  static constexpr int kBits = 8;
 };
 
 // Which byte of 64 columns meets each value of octet j of a half.

@@ -28,6 +28,8 @@ namespace {
 
 #include "cpu/kernels/octets.inl"
 
+#include "cpu/kernels/bitquads.inl"
+
 }  // namespace
 
 void install(KernelTable& table) {

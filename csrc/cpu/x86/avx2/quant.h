@@ -23,6 +23,10 @@ inline __m256i load32(const std::uint8_t* p) {
 inline Bytes load_bytes(const std::uint8_t* p) {
   return {load32(p), load32(p + 32)};
 }
+inline void store_bytes(std::uint8_t* p, const Bytes& a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), a.hi);
+}
 inline __m256i broadcast_quad(const std::uint8_t* p) {
   std::int32_t quad;
   std::memcpy(&quad, p, 4);
@@ -143,6 +147,49 @@ struct QuadInt8 : LongSums {
   }
   static Part dot(const Part& part, const Bytes& values, __m256i quad) {
     return {dot8(part.lo, values.lo, quad), dot8(part.hi, values.hi, quad)};
+  }
+};
+
+// `bitquads` decoded: 8 bits of a mask and 8 values make 8 bytes, as many as vpshufb's table has room for.
+inline __m128i two8(const std::uint8_t* low, const std::uint8_t* high) {
+  const __m128d a = _mm_load_sd(reinterpret_cast<const double*>(low));
+  return _mm_castpd_si128(_mm_loadh_pd(a, reinterpret_cast<const double*>(high)));
+}
+inline __m128i expand_bytes16(const std::uint8_t* values, unsigned low, unsigned high) {
+  const __m128i second = _mm_set_epi64x(0x0808080808080808, 0);
+  const __m128i index = _mm_or_si128(two8(kExpand.permutation[low], kExpand.permutation[high]), second);
+  return _mm_shuffle_epi8(two8(values, values + popcount(low)), index);
+}
+inline __m256i expand_bytes32(const std::uint8_t* values, std::uint32_t mask) {
+  const __m128i low = expand_bytes16(values, mask & 255u, mask >> 8 & 255u);
+  const __m128i high = expand_bytes16(values + popcount(mask & 0xffffu), mask >> 16 & 255u, mask >> 24);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+inline Bytes expand_bytes(const std::uint8_t* values, std::uint64_t mask) {
+  const auto low = static_cast<std::uint32_t>(mask);
+  return {expand_bytes32(values, low), expand_bytes32(values + popcount(low), static_cast<std::uint32_t>(mask >> 32))};
+}
+struct BitInt4 : QuadInt4 {
+  static constexpr int kQuads = 1, kBits = 4;
+  static Bytes codes(const Bytes& v, int) {
+    return v;
+  }
+  static Bytes nibbles(const Bytes& v, bool high) {
+    return QuadInt4::codes(v, high);
+  }
+  static Bytes expand(const std::uint8_t* values, std::uint64_t mask) {
+    const Bytes v = expand_bytes(values, mask);
+    const __m256i zero = _mm256_set1_epi8(kZero);  // adds it to 4 bits with a sign
+    return {_mm256_xor_si256(v.lo, zero), _mm256_xor_si256(v.hi, zero)};
+  }
+};
+struct BitInt8 : QuadInt8 {
+  static constexpr int kBits = 8;
+  static Bytes codes(const Bytes& v, int) {
+    return v;
+  }
+  static Bytes expand(const std::uint8_t* values, std::uint64_t mask) {
+    return expand_bytes(values, mask);
   }
 };
 

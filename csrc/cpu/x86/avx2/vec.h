@@ -21,7 +21,8 @@ constexpr int kMaxLanes = 4;   // 8 accumulators
 constexpr int kDenseTiles = 1;
 constexpr int kDenseBatch = 6;
 
-// permutation[m][i]: which packed value lane i takes when m's bits say which lanes are kept.
+// permutation[m][i]: which packed value lane i takes when m's bits say which lanes are kept; with the bit set that makes a 0 of
+// it in a shuffle of bytes, where it takes none.
 struct ExpandTable {
   alignas(32) std::uint8_t permutation[256][8];
 };
@@ -29,7 +30,7 @@ constexpr ExpandTable make_expand_table() {
   ExpandTable t{};
   for (int m = 0; m < 256; ++m) {
     int next = 0;
-    for (int i = 0; i < 8; ++i) t.permutation[m][i] = static_cast<std::uint8_t>(m >> i & 1 ? next++ : 0);
+    for (int i = 0; i < 8; ++i) t.permutation[m][i] = static_cast<std::uint8_t>(m >> i & 1 ? next++ : 0x80);
   }
   return t;
 }

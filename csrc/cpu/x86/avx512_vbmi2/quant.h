@@ -18,6 +18,9 @@ constexpr std::int64_t kPrefetchQuant = 2048;
 inline Bytes load_bytes(const std::uint8_t* p) {
   return _mm512_loadu_si512(p);
 }
+inline void store_bytes(std::uint8_t* p, Bytes a) {
+  _mm512_storeu_si512(p, a);
+}
 inline Bytes broadcast_quad(const std::uint8_t* p) {
   std::int32_t quad;
   std::memcpy(&quad, p, 4);
@@ -98,6 +101,32 @@ struct QuadInt8 : Exact {
   }
   static Part dot(Part part, Bytes codes, Bytes quad) {
     return _mm512_dpbusd_epi32(part, codes, quad);
+  }
+};
+
+// `bitquads` decoded. Merged, for the reason in avx512_bf16/expand.h.
+inline Bytes expand_bytes(Bytes rest, const std::uint8_t* values, std::uint64_t mask) {
+  __asm__("" : "+v"(rest));
+  return _mm512_mask_expand_epi8(rest, mask, load_bytes(values));
+}
+struct BitInt4 : QuadInt4 {
+  static constexpr int kQuads = 1, kBits = 4;
+  static Bytes codes(Bytes v, int) {
+    return v;
+  }
+  static Bytes nibbles(Bytes v, bool high) {
+    const Bytes nibble = high ? _mm512_srli_epi16(v, 4) : v;
+    return _mm512_ternarylogic_epi32(nibble, _mm512_set1_epi8(15), _mm512_set1_epi8(kZero), 0x6a);  // (nibble & 15) ^ 8
+  }
+  static Bytes expand(const std::uint8_t* values, std::uint64_t mask) {
+    return expand_bytes(_mm512_set1_epi8(kZero), values, mask);
+  }
+};
+struct BitInt8 : QuadInt8 {
+  static constexpr int kBits = 8;
+  static Bytes expand(const std::uint8_t* values, std::uint64_t mask) {
+    const Bytes v = expand_bytes(_mm512_setzero_si512(), values, mask);
+    return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(kZero)));
   }
 };
 

@@ -14,6 +14,8 @@ namespace {
 
 #include "cpu/kernels/octets.inl"
 
+#include "cpu/kernels/bitquads.inl"
+
 inline __mmask32 first32(std::int64_t n) {
   return n >= 32 ? ~0u : (1u << n) - 1u;
 }
