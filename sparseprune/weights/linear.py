@@ -25,7 +25,7 @@ _linear_undispatched = ops._linear
 
 class SparseLinear(SparseModule):
     """`y = x W^T + b` with `W` `[out_features, in_features]` in 2:4 (any N:M), bitmap or CSR form, or in int8 or int4 codes
-    (2:4 or dense).
+    (N:M, bitmap or dense).
 
     Input `[..., in_features]` and output `[..., out_features]` have the weight's dtype (float32, bfloat16, float16);
     sums are kept in float32. Codes meet activations that are rounded to int8, 64 (or 32) columns at a time; their products are

@@ -47,7 +47,7 @@ class SparseWeight:
     ) -> SparseWeight:
         """Canonical form of `weight` `[rows, cols]`; ValueError says where a weight does not fit the format.
 
-        encoding: "int8", "int4", "int4_minimum" (groups of 64, float16 scales), or an `Encoding`: values are rounded to
+        encoding: "int8", "int4" of any format but CSR, "int4_minimum" of dense ones (groups of 64, float16 scales), or an `Encoding`: values are rounded to
             the nearest code. `sparseprune.quantization` has methods that lose less.
         """
         form, values_as = Format.parse(format), Encoding.parse(encoding)
@@ -97,7 +97,14 @@ class SparseWeight:
     def nnz(self) -> int:
         """Entries kept, the explicit zeros that fill an N:M group among them."""
         count = self.format.count(self.shape)
-        return self.values.numel() if count is None else count
+        if count is not None:
+            return count
+        # a byte of int4 holds one value or two
+        return (
+            self.values.numel()
+            if self.mask is None or self.scales is None
+            else int(popcounts(self.mask).sum())
+        )
 
     @property
     def density(self) -> float:
@@ -252,4 +259,6 @@ class SparseWeight:
 
 def layout_of_codes(form: Format) -> str:
     """The layout in which the CPU's kernels read int8 and int4 codes."""
-    return "quads" if form.kind == "dense" else "octets"
+    if form.kind == "dense":
+        return "quads"
+    return "octets" if form == Format("nm", 2, 4) else "bitquads"

@@ -43,12 +43,14 @@ class WeightSpec:
             raise ValueError(
                 "format: dense is for int8 and int4 values, got plain ones; that is an nn.Linear"
             )
-        if not plain and str(form) not in ("dense", "2:4"):
+        if not plain and form.kind == "csr":
             raise ValueError(
-                f"format: must be dense or 2:4 for {self.encoding.kind} values, got {form}; others are plain"
+                f"format: must be dense, N:M or bitmap for {self.encoding.kind} values, got csr; use bitmap"
             )
         if self.encoding.minimums and form.kind != "dense":
-            raise ValueError(f"format: must be dense for values with minimums, got {form}; use int4")
+            raise ValueError(
+                f"format: must be dense for values with minimums, which have no code for 0, got {form}; use int4"
+            )
 
     def __str__(self) -> str:
         """`"2:4"`, `"bitmap"`, and so on; `"dense int4"`, `"2:4 int8"` where values are codes."""
@@ -62,6 +64,11 @@ class WeightSpec:
             parts["mask"] = Part(torch.uint8, (rows, -(-cols // 8)))
         parts[SPEC] = Part(torch.int64, (_VERSION_FIELDS[self._version],))
         return parts
+
+    def nbytes(self, nnz: int) -> int:
+        """Bytes of these tensors, but for the few of `spec`."""
+        parts = self.parts(nnz)
+        return sum(part.nbytes for name, part in parts.items() if name != SPEC)
 
     @property
     def _version(self) -> int:

@@ -19,7 +19,17 @@ from sparseprune.weights.encoding import Encoding
 from sparseprune.weights.rounding import codes_of, fit_grid
 from sparseprune.weights.sparse_weight import SparseWeight
 
-FORMS = [("dense", "int8"), ("dense", "int4"), ("dense", "int4_minimum"), ("2:4", "int8"), ("2:4", "int4")]
+FORMS = [
+    ("dense", "int8"),
+    ("dense", "int4"),
+    ("dense", "int4_minimum"),
+    ("2:4", "int8"),
+    ("2:4", "int4"),
+    ("3:4", "int8"),
+    ("1:4", "int4"),
+    ("bitmap", "int8"),
+    ("bitmap", "int4"),
+]
 forms = pytest.mark.parametrize(("form", "encoding"), FORMS)
 
 
@@ -28,7 +38,7 @@ def weight_of(
 ) -> torch.Tensor:
     seed = generator(rows, cols)
     weight = torch.randn(rows, cols, generator=seed)
-    return (weight * mask(rows, cols, form, seed)).to(dtype)
+    return (weight * mask(rows, cols, "50%" if form == "bitmap" else form, seed)).to(dtype)
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,14 +55,13 @@ def test_round_trips(form, rows, fours, group, scales, dtype):
     dense = weight_of(kind, rows, 4 * fours, dtype)
     weight = SparseWeight.from_dense(dense, kind, Encoding(encoding, group, scales))
     weight.validate()
-    assert weight.dense().dtype == dtype and weight.nnz == int(
-        rows * 4 * fours * (0.5 if kind == "2:4" else 1)
-    )
+    assert weight.dense().dtype == dtype
+    assert weight.nnz == (rows * 4 * fours if kind == "dense" else int(dense.count_nonzero()))
     for again in (SparseWeight.unpack(weight.pack(), weight.spec), SparseWeight.from_parts(weight.parts())):
         assert again.spec == weight.spec and set(again.parts()) == set(weight.spec.part_names)
         for name, part in again.parts().items():
             assert torch.equal(part, weight.parts()[name])
-    if kind == "2:4":
+    if kind != "dense":
         assert not bool(weight.dense()[dense == 0].any()), "what was pruned stays zero"
 
 
@@ -127,9 +136,17 @@ def test_what_cannot_be_quantized_is_named():
         SparseWeight.from_dense(dense, "dense", "int8")
     for form, encoding, message in [
         ("dense", "plain", "format: dense is for int8 and int4 values, got plain ones"),
-        ("bitmap", "int4", "format: must be dense or 2:4 for int4 values, got bitmap"),
-        ("4:8", "int8", "format: must be dense or 2:4 for int8 values, got 4:8"),
-        ("2:4", "int4_minimum", "format: must be dense for values with minimums, got 2:4; use int4"),
+        ("csr", "int4", "format: must be dense, N:M or bitmap for int4 values, got csr; use bitmap"),
+        (
+            "2:4",
+            "int4_minimum",
+            "format: must be dense for values with minimums, which .*, got 2:4; use int4",
+        ),
+        (
+            "bitmap",
+            "int4_minimum",
+            "format: must be dense for values with minimums, which .*, got bitmap; use int4",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             SparseWeight.from_dense(torch.zeros(4, 64), form, encoding)
@@ -153,7 +170,7 @@ def test_what_cannot_be_quantized_is_named():
         ("spec", lambda t: t[:9], "spec: version 2 has 10 integers, got 9"),
         ("spec", lambda t: t.index_fill(0, torch.tensor([8]), 48), "spec: encoding: group_size must be 32, 64 or 128"),
         ("spec", lambda t: t.index_fill(0, torch.tensor([9]), 0), "spec: encoding: scale_dtype must be float16 or bfloat16"),
-        ("spec", lambda t: t.index_fill(0, torch.tensor([1]), 2), "spec: format: must be dense or 2:4 for int4_minimum"),
+        ("spec", lambda t: t.index_fill(0, torch.tensor([1]), 2), "spec: format: must be dense for values with minimums, .* got bitmap"),
     ],
 )  # fmt: skip
 def test_parts_that_lie_are_refused(part, change, message):
@@ -166,6 +183,51 @@ def test_parts_that_lie_are_refused(part, change, message):
     if part != "spec":
         with pytest.raises(ValueError, match="minimums: missing"):
             SparseWeight.from_parts(parts)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "part", "change", "message"),
+    [
+        ("int8", "values", lambda t: t[:-1], r"values: shape must be \(\d+,\) for a weight of 5 x 65 whose mask keeps \d+, got"),
+        ("int4", "values", lambda t: torch.cat([t, t]), r"values: shape must be \(\d+,\) for a weight of 5 x 65 whose mask keeps"),
+        ("int8", "mask", lambda t: t.bitwise_xor(1), r"values: shape must be \(\d+,\) for a weight of 5 x 65 whose mask keeps"),
+        ("int4", "mask", lambda t: t | 2, "mask: bits past column 64 must be 0, got a 1 in row 0"),
+        ("int4", "scales", lambda t: t * torch.inf, "scales: must be finite, got NaN or Inf in row 0"),
+        ("int8", "scales", lambda t: t[1:], r"scales: shape must be \(5, 2\)"),
+        ("int4", "spec", lambda t: t.index_fill(0, torch.tensor([7]), 3), "spec: format: must be dense for values with minimums"),
+        ("int8", "spec", lambda t: t.index_fill(0, torch.tensor([1]), 3), "spec: format: must be dense, N:M or bitmap for int8"),
+        ("int8", "spec", lambda t: t.index_fill(0, torch.tensor([1]), 4), r"values: shape must be \(325,\)"),
+    ],
+)  # fmt: skip
+def test_parts_of_a_bitmap_that_lie_are_refused(encoding, part, change, message):
+    dense = torch.randn(5, 65, generator=generator(4))
+    dense[:, 1::2] = 0
+    parts = SparseWeight.from_dense(dense, "bitmap", encoding).parts()
+    assert int(parts["mask"][0, 0]) & 3 == 1
+    parts[part] = change(parts[part])
+    with pytest.raises(ValueError, match=message):
+        SparseWeight.from_parts(parts)
+
+
+def test_codes_of_another_pattern_than_the_spec_says_are_refused():
+    parts = SparseWeight.from_dense(weight_of("3:4"), "3:4", "int4").parts()
+    parts["spec"][2] = 2  # n
+    with pytest.raises(
+        ValueError, match="mask: every group of 4 columns must keep 2 for 2:4, got 3 in row 0"
+    ):
+        SparseWeight.from_parts(parts)
+
+
+@pytest.mark.parametrize(
+    ("form", "encoding", "bits"),
+    [("bitmap", "int4", 3.25), ("bitmap", "int8", 5.25), ("6:8", "int4", 4.25), ("1:4", "int4", 2.25)],
+)
+def test_bits_a_weight_and_the_packed_form_takes_no_more(form, encoding, bits):
+    dense = weight_of("2:4" if form == "bitmap" else form, 64, 2048)
+    weight = SparseWeight.from_dense(dense, form, encoding)
+    assert weight.bits_per_weight == bits
+    packed = weight.pack()
+    assert 8 * packed.blob.numel() / dense.numel() < bits + 0.02 and packed.layout == "bitquads"
 
 
 def layer_of(
