@@ -45,8 +45,8 @@ def prune(
     quantize: Annotated[
         Literal["int4", "int8"] | None,
         typer.Option(
-            help="Values of 4 or 8 bits: layers pruned to 2:4 become 2:4 codes, all others dense ones; gptq where there is "
-            "--calibration and 4 bits."
+            help="Values of 4 or 8 bits: codes of the N:M or the bitmap that a layer was pruned to, or dense ones where these take "
+            "fewer bytes; gptq where there is --calibration and 4 bits."
         ),
     ] = None,
     dtype: DTypeOption = DType.auto,

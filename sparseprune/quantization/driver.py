@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ from sparseprune.quantization.methods import METHODS, QuantizationMethod
 from sparseprune.quantization.options import Quantization
 from sparseprune.quantization.report import LayerQuantized, QuantizeReport, error_of
 from sparseprune.statistics.overlap import remember
-from sparseprune.weights.choose import recognise
+from sparseprune.weights.choose import smallest_codes
 from sparseprune.weights.encoding import Encoding
 from sparseprune.weights.format import Format
 from sparseprune.weights.gguf import StoredCodes
@@ -44,8 +44,6 @@ __all__ = ["RECONSTRUCTION", "Encoded", "Made", "encode_layers", "quantize", "so
 
 RECONSTRUCTION = Reconstruction(learning_rate=0.01)
 """Of blocks of codes: pruned ones stand three times the learning rate; here it undid what GPTQ had found (SmolLM2-135M)."""
-
-_TWO_FOUR = Format("nm", 2, 4)
 
 
 def quantize(
@@ -67,13 +65,14 @@ def quantize(
 ) -> QuantizeReport:
     """Swaps a model's linears for `SparseLinear` layers of int8 or int4 codes, in place.
 
-    A linear that was pruned to 2:4 becomes 2:4 codes, 3.25 bits a weight in int4 (groups of 64, float16 scales); any other
-    becomes dense ones, 4.25 bits, in which zeros stay zeros but are stored (int4_minimum has no code for 0: the report
-    says how many weights were). The model computes in the dtype it has.
+    A linear that was pruned becomes sparse codes, of the N:M that its zeros follow or a bitmap, where they take fewer bytes: in int4
+    (groups of 64, float16 scales) 3.25 bits a weight in 2:4 or with half of the weights anywhere. Any other becomes dense ones,
+    4.25 bits, in which zeros stay zeros but are stored (int4_minimum has no code for 0: the report says how many weights
+    were). The model computes in the dtype it has.
 
     Args:
-        encoding: "int8"; "int4"; "int4_minimum", int4 with a minimum for each group, for dense weights (those in 2:4
-            become int4).
+        encoding: "int8"; "int4"; "int4_minimum", int4 with a minimum for each group, for dense weights (sparse ones become
+            int4).
         method: "gptq" makes up for each rounding in the weights that are left, block by block, and needs `calibration`;
             "nearest" rounds. "auto": gptq where there is calibration data and fewer than 8 bits.
         group_size: columns that share a scale (and a minimum).
@@ -251,16 +250,7 @@ class _Quantized(Target):
         cls, layer: WeightSite, values: Encoding, solver: QuantizationMethod, reconstructed: bool
     ) -> _Quantized:
         weight = layer.weight
-        form = recognise(weight, recall(layer)).form
-        two_four = form == _TWO_FOUR
-        if two_four:
-            values = replace(values, kind=values.kind.removesuffix("_minimum"))
-        spec = WeightSpec(
-            (weight.shape[0], weight.shape[1]),
-            weight.dtype,
-            form if two_four and form else Format("dense"),
-            values,
-        )
+        spec = smallest_codes(weight, values, recall(layer))
         solver = METHODS["nearest"] if values.kind == "int8" and solver.name == "gptq" else solver
         return cls(Pattern.parse("unstructured"), 0.0, spec=spec, solver=solver, reconstructed=reconstructed)
 

@@ -22,7 +22,7 @@ class Quantization:
 
     encoding: Literal["int4", "int4_minimum", "int8"] = option(
         "int4",
-        "int8, int4, or int4_minimum: int4 with a minimum for each group. 2:4 weights become int4 or int8.",
+        "int8, int4, or int4_minimum: int4 with a minimum for each group. Sparse weights become int4 or int8.",
     )
     method: Literal["auto", "nearest", "gptq"] = option(
         "auto",

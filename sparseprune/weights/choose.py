@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -19,12 +19,13 @@ from sparseprune.kernels import cuda, native
 from sparseprune.kernels.packing import packing_code
 from sparseprune.models.notes import Note, digest_of, kept_bits
 from sparseprune.report import human_bytes
+from sparseprune.weights.encoding import Encoding
 from sparseprune.weights.format import Format, group_counts, popcounts
-from sparseprune.weights.spec import DTYPES
+from sparseprune.weights.spec import DTYPES, WeightSpec
 
 __all__ = [
     "Candidate", "Choice", "Options", "Recognised", "best_of", "fastest", "options_for", "packed_bytes", "recognise",
-    "smallest", "smallest_bytes", "unstructured_forms",
+    "smallest", "smallest_bytes", "smallest_codes", "unstructured_forms",
 ]  # fmt: skip
 
 _Form = TypeVar("_Form")
@@ -180,6 +181,23 @@ def smallest_bytes(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) 
         forms = unstructured_forms(1 - sparsity, torch.device("cpu"))
         sizes += [packed_bytes(form, kept, shape, dtype) for form in forms]
     return min(sizes)
+
+
+def smallest_codes(weight: Tensor, values: Encoding, note: Note | None = None) -> WeightSpec:
+    """The spec of the fewest bytes for codes of `weight` [out, in]: dense, or the N:M that its zeros follow, or the bitmap.
+
+    Sparse int4 has no minimums: its `values` are int4 where these are int4_minimum. `note` as for `options_for`.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    bits = kept_bits(weight)
+    form = _recognise(bits, shape[1], note).form or Format("bitmap")
+    nnz = {Format("dense"): weight.numel(), form: _values_in(form, shape, int(popcounts(bits).sum()))}
+    without = replace(values, kind=values.kind.removesuffix("_minimum"))
+    specs = [
+        WeightSpec(shape, weight.dtype, Format("dense"), values),
+        WeightSpec(shape, weight.dtype, form, without),
+    ]
+    return min(specs, key=lambda spec: spec.nbytes(nnz[spec.format]))
 
 
 def recognise(weight: Tensor, note: Note | None = None) -> Recognised:

@@ -64,11 +64,43 @@ def test_what_was_pruned_to_two_of_four_becomes_two_of_four_codes():
             )
 
 
+@pytest.mark.parametrize("encoding", ["int4", "int8", "int4_minimum"])
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+@pytest.mark.parametrize(
+    ("pattern", "form"), [("unstructured", "bitmap"), ("1:4", "1:4"), ("4:8", "4:8")], ids=str
+)
+def test_what_was_pruned_becomes_sparse_codes(encoding, method, pattern, form):
+    model = tiny.llama()
+    sp.prune(model, pattern, sparsity=0.6 if pattern == "unstructured" else None)
+    zeros = {name: it.weight == 0 for name, it in model.named_modules() if isinstance(it, nn.Linear)}
+    data = BATCHES if method == "gptq" else None
+    before = {name: int((~it).sum()) for name, it in zeros.items()}
+    report = sp.quantize(model, encoding, method, calibration=data)
+    assert {(it.format, it.encoding) for it in report.layers} == {(form, encoding.removesuffix("_minimum"))}
+    for name, layer in layers_of(model).items():
+        assert not bool(layer.weight[zeros[name]].any()), name
+        assert layer.nnz == before[name], name
+    assert "were zero" not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "fewest"), [("int4", 0.25), ("int8", 0.125), ("int4_minimum", 0.1875)], ids=str
+)
+def test_a_bitmap_is_taken_where_it_takes_fewer_bytes_than_dense_codes(encoding, fewest):
+    for step, form in ((-0.02, "dense"), (0.02, "bitmap")):
+        model = nn.Sequential(nn.Linear(512, 64))
+        with torch.no_grad():
+            model[0].weight[torch.rand(64, 512, generator=generator(1)) < fewest + step] = 0
+        (row,) = sp.quantize(model, encoding).layers
+        dense = sp.quantize(nn.Sequential(nn.Linear(512, 64)), encoding).layers[0].bytes_after
+        assert row.format == form and (row.bytes_after < dense) == (form == "bitmap")
+
+
 @pytest.mark.parametrize("encoding", ["int4", "int8"])
 @pytest.mark.parametrize("method", ["nearest", "gptq"])
-def test_zeros_that_are_not_two_of_four_stay_zeros_in_dense_codes(encoding, method):
+def test_few_zeros_stay_zeros_in_dense_codes(encoding, method):
     model = tiny.llama()
-    sp.prune(model, "unstructured", sparsity=0.6)
+    sp.prune(model, "unstructured", sparsity=0.08)
     zeros = {name: it.weight == 0 for name, it in model.named_modules() if isinstance(it, nn.Linear)}
     data = BATCHES if method == "gptq" else None
     assert {it.format for it in sp.quantize(model, encoding, method, calibration=data).layers} == {"dense"}
@@ -78,7 +110,7 @@ def test_zeros_that_are_not_two_of_four_stay_zeros_in_dense_codes(encoding, meth
 
 def test_zeros_that_minimums_lose_are_counted():
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
-    sp.prune(model, "unstructured", sparsity=0.75, include="0")
+    sp.prune(model, "unstructured", sparsity=0.1, include="0")
     zeros = int((model[0].weight == 0).sum())
     report = sp.quantize(model, "int4_minimum")
     assert f"{zeros:,} weights were zero, for which int4_minimum has no code" in str(report)
