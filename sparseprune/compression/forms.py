@@ -9,7 +9,7 @@ import torch
 from sparseprune.pruning.patterns import Pattern
 from sparseprune.weights.encoding import PLAIN, Encoding
 from sparseprune.weights.format import Format
-from sparseprune.weights.spec import WeightSpec
+from sparseprune.weights.spec import SPEC_FIELDS, WeightSpec
 
 _ENTRY = 110  # bytes at most, beside its name, that a part takes in a file's header
 
@@ -66,14 +66,8 @@ class Form:
         kept = self.format.count(shape)
         if kept is None:
             kept = shape[0] * (shape[1] - round(shape[1] * self.sparsity))
-        total = len(name) + _ENTRY  # what it was pruned to is noted
-        for part in spec.parts(kept).values():
-            total += len(name) + _ENTRY
-            size = part.dtype.itemsize
-            for side in part.shape:
-                size *= side
-            total += size
-        return total
+        headings = (len(name) + _ENTRY) * (1 + len(spec.part_names))  # one notes what it was pruned to
+        return spec.nbytes(kept) + 8 * len(SPEC_FIELDS) + headings
 
 
 def _codes(kind: str, group: int) -> Encoding:
@@ -91,8 +85,9 @@ FORMS: tuple[Form, ...] = (
     Form("dense", _codes("int4", 128)),
     Form("2:4", _codes("int8", 64)),
     Form("2:4", _codes("int4", 64)),
+    Form("unstructured", _codes("int4", 64), 0.5),
 )
-"""Of linears. On a 4096 x 4096 weight: 16, 8.25, 5, 4.5, 4.25, 4.125, 5.25 and 3.25 bits a weight."""
+"""Of linears. On a 4096 x 4096 weight: 16, 8.25, 5, 4.5, 4.25, 4.125, 5.25, 3.25 and 3.25 bits a weight."""
 
 EMBEDDING_FORMS: tuple[Form, ...] = (
     UNCHANGED,

@@ -48,6 +48,8 @@ def test_the_bytes_of_a_form_are_those_of_the_weight(form: Form, shape):
     weight = torch.randn(shape)
     if form.pattern == "2:4":
         weight.view(shape[0], -1, 4)[..., 1:3] = 0
+    if form.pattern == "unstructured":
+        weight[:, : round(shape[1] * form.sparsity)] = 0
     made = SparseWeight.from_dense(weight, form.format, form.encoding)
     parts = sum(it.nbytes for it in made.parts().values())
     assert parts <= form.nbytes("name", shape, torch.float32) <= parts + 6 * 114
