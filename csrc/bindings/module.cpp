@@ -152,8 +152,8 @@ PYBIND11_MODULE(_core, m) {
                      ptr<const void>(values), ptr<void>(dense), threads);
       },
       nogil);
-  m.def("packed_bytes", [](std::int64_t rows, std::int64_t cols, std::int64_t packing, std::int64_t nnz) {
-    return packed_bytes(rows, cols, to_packing(packing), nnz);
+  m.def("packed_bytes", [](std::int64_t rows, std::int64_t cols, std::int64_t packing, std::int64_t nnz, Address bits) {
+    return packed_bytes(rows, cols, to_packing(packing), nnz, ptr<const std::uint8_t>(bits));
   });
   m.def(
       "pack",

@@ -44,16 +44,16 @@ std::int64_t value_bytes(const Packing& p, std::int64_t count) {
   return ceil_div(count * value_bits(p.encoding, p.dtype), 8);
 }
 
-// The values that a blob keeps; bitmap8 alone has its own number of them.
+// What a blob keeps; bitmap8 and bitquads alone have their own number of it.
 std::int64_t stored_in(const PackedHeader& h, std::int64_t stored) {
   switch (h.layout) {
     case Layout::tile:
     case Layout::csr:
     case Layout::quads:
-    case Layout::octets:
-    case Layout::bitquads: return h.nnz;
+    case Layout::octets: return h.nnz;
     case Layout::sparse24: return sparse24::units(h.rows, h.cols) * sparse24::kValues;
-    case Layout::bitmap8: return stored;
+    case Layout::bitmap8:
+    case Layout::bitquads: return stored;
   }
   return 0;
 }
@@ -132,7 +132,7 @@ Geometry geometry_of(const PackedHeader& h) {
     case Layout::bitmap8: return bitmap8::geometry(h.rows, h.cols, bytes);
     case Layout::quads: return quads::geometry(h.rows, h.cols, packing_of(h));
     case Layout::octets: return octets::geometry(h.rows, h.cols, packing_of(h));
-    case Layout::bitquads: return bitquads::geometry(h.rows, h.cols, h.nnz, packing_of(h));
+    case Layout::bitquads: return bitquads::geometry(h.rows, h.cols, h.stored, packing_of(h));
   }
   return {};
 }

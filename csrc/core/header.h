@@ -19,7 +19,7 @@ struct PackedHeader {
   Encoding encoding;
   std::uint8_t interleave;  // tile: columns that alternate within a lane, 1 or 2 (bf16 pairs for dot products)
   std::int64_t rows, cols, nnz;
-  std::int64_t stored;  // values in the blob, on a GPU the padding among them
+  std::int64_t stored;  // values in the blob, on a GPU the padding among them; bitquads: bytes of them
   std::uint16_t group;
   DType scales;
   std::uint8_t reserved[5];
@@ -36,7 +36,8 @@ static constexpr Packing packing_of(const PackedHeader& h) {
 // Where a blob lies decides which layouts it may have.
 enum class Home { cpu, cuda };
 
-// nnz: ignored where it follows from the shape (quads, octets). stored: bitmap8's number of values with their padding; the other layouts' follows from the rest.
+// nnz: ignored where it follows from the shape (quads, octets). stored: bitmap8's number of values with their padding, bitquads'
+// bytes of values; the other layouts' follows from the rest.
 PackedHeader make_header(Home home, std::int64_t rows, std::int64_t cols, const Packing& packing, std::int64_t nnz,
                          std::int64_t stored = 0, int interleave = 1);
 

@@ -109,7 +109,7 @@ def pack_codes(
     if mask is not None and layout_of(packing) == "bitquads":
         offsets = native.count_bits(mask, cols)
     kept = 0 if offsets is None else int(offsets[-1])  # of the other layouts, it follows from the shape
-    blob = torch.empty(native.packed_bytes(rows, cols, packing, kept), dtype=torch.uint8)
+    blob = torch.empty(native.packed_bytes(rows, cols, packing, kept, mask), dtype=torch.uint8)
     _core.pack(
         codes.data_ptr(),
         0 if mask is None else mask.data_ptr(),

@@ -180,9 +180,9 @@ def csr_to_dense(crow: Tensor, col: Tensor, values: Tensor, cols: int) -> Tensor
     return dense
 
 
-def packed_bytes(rows: int, cols: int, packing: int, nnz: int) -> int:
-    """Bytes of a packed weight [rows, cols] that keeps `nnz` values."""
-    return _core.packed_bytes(rows, cols, packing, nnz)
+def packed_bytes(rows: int, cols: int, packing: int, nnz: int, bits: Tensor | None = None) -> int:
+    """Bytes of a packed weight [rows, cols] that keeps `nnz` values. Of the layout `bitquads` they depend on the mask, `bits`."""
+    return _core.packed_bytes(rows, cols, packing, nnz, 0 if bits is None else bits.data_ptr())
 
 
 def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, packing: int) -> Tensor:

@@ -155,7 +155,8 @@ void test_all(const Case& c, std::int64_t& turn, std::int64_t batch = 1) {
   const Memory codes = copy_of(c.place, w.codes), mask = copy_of(c.place, w.mask), scales = copy_of(c.place, w.scales),
                minimums = copy_of(c.place, w.minimums), offsets = copy_of(c.place, w.offsets);
   const auto* rows_at = w.offsets.empty() ? nullptr : offsets.as<std::int64_t>();
-  const std::int64_t bytes = packed_bytes(c.rows, c.cols, c.packing, w.offsets.empty() ? 0 : w.offsets.back());
+  const std::int64_t bytes =
+      packed_bytes(c.rows, c.cols, c.packing, w.offsets.empty() ? 0 : w.offsets.back(), mask.as<std::uint8_t>());
   const Memory blob(c.place, bytes, kAlign);
   auto* data = blob.as<std::uint8_t>();
   pack(c.rows, c.cols, c.packing,

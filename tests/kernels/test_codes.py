@@ -69,9 +69,9 @@ def test_zeros_lie_anywhere(level, encoding, sparsity):
 
 
 @levels
-def test_more_batch_rows_than_a_thread_keeps_sums_of(level):
+def test_zeros_anywhere_and_many_blocks_of_batch_rows(level):
     weight = random_codes(("bitquads", "int4"), 40, 600, 64)
-    for batch in (512, 513, 1030, 1999):
+    for batch in (64, 513, 1030):
         x = torch.randn(batch, 600, generator=generator(batch))
         with forced(level), threads(2):
             out = cpu_linear(x, weight.pack(x.dtype))

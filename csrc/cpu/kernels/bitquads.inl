@@ -2,122 +2,84 @@
 //
 //   out[b][row] = sum_g scale[row][g] * xscale[b][g] * sum_{kept k in g} value[row][k] * q[b][k]
 //
-// Weights: masks, 64 bits for 4 columns of a tile, and the kept values in the order of the bits, chunk by chunk of 256
-//          columns: bytes (int8), or nibbles (int4), the first half of a chunk's values in the low ones. offsets: the byte
-//          at which a tile's values begin. scales: [groups][16] of a tile.
+// Weights: masks, 64 bits for 4 columns of a tile, and streams of kept values, one of bytes (int8) or two of nibbles (int4);
+//          offsets: the byte at which a tile's begin. One instruction puts a mask's values in their places, which gives a
+//          vector of 4 columns of 16 rows in bytes, as quads.inl reads them. scales: [groups][16] of a tile.
 // Panel:   as for quads.
-// Preconditions: as for quads; a chunk is whole groups.
-// Work partition: as for quads, but chunk by chunk: the values of kQuantTiles tiles are decoded to L1, as vectors that hold
-//          4 columns of 16 rows in bytes, and meet all batch rows there, block after block. Nibbles become bytes first, so
-//          that one instruction puts the values of a mask in place. Even for one batch row it is not slower to write
-//          vectors and read them again than to multiply them at once: memory is what that waits for.
+// Preconditions: as for quads.
+// Work partition: as for quads. Where expanding is one instruction (AVX-512), it costs about as much as the products with four
+//          batch rows, and doing it again for every block of them is faster than to write vectors and read them again. Other
+//          levels decode a unit's tiles once (kExpandOnce), and the blocks of batch rows meet them in L2.
 
-constexpr std::int64_t kBitBatch = 512;  // batch rows whose sums a thread keeps, 32 or 64 KB: they stay in L2
+// What quads.inl multiplies, decoded from a tile's masks and values.
+template <typename E>
+struct BitVectors {
+  const std::uint8_t* masks;
+  const std::uint8_t* values[2];  // what is next of the low nibbles, or of the bytes; of the high nibbles
 
-struct alignas(64) BitScratch {
-  std::uint8_t values[bitquads::kChunkMasks * 64 + 64];  // of a chunk, as bytes; a vector may be read at their end
-  std::uint8_t vectors[kQuantTiles][bitquads::kChunkMasks * 64];
-  float sums[kBitBatch][kQuantTiles][16];  // as many as there are batch rows
+  static BitVectors of(const LinearJob& job, std::int64_t tile) {
+    const std::uint8_t* first = static_cast<const std::uint8_t*>(job.values) + job.offsets[tile];
+    return {static_cast<const std::uint8_t*>(job.index) + tile * job.kpad * 2, {first, first}};
+  }
+  // The i-th of 32 columns.
+  Bytes next(int i) {
+    const bool high = E::kBits == 4 && bitquads::is_high(i);
+    if (i == 0) prefetch(masks + kPrefetchQuant);
+    prefetch(values[high] + kPrefetchQuant);
+    std::uint64_t mask;
+    std::memcpy(&mask, masks, 8);
+    masks += 8;
+    const Bytes vector = E::expand(values[high], mask, high);
+    values[high] += __builtin_popcountll(mask);
+    return vector;
+  }
 };
-inline std::size_t bitquads_scratch(const LinearJob& job) {
-  const std::int64_t batch = job.batch < kBitBatch ? job.batch : kBitBatch;
-  return sizeof(BitScratch) - static_cast<std::size_t>(kBitBatch - batch) * sizeof(BitScratch::sums[0]);
+
+template <typename E, int NB>
+inline void bitquads_block(const LinearJob& job, std::int64_t tile, std::int64_t b0) {
+  const std::int64_t tiles = ceil_div(job.rows, kTileRows);
+  BitVectors<E> vectors[kQuantTiles];
+  for (int t = 0; t < kQuantTiles; ++t) vectors[t] = BitVectors<E>::of(job, tile + t < tiles ? tile + t : tile);
+  quads_sums<E, NB>(job, tile, b0, vectors);
 }
 
-inline std::uint64_t load_mask(const std::uint8_t* masks, std::int64_t i) {
-  std::uint64_t mask;
-  std::memcpy(&mask, masks + 8 * i, 8);
-  return mask;
-}
-inline std::int64_t popcount64(std::uint64_t mask) {
-  return __builtin_popcountll(mask);
-}
-
-// A chunk of `count` masks; returns where the next one's values begin.
+// A unit that is decoded.
 template <typename E>
-inline const std::uint8_t* decode_chunk(const std::uint8_t* masks, std::int64_t count, const std::uint8_t* values,
-                                        std::uint8_t* bytes, std::uint8_t* vectors) {
-  std::int64_t kept = 0;
-  for (std::int64_t i = 0; i < count; ++i) kept += popcount64(load_mask(masks, i));
-  const std::int64_t size = bitquads::chunk_bytes(E::kBits, kept);
-  const std::uint8_t* next = values;
-  if constexpr (E::kBits == 4) {
-    for (std::int64_t i = 0; i < size; i += 64) {
-      prefetch(values + kPrefetchQuant + i);
-      store_bytes(bytes + i, E::nibbles(load_bytes(values + i), false));
-    }
-    // Over what the last vector of low nibbles has too much.
-    for (std::int64_t i = 0; i < size; i += 64) store_bytes(bytes + size + i, E::nibbles(load_bytes(values + i), true));
-    next = bytes;
-  }
-#pragma GCC unroll 4
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (E::kBits == 8) prefetch(next + kPrefetchQuant);
-    if (i % 8 == 0) prefetch(masks + 8 * i + kPrefetchQuant);
-    const std::uint64_t mask = load_mask(masks, i);
-    store_bytes(vectors + 64 * i, E::expand(next, mask));
-    next += popcount64(mask);
-  }
-  return values + size;
-}
-
-// Columns [begin, end) of a unit, decoded.
-template <typename E>
-struct BitChunk {
-  std::int64_t begin, end, first;  // first: batch row whose sums lie at the front of scratch
-  const std::uint8_t* vectors[kQuantTiles];
-  const std::uint16_t* scales[kQuantTiles];
-  float (*sums)[kQuantTiles][16];
+struct DecodedQuads {
+  const std::uint8_t* tiles[kQuantTiles];
 
   template <int NB>
   void block(const LinearJob& job, std::int64_t tile, std::int64_t b0) const {
-    constexpr int NT = kQuantTiles;
-    float (*own)[NT][16] = sums + (b0 - first);
-    Vec acc[NT][NB];
-    QuadsPlace place;
-    for (int t = 0; t < NT; ++t) {
-      place.w[t] = vectors[t], place.scales[t] = scales[t], place.minimums[t] = nullptr;
-      for (int b = 0; b < NB; ++b) acc[t][b] = begin == 0 ? zero() : load(own[b][t]);
-    }
-    const BytesBlock x = bytes_block(const_cast<void*>(job.panel), job.batch, job.kpad, job.kpad / job.x_group, b0, NB);
-    add_quads<E, NB>(job, x, begin, end, place, acc);
-    for (int t = 0; t < NT; ++t) {
-      if (end < job.kpad) {
-        for (int b = 0; b < NB; ++b) store(own[b][t], acc[t][b]);
-      } else if ((tile + t) * kTileRows < job.rows) {
-        store_sums<NB>(job, tile + t, b0, acc[t], 1.0f);
-      }
-    }
+    Vectors vectors[kQuantTiles];
+    for (int t = 0; t < kQuantTiles; ++t) vectors[t] = {tiles[t]};
+    quads_sums<E, NB>(job, tile, b0, vectors);
   }
 };
 
+inline bool decodes_once(const LinearJob& job) {
+  return kExpandOnce && job.batch > job.block;
+}
+inline std::size_t bitquads_scratch(const LinearJob& job) {
+  return decodes_once(job) ? static_cast<std::size_t>(kQuantTiles * kTileRows * job.kpad) : 0;
+}
+
 template <typename E>
 void bitquads_rows(const LinearJob& job, std::int64_t begin, std::int64_t end, void* scratch) {
-  auto& own = *static_cast<BitScratch*>(scratch);
-  const std::int64_t tiles = ceil_div(job.rows, kTileRows), weight_groups = ceil_div(job.kpad, job.group);
-  const std::int64_t at_once = kBitBatch / job.block * job.block;
+  if (!decodes_once(job)) return quant_rows<Bitquads<E>>(job, begin, end, scratch);
+  const std::int64_t tiles = ceil_div(job.rows, kTileRows);
   for (std::int64_t tile = begin * kQuantTiles; tile < tiles && tile < end * kQuantTiles; tile += kQuantTiles) {
-    for (std::int64_t first = 0; first < job.batch; first += at_once) {
-      const std::int64_t last = job.batch - first < at_once ? job.batch : first + at_once;
-      const std::uint8_t *masks[kQuantTiles], *values[kQuantTiles];
-      for (int t = 0; t < kQuantTiles; ++t) {
-        const std::int64_t at = tile + t < tiles ? tile + t : tile;  // a last tile without a partner meets itself
-        masks[t] = static_cast<const std::uint8_t*>(job.index) + at * job.kpad * 2;
-        values[t] = static_cast<const std::uint8_t*>(job.values) + job.offsets[at];
+    DecodedQuads<E> decoded;
+    auto* out = static_cast<std::uint8_t*>(scratch);
+    for (int t = 0; t < kQuantTiles; ++t) {
+      decoded.tiles[t] = out;
+      BitVectors<E> vectors = BitVectors<E>::of(job, tile + t < tiles ? tile + t : tile);
+      for (std::int64_t k = 0; k < job.kpad; k += 32) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i, out += 64) store_bytes(out, vectors.next(i));
       }
-      for (std::int64_t k = 0; k < job.kpad; k += bitquads::kChunkCols) {
-        const std::int64_t cols = job.kpad - k < bitquads::kChunkCols ? job.kpad - k : bitquads::kChunkCols;
-        BitChunk<E> chunk{k, k + cols, first, {}, {}, own.sums};
-        for (int t = 0; t < kQuantTiles; ++t) {
-          const std::int64_t at = tile + t < tiles ? tile + t : tile;
-          values[t] = decode_chunk<E>(masks[t] + 2 * k, cols / 4, values[t], own.values, own.vectors[t]);
-          chunk.vectors[t] = own.vectors[t];
-          chunk.scales[t] = job.scales + (at * weight_groups + k / job.group) * kTileRows;
-        }
-        for (std::int64_t b = first; b < last; b += job.block) {
-          quant_sized<kQuantBatch>(chunk, job, tile, b, last - b < job.block ? last - b : job.block);
-        }
-      }
+    }
+    for (std::int64_t b = 0; b < job.batch; b += job.block) {
+      quant_sized<kQuantBatch>(decoded, job, tile, b, job.batch - b < job.block ? job.batch - b : job.block);
     }
   }
 }

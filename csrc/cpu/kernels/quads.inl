@@ -11,22 +11,40 @@
 //          and the sums of a group are exact. Decoding costs 3 cheap instructions for 16 * NB products, less than
 //          writing and reading expanded weights: many batch rows are served block after block (quant_rows.inl).
 
-// Where the tiles of a unit are read: the vectors of their next columns, and what belongs to these columns' group.
-struct QuadsPlace {
-  const std::uint8_t* w[kQuantTiles];
-  const std::uint16_t *scales[kQuantTiles], *minimums[kQuantTiles];
+// A tile's vectors, as they lie in memory.
+struct Vectors {
+  const std::uint8_t* w;
+
+  Bytes next(int) {
+    prefetch(w + kPrefetchQuant);
+    const Bytes v = load_bytes(w);
+    w += 64;
+    return v;
+  }
 };
 
-// Adds columns [begin, end), whole groups, to the sums of NB batch rows.
-template <typename E, int NB>
-inline void add_quads(const LinearJob& job, const BytesBlock& x, std::int64_t begin, std::int64_t end,
-                      const QuadsPlace& place, Vec (&sums)[kQuantTiles][NB]) {
+// One unit for NB batch rows. from: the tiles' vectors; its next(i) gives the i-th of the next 32 columns.
+template <typename E, int NB, typename From>
+inline void quads_sums(const LinearJob& job, std::int64_t tile, std::int64_t b0, const From (&from)[kQuantTiles]) {
   constexpr int NT = kQuantTiles;
-  const std::uint8_t* w[NT];
+  const std::int64_t tiles = ceil_div(job.rows, kTileRows), groups = job.kpad / job.x_group;
+  const std::int64_t weight_groups = ceil_div(job.kpad, job.group);
+  From w[NT];
   const std::uint16_t *scales[NT], *minimums[NT];
-  for (int t = 0; t < NT; ++t) w[t] = place.w[t], scales[t] = place.scales[t], minimums[t] = place.minimums[t];
-  std::int64_t g = begin / job.x_group;
-  for (std::int64_t k0 = begin; k0 < end; k0 += job.x_group, ++g) {
+  for (int t = 0; t < NT; ++t) {
+    const std::int64_t at = (tile + t < tiles ? tile + t : tile) * weight_groups * kTileRows;
+    w[t] = from[t];
+    scales[t] = job.scales + at;
+    minimums[t] = job.minimums ? job.minimums + at : nullptr;
+  }
+  const BytesBlock x = bytes_block(const_cast<void*>(job.panel), job.batch, job.kpad, groups, b0, NB);
+
+  Vec sums[NT][NB];
+  for (auto& tile_sums : sums) {
+    for (auto& s : tile_sums) s = zero();
+  }
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t k0 = g * job.x_group;
     Ints acc[NT][NB];
 #pragma GCC unroll 8
     for (int b = 0; b < NB; ++b) {
@@ -46,11 +64,7 @@ inline void add_quads(const LinearJob& job, const BytesBlock& x, std::int64_t be
       for (int i = 0; i < 32; i += 4 * E::kQuads) {
         Bytes v[NT];
 #pragma GCC unroll 2
-        for (int t = 0; t < NT; ++t) {
-          prefetch(w[t] + kPrefetchQuant);
-          v[t] = load_bytes(w[t]);
-          w[t] += 64;
-        }
+        for (int t = 0; t < NT; ++t) v[t] = w[t].next(i / (4 * E::kQuads));
 #pragma GCC unroll 2
         for (int q = 0; q < E::kQuads; ++q) {
           Bytes codes[NT];
@@ -87,28 +101,19 @@ inline void add_quads(const LinearJob& job, const BytesBlock& x, std::int64_t be
       }
     }
   }
-}
-
-template <typename E, int NB>
-inline void quads_block(const LinearJob& job, std::int64_t tile, std::int64_t b0) {
-  constexpr int NT = kQuantTiles;
-  const std::int64_t tiles = ceil_div(job.rows, kTileRows), groups = job.kpad / job.x_group;
-  const std::int64_t weight_groups = ceil_div(job.kpad, job.group);
-  QuadsPlace place;
-  for (int t = 0; t < NT; ++t) {
-    const std::int64_t at = tile + t < tiles ? tile + t : tile;  // a last tile without a partner meets itself
-    place.w[t] = static_cast<const std::uint8_t*>(job.values) + at * Quads<E>::tile_bytes(job.kpad);
-    place.scales[t] = job.scales + at * weight_groups * kTileRows;
-    place.minimums[t] = job.minimums ? job.minimums + at * weight_groups * kTileRows : nullptr;
-  }
-  Vec sums[NT][NB];
-  for (auto& tile_sums : sums) {
-    for (auto& s : tile_sums) s = zero();
-  }
-  add_quads<E, NB>(job, bytes_block(const_cast<void*>(job.panel), job.batch, job.kpad, groups, b0, NB), 0, job.kpad, place,
-                   sums);
 #pragma GCC unroll 2
   for (int t = 0; t < NT; ++t) {
     if (tile + t < tiles) store_sums<NB>(job, tile + t, b0, sums[t], 1.0f);
   }
+}
+
+template <typename E, int NB>
+inline void quads_block(const LinearJob& job, std::int64_t tile, std::int64_t b0) {
+  const std::int64_t tiles = ceil_div(job.rows, kTileRows);
+  const auto* first = static_cast<const std::uint8_t*>(job.values);
+  Vectors vectors[kQuantTiles];
+  for (int t = 0; t < kQuantTiles; ++t) {  // a last tile without a partner meets itself
+    vectors[t] = {first + (tile + t < tiles ? tile + t : tile) * Quads<E>::tile_bytes(job.kpad)};
+  }
+  quads_sums<E, NB>(job, tile, b0, vectors);
 }

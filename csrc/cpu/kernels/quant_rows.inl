@@ -4,8 +4,10 @@ template <typename E, int NB>
 inline void quads_block(const LinearJob& job, std::int64_t tile, std::int64_t b0);
 template <typename E, int NB>
 inline void octets_block(const LinearJob& job, std::int64_t tile, std::int64_t b0);
+template <typename E, int NB>
+inline void bitquads_block(const LinearJob& job, std::int64_t tile, std::int64_t b0);
 template <typename E>
-inline void bitquads_rows(const LinearJob& job, std::int64_t begin, std::int64_t end, void* scratch);
+void bitquads_rows(const LinearJob& job, std::int64_t begin, std::int64_t end, void* scratch);
 inline std::size_t bitquads_scratch(const LinearJob& job);
 
 template <typename E>
@@ -26,6 +28,17 @@ struct Octets {
   template <int NB>
   static void block(const LinearJob& job, std::int64_t tile, std::int64_t b0) {
     octets_block<E, NB>(job, tile, b0);
+  }
+};
+
+template <typename E>
+struct Bitquads {
+  static constexpr std::int64_t tile_bytes(std::int64_t kpad) {
+    return kpad * (2 + E::kBits);  // where half is kept
+  }
+  template <int NB>
+  static void block(const LinearJob& job, std::int64_t tile, std::int64_t b0) {
+    bitquads_block<E, NB>(job, tile, b0);
   }
 };
 

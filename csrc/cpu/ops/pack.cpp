@@ -13,9 +13,11 @@
 namespace sparseprune {
 namespace {
 
-PackedHeader header_for(std::int64_t rows, std::int64_t cols, const Packing& packing, std::int64_t nnz) {
+PackedHeader header_for(std::int64_t rows, std::int64_t cols, const Packing& packing, std::int64_t nnz,
+                        const std::uint8_t* bits) {
   const bool pairs = packing.dtype == DType::bf16 && packing.layout == Layout::tile;
-  return make_header(Home::cpu, rows, cols, packing, nnz, 0, pairs ? kernels().bf16_interleave : 1);
+  const std::int64_t stored = stored_codes(rows, cols, packing, bits);
+  return make_header(Home::cpu, rows, cols, packing, nnz, stored, pairs ? kernels().bf16_interleave : 1);
 }
 
 // Bit i of x to bit 2i.
@@ -148,13 +150,14 @@ PackedView view_packed(const std::uint8_t* blob, std::int64_t size) {
   return v;
 }
 
-std::int64_t packed_bytes(std::int64_t rows, std::int64_t cols, const Packing& packing, std::int64_t nnz) {
-  return geometry_of(header_for(rows, cols, packing, nnz)).total;
+std::int64_t packed_bytes(std::int64_t rows, std::int64_t cols, const Packing& packing, std::int64_t nnz,
+                          const std::uint8_t* bits) {
+  return geometry_of(header_for(rows, cols, packing, nnz, bits)).total;
 }
 
 void pack(std::int64_t rows, std::int64_t cols, const Packing& packing, const Canonical& weight, std::uint8_t* blob,
           int threads) {
-  const PackedHeader h = header_for(rows, cols, packing, weight.offsets ? weight.offsets[rows] : 0);
+  const PackedHeader h = header_for(rows, cols, packing, weight.offsets ? weight.offsets[rows] : 0, weight.bits);
   const Geometry g = geometry_of(h);
   std::memcpy(blob, &h, sizeof h);
   if (is_of_codes(h.layout)) return pack_codes(h, g, weight, blob, threads);

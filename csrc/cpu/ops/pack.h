@@ -29,7 +29,9 @@ struct PackedView {
 // Throws std::invalid_argument where the blob is not a packed weight for a CPU, or its header is damaged (core/header.h).
 PackedView view_packed(const std::uint8_t* blob, std::int64_t size);
 
-std::int64_t packed_bytes(std::int64_t rows, std::int64_t cols, const Packing& packing, std::int64_t nnz);
+// bits: for layout bitquads, whose size depends on them.
+std::int64_t packed_bytes(std::int64_t rows, std::int64_t cols, const Packing& packing, std::int64_t nnz,
+                          const std::uint8_t* bits = nullptr);
 void pack(std::int64_t rows, std::int64_t cols, const Packing& packing, const Canonical& weight, std::uint8_t* blob,
           int threads);
 void unpack_bits(const std::uint8_t* blob, std::int64_t size, std::uint8_t* bits, int threads);

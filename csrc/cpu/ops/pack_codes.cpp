@@ -150,37 +150,39 @@ void unpack_octets_codes(const Codes& c, const std::uint8_t* values, std::uint8_
   });
 }
 
-std::uint64_t mask_at(const std::uint8_t* masks, std::int64_t i) {
-  std::uint64_t mask;
-  std::memcpy(&mask, masks + 8 * i, 8);
-  return mask;
-}
-
-// Walks the values of a tile of `bitquads` in their order: chunk(its kept values) gives where they begin, then visit(there, the
-// how manieth of how many, row in tile) for each.
-template <typename Chunk, typename Visit>
-void walk_bitquads(const std::uint8_t* masks, std::int64_t kpad, const Chunk& chunk, const Visit& visit) {
-  for (std::int64_t begin = 0; begin < kpad / 4; begin += bitquads::kChunkMasks) {
-    const std::int64_t left = kpad / 4 - begin, end = begin + (left < bitquads::kChunkMasks ? left : bitquads::kChunkMasks);
-    std::int64_t kept = 0, i = 0;
-    for (std::int64_t q = begin; q < end; ++q) kept += __builtin_popcountll(mask_at(masks, q));
-    auto* bytes = chunk(kept);
-    for (std::int64_t q = begin; q < end; ++q) {
-      for (std::uint64_t m = mask_at(masks, q); m != 0; m &= m - 1) visit(bytes, i++, kept, __builtin_ctzll(m) / 4);
-    }
+// Walks the values of a tile of `bitquads`: visit(row in tile, byte of the value, its shift in there), in the order of the masks.
+// Returns the byte behind them.
+template <typename Byte, typename Visit>
+Byte* walk_bitquads(int bits, const std::uint8_t* masks, std::int64_t kpad, Byte* values, const Visit& visit) {
+  Byte* next[2] = {values, values};
+  for (std::int64_t i = 0; i < kpad / 4; ++i) {
+    const bool high = bits == 4 && bitquads::is_high(i);
+    std::uint64_t mask;
+    std::memcpy(&mask, masks + 8 * i, 8);
+    for (; mask != 0; mask &= mask - 1) visit(__builtin_ctzll(mask) / 4, next[high]++, high ? 4 : 0);
   }
+  return next[0] > next[1] ? next[0] : next[1];
 }
-// The byte of the i-th of a chunk's `kept` values, and its place in there.
-std::int64_t bitquads_byte(int bits, std::int64_t i, std::int64_t kept) {
-  const std::int64_t size = bitquads::chunk_bytes(bits, kept);
-  return i < size ? i : i - size;
-}
-int bitquads_shift(int bits, std::int64_t i, std::int64_t kept) {
-  return i < bitquads::chunk_bytes(bits, kept) ? 0 : 4;
-}
-// Of a code, what `bitquads` has: a number with a sign.
+// Between a code and what `bitquads` holds of it, a number with a sign.
 int bitquads_flip(int bits) {
   return bits == 8 ? 0 : 8;
+}
+
+// Bytes of the values of a tile of `rows` rows; mask: of its first row.
+std::int64_t bitquads_bytes(const Codes& c, const std::uint8_t* mask, int rows) {
+  std::uint64_t is_high = 0;
+  for (int i = 0; i < 16; ++i) is_high |= bitquads::is_high(i) ? std::uint64_t{15} << 4 * i : 0;
+  const std::int64_t stride = ceil_div(c.cols, 8);
+  std::int64_t low = 0, high = 0;
+  for (int r = 0; r < rows; ++r) {
+    for (std::int64_t at = 0; at < stride; at += 8) {
+      std::uint64_t bits = 0;
+      std::memcpy(&bits, mask + r * stride + at, static_cast<std::size_t>(stride - at < 8 ? stride - at : 8));
+      low += __builtin_popcountll(bits & ~is_high);
+      high += __builtin_popcountll(bits & is_high);
+    }
+  }
+  return c.bits == 8 ? low + high : low > high ? low : high;
 }
 
 void pack_bitquads(const Codes& c, const Geometry& g, const Canonical& weight, std::uint8_t* blob, int threads) {
@@ -189,43 +191,25 @@ void pack_bitquads(const Codes& c, const Geometry& g, const Canonical& weight, s
   auto* offsets = reinterpret_cast<std::int64_t*>(blob + g.offsets);
   std::memset(offsets, 0, static_cast<std::size_t>(g.index - g.offsets));
   for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
-    std::uint8_t* masks = blob + g.index + t * g.kpad * 2;
-    std::memset(masks, 0, static_cast<std::size_t>(g.kpad) * 2);
-    for (int r = 0; r < rows; ++r) {
-      const std::uint8_t* bits = weight.bits + (first + r) * stride;
-      for (std::int64_t k = 0; k < c.cols; k += 4) {  // the low nibble of a byte of a mask is an even row
-        std::uint8_t* byte = masks + k * 2 + r / 2;
-        *byte = static_cast<std::uint8_t>(*byte | (bits[k / 8] >> (k % 8) & 15) << (r % 2 * 4));
-      }
-    }
-    std::int64_t bytes = 0;
-    walk_bitquads(
-        masks, g.kpad,
-        [&](std::int64_t kept) {
-          bytes += bitquads::chunk_bytes(c.bits, kept);
-          return masks;
-        },
-        [](const std::uint8_t*, std::int64_t, std::int64_t, int) {});
-    offsets[t + 1] = bytes;
+    offsets[t + 1] = bitquads_bytes(c, weight.bits + first * stride, rows);
   });
   for (std::int64_t t = 0; t < g.units; ++t) offsets[t + 1] += offsets[t];
   for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
+    std::uint8_t* masks = blob + g.index + t * g.kpad * 2;
+    std::memset(masks, 0, static_cast<std::size_t>(g.kpad) * 2);
     std::int64_t next[codes::kRows] = {};
-    for (int r = 0; r < rows; ++r) next[r] = weight.offsets[first + r];
-    std::uint8_t* out = blob + g.values + offsets[t];
-    std::memset(out, 0, static_cast<std::size_t>(offsets[t + 1] - offsets[t]));
-    walk_bitquads(
-        blob + g.index + t * g.kpad * 2, g.kpad,
-        [&](std::int64_t kept) {
-          std::uint8_t* bytes = out;
-          out += bitquads::chunk_bytes(c.bits, kept);
-          return bytes;
-        },
-        [&](std::uint8_t* bytes, std::int64_t i, std::int64_t kept, int row) {
-          const int code = code_at(codes, c.bits, next[row]++) ^ bitquads_flip(c.bits);
-          std::uint8_t& byte = bytes[bitquads_byte(c.bits, i, kept)];
-          byte = static_cast<std::uint8_t>(byte | code << bitquads_shift(c.bits, i, kept));
-        });
+    for (int r = 0; r < rows; ++r) {
+      next[r] = weight.offsets[first + r];
+      const std::uint8_t* bits = weight.bits + (first + r) * stride;
+      for (std::int64_t k = 0; k < c.cols; k += 4)
+        replace(masks + k * 2 + r / 2, 15, r % 2 * 4, bits[k / 8] >> (k % 8) & 15);
+    }
+    std::uint8_t* values = blob + g.values + offsets[t];
+    std::memset(values, 0, static_cast<std::size_t>(offsets[t + 1] - offsets[t]));
+    walk_bitquads(c.bits, masks, g.kpad, values, [&](int row, std::uint8_t* byte, int shift) {
+      const int number = code_at(codes, c.bits, next[row]++) ^ bitquads_flip(c.bits);
+      *byte = static_cast<std::uint8_t>(*byte | number << shift);
+    });
   });
   const std::int64_t used = g.values + offsets[g.units];
   std::memset(blob + used, 0, static_cast<std::size_t>(g.scales - used));
@@ -239,13 +223,13 @@ void unpack_bitquads_mask(const Codes& c, const PackedView& v, std::uint8_t* mas
     for (int r = 0; r < rows; ++r) {
       std::uint8_t* bits = mask + (first + r) * stride;
       for (std::int64_t k = 0; k < c.cols; k += 4) {
-        bits[k / 8] = static_cast<std::uint8_t>(bits[k / 8] | (masks[k * 2 + r / 2] >> (r % 2 * 4) & 15) << (k % 8));
+        replace(bits + k / 8, 15, static_cast<int>(k % 8), masks[k * 2 + r / 2] >> (r % 2 * 4) & 15);
       }
     }
   });
 }
 
-// offsets: of each row's first code.
+// offsets: index of each row's first code.
 void unpack_bitquads_codes(const Codes& c, const PackedView& v, const std::int64_t* offsets, std::uint8_t* codes,
                            int threads) {
   std::memset(codes, 0, code_bytes(c, v.header.nnz));
@@ -253,28 +237,21 @@ void unpack_bitquads_codes(const Codes& c, const PackedView& v, const std::int64
     std::int64_t next[codes::kRows] = {};
     for (int r = 0; r < rows; ++r) next[r] = offsets[first + r];
     const std::int64_t begin = offsets[first] / 2, end = offsets[first + rows] / 2;  // bytes that other tiles may share
-    const auto* in = static_cast<const std::uint8_t*>(v.values) + v.offsets[t];
-    walk_bitquads(
-        static_cast<const std::uint8_t*>(v.index) + t * v.geometry.kpad * 2, v.geometry.kpad,
-        [&](std::int64_t kept) {
-          const std::uint8_t* bytes = in;
-          in += bitquads::chunk_bytes(c.bits, kept);
-          return bytes;
-        },
-        [&](const std::uint8_t* bytes, std::int64_t i, std::int64_t kept, int row) {
-          const int number = bytes[bitquads_byte(c.bits, i, kept)] >> bitquads_shift(c.bits, i, kept);
-          const std::int64_t at = next[row]++;
-          if (c.bits == 8) {
-            codes[at] = static_cast<std::uint8_t>(number);
-            return;
-          }
-          const auto nibble = static_cast<std::uint8_t>(((number & 15) ^ bitquads_flip(4)) << (at % 2 * 4));
-          if (at / 2 == begin || at / 2 == end) {
-            __atomic_fetch_or(codes + at / 2, nibble, __ATOMIC_RELAXED);
-          } else {
-            codes[at / 2] = static_cast<std::uint8_t>(codes[at / 2] | nibble);
-          }
-        });
+    const auto* masks = static_cast<const std::uint8_t*>(v.index) + t * v.geometry.kpad * 2;
+    const auto* values = static_cast<const std::uint8_t*>(v.values) + v.offsets[t];
+    walk_bitquads(c.bits, masks, v.geometry.kpad, values, [&](int row, const std::uint8_t* byte, int shift) {
+      const std::int64_t at = next[row]++;
+      if (c.bits == 8) {
+        codes[at] = *byte;
+        return;
+      }
+      const auto nibble = static_cast<std::uint8_t>(((*byte >> shift & 15) ^ bitquads_flip(4)) << (at % 2 * 4));
+      if (at / 2 == begin || at / 2 == end) {
+        __atomic_fetch_or(codes + at / 2, nibble, __ATOMIC_RELAXED);
+      } else {
+        codes[at / 2] = static_cast<std::uint8_t>(codes[at / 2] | nibble);
+      }
+    });
   });
 }
 
@@ -300,6 +277,19 @@ void unpack_scales(std::int64_t rows, std::int64_t groups, std::int64_t padded_g
 }
 
 }  // namespace
+
+std::int64_t stored_codes(std::int64_t rows, std::int64_t cols, const Packing& packing, const std::uint8_t* mask) {
+  if (packing.layout != Layout::bitquads || rows <= 0 || cols <= 0) return 0;
+  if (mask == nullptr) throw std::invalid_argument("mask: must be there, layout bitquads depends on it; pass the weight's");
+  const Codes c{rows, cols, static_cast<int>(value_bits(packing.encoding, packing.dtype))};
+  std::int64_t bytes = 0;
+  for (std::int64_t first = 0; first < rows; first += codes::kRows) {
+    const std::int64_t left = rows - first;
+    bytes +=
+        bitquads_bytes(c, mask + first * ceil_div(cols, 8), static_cast<int>(left < codes::kRows ? left : codes::kRows));
+  }
+  return bytes;
+}
 
 void pack_codes(const PackedHeader& h, const Geometry& g, const Canonical& weight, std::uint8_t* blob, int threads) {
   const Codes c = codes_of(h);

@@ -9,6 +9,8 @@
 
 namespace sparseprune {
 
+// PackedHeader::stored of layout bitquads, which depends on the mask; 0 of the others.
+std::int64_t stored_codes(std::int64_t rows, std::int64_t cols, const Packing& packing, const std::uint8_t* mask);
 void pack_codes(const PackedHeader& h, const Geometry& g, const Canonical& weight, std::uint8_t* blob, int threads);
 // offsets: index of each row's first code, for `bitquads` only.
 void unpack_codes(const PackedView& v, const std::int64_t* offsets, std::uint8_t* codes, int threads);

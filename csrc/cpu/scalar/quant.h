@@ -15,6 +15,7 @@ struct Ints {
 
 constexpr int kQuantTiles = 1;
 constexpr int kQuantBatch = 4;
+constexpr bool kExpandOnce = true;
 constexpr std::int64_t kPrefetchQuant = 1024;
 
 inline Bytes load_bytes(const std::uint8_t* p) {
@@ -126,35 +127,25 @@ struct QuadInt8 : Exact {
   }
 };
 
-// `bitquads` decoded: vectors of 4 columns, an int4 in a byte, and what is not kept 0.
-template <typename Code>
+// `bitquads`: a mask's values put in their places, as codes, of 4 columns of 16 rows.
+template <typename Code, int bits>
 struct Bits : Code {
-  static constexpr int kQuads = 1;
+  static constexpr int kQuads = 1, kBits = bits;
   static Bytes codes(const Bytes& v, int) {
     return v;
   }
-  // The next values, where the mask keeps some.
-  static Bytes expand(const std::uint8_t* values, std::uint64_t mask) {
+  // values: numbers with a sign; of int4 in the low or the high nibbles.
+  static Bytes expand(const std::uint8_t* values, std::uint64_t mask, bool high) {
     Bytes r;
     for (int i = 0; i < 64; ++i) {
-      const int value = mask >> i & 1u ? static_cast<std::int8_t>(*values++) : 0;
-      r.v[i] = static_cast<std::uint8_t>(value + Code::kZero);
+      const int value = mask >> i & 1u ? *values++ >> (high ? 4 : 0) : 0;
+      r.v[i] = static_cast<std::uint8_t>((value & ((1 << bits) - 1)) ^ Code::kZero);
     }
     return r;
   }
 };
-struct BitInt4 : Bits<QuadInt4> {
-  static constexpr int kBits = 4;
-  // Values of 4 bits with a sign as `expand` reads them.
-  static Bytes nibbles(const Bytes& v, bool high) {
-    Bytes r;
-    for (int i = 0; i < 64; ++i) r.v[i] = static_cast<std::uint8_t>(((v.v[i] >> (high ? 4 : 0) & 15) ^ 8) - 8);
-    return r;
-  }
-};
-struct BitInt8 : Bits<QuadInt8> {
-  static constexpr int kBits = 8;
-};
+using BitInt4 = Bits<QuadInt4, 4>;
+using BitInt8 = Bits<QuadInt8, 8>;
 
 // Which byte of 64 columns meets each value of octet j of a half.
 inline Bytes pick_index(const Bytes& places, int half, int j) {

@@ -15,6 +15,7 @@ struct Ints {
 
 constexpr int kQuantTiles = 1;
 constexpr int kQuantBatch = 4;
+constexpr bool kExpandOnce = true;
 constexpr std::int64_t kPrefetchQuant = 2048;
 
 inline __m256i load32(const std::uint8_t* p) {
@@ -150,7 +151,7 @@ struct QuadInt8 : LongSums {
   }
 };
 
-// `bitquads` decoded: 8 bits of a mask and 8 values make 8 bytes, as many as vpshufb's table has room for.
+// `bitquads`: values put where the mask keeps some. 8 bits of a mask choose a table's entry, by which vpshufb spreads 8 values.
 inline __m128i two8(const std::uint8_t* low, const std::uint8_t* high) {
   const __m128d a = _mm_load_sd(reinterpret_cast<const double*>(low));
   return _mm_castpd_si128(_mm_loadh_pd(a, reinterpret_cast<const double*>(high)));
@@ -174,12 +175,9 @@ struct BitInt4 : QuadInt4 {
   static Bytes codes(const Bytes& v, int) {
     return v;
   }
-  static Bytes nibbles(const Bytes& v, bool high) {
-    return QuadInt4::codes(v, high);
-  }
-  static Bytes expand(const std::uint8_t* values, std::uint64_t mask) {
-    const Bytes v = expand_bytes(values, mask);
-    const __m256i zero = _mm256_set1_epi8(kZero);  // adds it to 4 bits with a sign
+  static Bytes expand(const std::uint8_t* values, std::uint64_t mask, bool high) {
+    const Bytes v = QuadInt4::codes(expand_bytes(values, mask), high);
+    const __m256i zero = _mm256_set1_epi8(kZero);  // makes a code of a number with a sign
     return {_mm256_xor_si256(v.lo, zero), _mm256_xor_si256(v.hi, zero)};
   }
 };
@@ -188,7 +186,7 @@ struct BitInt8 : QuadInt8 {
   static Bytes codes(const Bytes& v, int) {
     return v;
   }
-  static Bytes expand(const std::uint8_t* values, std::uint64_t mask) {
+  static Bytes expand(const std::uint8_t* values, std::uint64_t mask, bool) {
     return expand_bytes(values, mask);
   }
 };

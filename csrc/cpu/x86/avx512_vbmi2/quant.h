@@ -13,6 +13,7 @@ using Ints = __m512i;
 
 constexpr int kQuantTiles = 2;
 constexpr int kQuantBatch = 8;  // 16 sums; with 24, GCC spills and the kernel is slower
+constexpr bool kExpandOnce = false;
 constexpr std::int64_t kPrefetchQuant = 2048;
 
 inline Bytes load_bytes(const std::uint8_t* p) {
@@ -104,29 +105,27 @@ struct QuadInt8 : Exact {
   }
 };
 
-// `bitquads` decoded. Merged, for the reason in avx512_bf16/expand.h.
-inline Bytes expand_bytes(Bytes rest, const std::uint8_t* values, std::uint64_t mask) {
-  __asm__("" : "+v"(rest));
-  return _mm512_mask_expand_epi8(rest, mask, load_bytes(values));
+// `bitquads`: values put where the mask keeps some, and numbers with a sign made codes. Merged into zeros for the reason in
+// avx512_bf16/expand.h.
+inline Bytes expand_bytes(const std::uint8_t* values, std::uint64_t mask) {
+  Bytes zeros = _mm512_setzero_si512();
+  __asm__("" : "+v"(zeros));
+  return _mm512_mask_expand_epi8(zeros, mask, load_bytes(values));
 }
 struct BitInt4 : QuadInt4 {
   static constexpr int kQuads = 1, kBits = 4;
   static Bytes codes(Bytes v, int) {
     return v;
   }
-  static Bytes nibbles(Bytes v, bool high) {
-    const Bytes nibble = high ? _mm512_srli_epi16(v, 4) : v;
-    return _mm512_ternarylogic_epi32(nibble, _mm512_set1_epi8(15), _mm512_set1_epi8(kZero), 0x6a);  // (nibble & 15) ^ 8
-  }
-  static Bytes expand(const std::uint8_t* values, std::uint64_t mask) {
-    return expand_bytes(_mm512_set1_epi8(kZero), values, mask);
+  static Bytes expand(const std::uint8_t* values, std::uint64_t mask, bool high) {
+    const Bytes v = expand_bytes(values, mask), nibbles = high ? _mm512_srli_epi16(v, 4) : v;
+    return _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi8(15), _mm512_set1_epi8(kZero), 0x6a);  // (nibble & 15) ^ 8
   }
 };
 struct BitInt8 : QuadInt8 {
   static constexpr int kBits = 8;
-  static Bytes expand(const std::uint8_t* values, std::uint64_t mask) {
-    const Bytes v = expand_bytes(_mm512_setzero_si512(), values, mask);
-    return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(kZero)));
+  static Bytes expand(const std::uint8_t* values, std::uint64_t mask, bool) {
+    return _mm512_xor_si512(expand_bytes(values, mask), _mm512_set1_epi8(static_cast<char>(kZero)));
   }
 };
 
