@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +65,48 @@ class Protocol:
     evaluation_windows: int = 8
     evaluation_length: int = 1024
     prompt_length: int = 512
+    prompts: int = 2
+    """Timed passes over the prompt, in each round."""
     new_tokens: int = 32
     rounds: int = 3
     sentence_tokens: int = 40
 
+    def shorter(self) -> Iterator[Protocol]:
+        """This protocol, then others that measure less and less: fewer windows and rounds first, then shorter ones."""
+        for number in range(self.evaluation_windows, 0, -1):
+            rounds = math.ceil(self.rounds * number / self.evaluation_windows)
+            yield replace(self, evaluation_windows=number, rounds=rounds)
+        for part in (2, 4, 8):
+            yield replace(
+                self, evaluation_windows=1, rounds=1, prompts=1,
+                evaluation_length=max(2, self.evaluation_length // part),
+                new_tokens=max(1, self.new_tokens // part),
+                sentence_tokens=max(1, self.sentence_tokens // part),
+            )  # fmt: skip
 
-# Of what is left after loading, at most, kept for measuring; pruning has the rest.
+    def least(self) -> Protocol:
+        """The last one of `shorter`."""
+        return list(self.shorter())[-1]
+
+
+# Of what is left after loading, at most, kept for measuring, if that is enough for the least of it; pruning has the rest.
 _MEASURING_SHARE = 0.25
 _TIMING_SHARE = 0.02  # for timing dense against sparse layers: at most so much of a recipe's time
 _SPARE_SHARE = 0.05  # for saving, loading and what estimates miss
-_PROMPTS = 3  # passes over a prompt in a round
+_WARMUP = 1  # passes over a prompt in a round beside the timed ones
 _DECODED = 4 + 1  # tokens in a round beside the new ones: the start, and the prompt that decoding begins with
 
 
 @dataclass
 class _Budget:
-    """What fits until a moment of `sparseprune.clock`, by the dense model's speeds, in seconds a token."""
+    """What fits until a moment of `sparseprune.clock`, by the models' speeds.
+
+    Attributes:
+        prompt, decode: seconds a token of all models together: at first the dense one's for each.
+    """
 
     until: float
     protocol: Protocol
-    models: int
     prompt: float
     decode: float
 
@@ -90,42 +114,32 @@ class _Budget:
         """Seconds."""
         return self.until - clock.now()
 
-    def _round(self) -> float:
-        it = self.protocol
-        return self.models * (
-            _PROMPTS * it.prompt_length * self.prompt + (it.new_tokens + _DECODED) * self.decode
-        )
+    def timing(self, it: Protocol) -> float:
+        """Seconds for a round of timing."""
+        passes = (it.prompts + _WARMUP) * it.prompt_length * self.prompt
+        return passes + (it.new_tokens + _DECODED) * self.decode
 
-    def _sentences(self) -> float:
-        return self.models * self.protocol.sentence_tokens * self.decode
-
-    def _window(self) -> float:
+    def reading(self, it: Protocol) -> float:
+        """Seconds for perplexity and sentences."""
         # the loss over a vocabulary takes about a third of the pass
-        return self.models * self.protocol.evaluation_length * self.prompt * 4 / 3
+        windows = it.evaluation_windows * it.evaluation_length * self.prompt * 4 / 3
+        return windows + it.sentence_tokens * self.decode
 
-    def measuring(self) -> float:
-        """Seconds for all that the protocol measures."""
-        it = self.protocol
-        return it.rounds * self._round() + it.evaluation_windows * self._window() + self._sentences()
+    def measuring(self, it: Protocol) -> float:
+        """Seconds for all that a protocol measures."""
+        return it.rounds * self.timing(it) + self.reading(it)
 
     def pruning(self, recipe: Recipe, others: Sequence[Recipe]) -> float:
         """Seconds for a recipe that `others` are to follow."""
-        kept = min(self.measuring(), _MEASURING_SHARE * self.left())
+        kept = min(self.measuring(self.protocol), _MEASURING_SHARE * self.left())
+        kept = max(kept, self.measuring(self.protocol.least()))
         parts = recipe.part + sum(it.part for it in others)
         return max(0.0, self.left() - kept) * (1 - _SPARE_SHARE) * recipe.part / parts
 
-    def rounds(self) -> int:
-        """Rounds of timing, as many of what is left as their share of the measuring."""
-        return _fitting(self.left() / self.measuring(), self.protocol.rounds)
-
-    def windows(self) -> int:
-        """Windows of text to evaluate, of what is left."""
-        most = self.protocol.evaluation_windows
-        return _fitting((self.left() - self._sentences()) / (most * self._window()), most)
-
-
-def _fitting(share: float, most: int) -> int:
-    return max(1, min(most, int(share * (1 - _SPARE_SHARE) * most)))
+    def fitting(self, seconds: Callable[[Protocol], float]) -> Protocol:
+        """The most of the protocol that fits in what is left, `seconds` being what one takes; the least if none does."""
+        left = self.left() * (1 - _SPARE_SHARE)
+        return next((it for it in self.protocol.shorter() if seconds(it) <= left), self.protocol.least())
 
 
 @dataclass(frozen=True)
@@ -146,6 +160,32 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class _Quantity:
+    """A row of the demo's table: what is shown of each model, how it reads, and whether beside its ratio to dense."""
+
+    title: str
+    value: Callable[[Measured], float]
+    show: Callable[[float], str]
+    ratio: bool = True
+
+    def text(self, it: Measured, dense: Measured) -> str:
+        value = self.value(it)
+        ratio = f" ({value / self.value(dense):.2f}x)" if self.ratio and it is not dense else ""
+        return self.show(value) + ratio
+
+
+_QUANTITIES = (
+    _Quantity("zeros in the linears", lambda it: it.zeros, "{:.1%}".format, ratio=False),
+    _Quantity("sparse layers", lambda it: it.sparse_layers, str, ratio=False),
+    _Quantity("file on disk", lambda it: it.disk_bytes, human_bytes),
+    _Quantity("weights in memory", lambda it: it.memory_bytes, human_bytes),
+    _Quantity("perplexity (lower is better)", lambda it: it.perplexity, "{:.2f}".format),
+    _Quantity("tokens/s, decoding at batch 1", lambda it: it.decode, "{:.1f}".format),
+    _Quantity("tokens/s, reading a prompt of 512", lambda it: it.prompt, "{:.0f}".format),
+)
+
+
+@dataclass(frozen=True)
 class DemoReport(Report):
     """Dense, then each recipe; `print(report)` shows the table and the sentences."""
 
@@ -160,32 +200,14 @@ class DemoReport(Report):
     """What the recipes chose, and what was read or measured less of to fit in the minutes."""
 
     def table(self) -> Table:
-        dense = self.columns[0]
-
-        def against(values: Sequence[float], show: Callable[[float], str]) -> tuple[str, ...]:
-            ratios = (f"{show(value)} ({value / values[0]:.2f}x)" for value in values[1:])
-            return (show(values[0]), *ratios)
-
-        def row(title: str, field: str, show: Callable[[float], str]) -> tuple[str, ...]:
-            return (title, *against([getattr(column, field) for column in self.columns], show))
-
-        rows = [
-            ("zeros in the linears", *(f"{column.zeros:.1%}" for column in self.columns)),
-            ("sparse layers", *(str(column.sparse_layers) for column in self.columns)),
-            row("file on disk", "disk_bytes", human_bytes),
-            row("weights in memory", "memory_bytes", human_bytes),
-            row("perplexity (lower is better)", "perplexity", "{:.2f}".format),
-            row("tokens/s, decoding at batch 1", "decode", "{:.1f}".format),
-            row("tokens/s, reading a prompt of 512", "prompt", "{:.0f}".format),
-        ]
-        names: list[Column | str] = [
-            Column("", str),
-            dense.name,
-            *(column.name for column in self.columns[1:]),
+        columns = [Column("", value=lambda row: row.title)]
+        columns += [
+            Column(model.name, value=partial(_Quantity.text, it=model, dense=self.columns[0]))
+            for model in self.columns
         ]
         took = f"the whole demo took {self.seconds:.0f} s of {60 * self.minutes:.0f} s"
         footer = [self.protocol, self.machine, took, *self.notes]
-        return Table("SmolLM2-135M-Instruct, dense and sparse", names, rows, footer)
+        return Table.of("SmolLM2-135M-Instruct, dense and sparse", columns, _QUANTITIES, footer)
 
     def sentences(self) -> str:
         lines = [f"Asked: {self.question}"]
@@ -276,19 +298,30 @@ def run(
             del model
             gc.collect()
             models[recipe.name] = load(folders[recipe.name])
-        rounds = budget.rounds()
+        timed = budget.fitting(budget.measuring)
         say("Measuring tokens per second, the models in turn")
-        decode, prompt = _speeds(models, protocol, rounds, progress)
-        windows_read = budget.windows()
+        decode, prompt, rounds = _speeds(models, timed, budget, progress)
         if rounds < protocol.rounds:
             notes.append(f"speed: {rounds} of {protocol.rounds} rounds fit")
-        if windows_read < protocol.evaluation_windows:
-            notes.append(f"perplexity: {windows_read} of {protocol.evaluation_windows} windows fit")
+        # the machine may be busier than it was at the start
+        budget.prompt, budget.decode = (sum(1 / it for it in found.values()) for found in (prompt, decode))
+        read = budget.fitting(budget.reading)
+        if read.evaluation_windows < protocol.evaluation_windows:
+            short = read.evaluation_length < protocol.evaluation_length
+            notes.append(
+                f"perplexity: {read.evaluation_windows} of {protocol.evaluation_windows} windows "
+                + (
+                    f"and {read.evaluation_length} of their {protocol.evaluation_length} tokens "
+                    if short
+                    else ""
+                )
+                + "fit"
+            )
         columns = []
         for name, model in models.items():
             say(f"Perplexity and a sentence: {name}")
             quality = perplexity(
-                model, tokenizer, evaluation_text, window=protocol.evaluation_length, max_windows=windows_read,
+                model, tokenizer, evaluation_text, window=read.evaluation_length, max_windows=read.evaluation_windows,
                 text_name="CPython's language reference (pydoc_data.topics, paragraphs not used to calibrate)",
                 progress=progress,
             )  # fmt: skip
@@ -302,7 +335,7 @@ def run(
                     quality.value,
                     decode[name],
                     prompt[name],
-                    generate(model, tokenizer, QUESTION, max_new_tokens=protocol.sentence_tokens, chat=True),
+                    generate(model, tokenizer, QUESTION, max_new_tokens=read.sentence_tokens, chat=True),
                 )
             )
     return DemoReport(
@@ -320,7 +353,7 @@ def run(
 def _budget(until: float, protocol: Protocol, models: int, dense: Any) -> _Budget:
     prompt = prompt_speed(dense, protocol.prompt_length, repeats=1)
     decode = decode_speed(dense, new_tokens=min(4, protocol.new_tokens), warmup=1)
-    return _Budget(until, protocol, models, 1 / prompt.tokens_per_second, 1 / decode.tokens_per_second)
+    return _Budget(until, protocol, models / prompt.tokens_per_second, models / decode.tokens_per_second)
 
 
 def _folder_name(recipe: Recipe) -> str:
@@ -338,17 +371,26 @@ def _folder(directory: str | Path | None) -> Iterator[Path]:
 
 
 def _speeds(
-    models: dict[str, Any], protocol: Protocol, rounds: int, progress: bool
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Tokens a second (decoding, prompt) by model, in turn: a busy moment of the machine hits all of them."""
+    models: dict[str, Any], protocol: Protocol, budget: _Budget, progress: bool
+) -> tuple[dict[str, float], dict[str, float], int]:
+    """Tokens a second (decoding, prompt) by model, and rounds made.
+
+    In turn, so that a busy moment of the machine hits all of them; another round begins only if it fits.
+    """
     decode: dict[str, list[float]] = {name: [] for name in models}
     prompt: dict[str, list[float]] = {name: [] for name in models}
-    for _ in track(range(rounds), "tokens per second", enabled=progress):
+    least, rounds, longest = budget.reading(budget.protocol.least()), 0, 0.0
+    for _ in track(range(protocol.rounds), "tokens per second", enabled=progress):
+        if rounds and budget.left() < longest + least:
+            break
+        begin = clock.now()
         for name, model in models.items():
             decode[name].append(decode_speed(model, new_tokens=protocol.new_tokens).tokens_per_second)
-            speed = prompt_speed(model, protocol.prompt_length, repeats=2)
+            speed = prompt_speed(model, protocol.prompt_length, repeats=protocol.prompts)
             prompt[name].append(speed.tokens_per_second)
+        rounds, longest = rounds + 1, max(longest, clock.now() - begin)
     return (
         {name: statistics.median(values) for name, values in decode.items()},
         {name: statistics.median(values) for name, values in prompt.items()},
+        rounds,
     )

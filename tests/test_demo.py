@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -34,16 +35,29 @@ def small(tmp_path, monkeypatch):
 
 @pytest.fixture
 def machine(ticks, monkeypatch):
-    """How fast a machine is: the seconds that a block takes for a token. Nothing else takes long on it."""
+    """How fast a machine is: the seconds that a block takes for a token, how many times as many `after` so many
+    seconds, and what each file takes to load or to save. Nothing else takes long on it.
+    """
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    real, speed = LlamaDecoderLayer.forward, {"seconds": 0.0}
+    real = LlamaDecoderLayer.forward
+    speed = {"seconds": 0.0, "after": math.inf, "times": 1.0, "files": 0.0}
 
     def forward(self, hidden_states, *args, **kwargs):
-        ticks.seconds += speed["seconds"] * hidden_states.shape[:-1].numel()
+        times = speed["times"] if ticks.seconds > speed["after"] else 1.0
+        ticks.seconds += speed["seconds"] * times * hidden_states.shape[:-1].numel()
         return real(self, hidden_states, *args, **kwargs)
 
+    def slowly(function):
+        def run(*args, **kwargs):
+            ticks.seconds += speed["files"]
+            return function(*args, **kwargs)
+
+        return run
+
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    for name in ("load_dense", "load", "save"):
+        monkeypatch.setattr(demo, name, slowly(getattr(demo, name)))
     return speed
 
 
@@ -95,6 +109,26 @@ def test_a_slow_machine_cuts_what_does_not_fit_and_says_so(small, machine, secon
         assert any(note.startswith(f"{recipe.name}: calibrated on") for note in report.notes)
     assert all(note in str(report) for note in report.notes)
     assert f"of {60 * minutes} s" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "seconds", "after"),
+    [(3, 0.04, 0.0), (3, 0.04, 0.3), (3, 0.04, 0.8), (3, 0.02, 0.95), (5, 0.04, 0.6), (8, 0.04, 0.9)],
+)
+def test_a_machine_that_gets_busy_on_the_way_ends_in_time(small, machine, seconds, minutes, after):
+    """With half of its speed from then on; a real model has more blocks to make up for it in."""
+    machine.update(seconds=seconds, after=after * 60 * minutes, times=2.0, files=2.0)
+    report = demo.run(minutes=minutes, protocol=PROTOCOL)
+    assert report.seconds < 1.1 * 60 * minutes
+
+
+def test_the_least_of_the_measuring_is_kept_free(small, machine):
+    """A machine on which one window and one round as they stand would take more than is kept for all measuring."""
+    machine.update(seconds=0.1)
+    report = demo.run(minutes=3, protocol=PROTOCOL)
+    assert report.seconds < 1.02 * 60 * 3
+    assert any("1 of 6 windows and" in note for note in report.notes), report.notes
+    assert "in 1 windows of 6," in str(report) or "in 1 windows of 12," in str(report)
 
 
 def test_measuring_is_cut_where_it_would_take_a_quarter(small, machine):
