@@ -110,6 +110,11 @@ class InputSquares(Statistic):
         self.sum_squares += squares
         self.tokens += inputs.shape[0]
 
+    @property
+    def products(self) -> Tensor:
+        """X^T X as far as it is known: here its diagonal, float64 [in_features]."""
+        return self.sum_squares
+
     def norm(self) -> Tensor:
         """||X_j||_2 over all tokens, float32 [in_features]."""
         return self.sum_squares.sqrt().float()
@@ -131,6 +136,11 @@ class Gram(InputSquares):
         super().update(inputs)
         inputs = inputs.float()
         self.matrix.addmm_(inputs.t(), inputs)
+
+    @property
+    def products(self) -> Tensor:
+        """All of X^T X, float32 [in_features, in_features]."""
+        return self.matrix
 
     def error(self, weight: Tensor, pruned: Tensor) -> float:
         matrix = self.matrix.to(weight.dtype)

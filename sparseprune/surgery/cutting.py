@@ -326,8 +326,7 @@ def _gone(it: Units, statistic: Any, total: Tensor | None, options: Options) -> 
         assert total is not None
         scores = total
     else:
-        matrix = statistic.matrix if isinstance(statistic, Gram) else statistic.sum_squares
-        scores = criteria.activation(weight, matrix, device_channels)
+        scores = criteria.activation(weight, statistic.products, device_channels)
     if not scores.isfinite().all():
         raise ValueError(
             f"{it.consumer.name}: scores must be finite, got NaN or Inf; check the calibration data, or load the model "
