@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparseprune.cli import console, files
-from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out
+from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out, Typed
 from sparseprune.options import Names, Windowing
 from sparseprune.surgery.options import Cutting
 
@@ -16,6 +16,7 @@ def cut(
     cutting: Cutting,
     windowing: Windowing,
     names: Names,
+    typed: Typed,
     calibration: Calibration = None,
     dtype: DTypeOption = DType.auto,
     as_json: Json = False,
@@ -26,12 +27,21 @@ def cut(
     from sparseprune.models.modules import max_length
     from sparseprune.surgery import cut as cut_model
 
-    files.check_text("--calibration", calibration)
+    if calibration is None:
+        typed.refuse("count", "length", rule="must come with --calibration; add it, or leave this out")
+        if cutting.criterion != "random":
+            typed.refuse(
+                "seed", rule="must come with --calibration or --criterion random; add one, or leave this out"
+            )
+    if cutting.criterion in ("l1", "random"):
+        rule = f"criterion {cutting.criterion} reads no text; leave it out, or pass --criterion auto"
+        typed.refuse("calibration", rule=rule)
+    text = files.text("--calibration", calibration)
     files.check_out(model, out)
     loaded, tokenizer = files.load_dense(model, dtype)
     data = None
-    if calibration is not None:
-        data = calibration_data(calibration, tokenizer, windowing, cutting.seed, max_length(loaded))
+    if text is not None:
+        data = calibration_data(text, tokenizer, windowing, cutting.seed, max_length(loaded))
     report = cut_model(loaded, **vars(cutting), **vars(names), calibration=data, progress=True)
     with console.bar("saving") as update:
         save(loaded, out, tokenizer, progress=update)

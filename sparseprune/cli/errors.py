@@ -9,6 +9,7 @@ __all__ = ["spoken"]
 
 # Arguments of the library that a command has under another name.
 _ALIASES = {
+    "bytes": "max_bytes",
     "directory": "out",
     "folder": "model",
     "path": "model",
@@ -28,6 +29,9 @@ _CALLS = {
 def spoken(message: str, command: Any) -> str:
     """`message` as the user of `command` (a click command) would say it: "--minutes: ...", "pass --schedule gradual"."""
     words = {it.name: _word(it) for it in command.params}
+    message = message.replace(
+        "seconds: the layers take", "max_ms: the layers take"
+    )  # not how long to measure
     switches = {it.name: it for it in command.params if getattr(it, "is_flag", False)}
     named = re.match(r"(\w+)(?:\[['\"](.*?)['\"]\])?: ", message)
     name = "" if named is None else _ALIASES.get(named[1], named[1])

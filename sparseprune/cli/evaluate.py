@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sparseprune.cli import console, files
-from sparseprune.cli.options import DType, DTypeOption, Json, Model
+from sparseprune.cli.options import DType, DTypeOption, Json, Model, Typed
+from sparseprune.report import Column, Table
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
     model: Model,
+    typed: Typed,
     text: Annotated[Path | None, typer.Option(help="Text file to read, UTF-8.")] = None,
     reference: Annotated[
         Path | None,
@@ -47,18 +50,20 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity of MODEL on a text with the protocol that makes it comparable; how far it is from the dense model."""
+    from sparseprune.measure.evaluate import check_windows
+
     if text is None and not tasks:
         raise ValueError("--text: must be given, or --tasks; pass a text file to read")
-    if text is None and (reference is not None or calibration is not None):
-        raise ValueError("--reference, --calibration: must come with --text; pass a text file to read")
-    if not tasks and (limit is not None or task_folder is not None):
-        raise ValueError("--limit, --task-folder: must come with --tasks; name a task, or leave them out")
-    if layers and reference is None:
-        raise ValueError("--layers: must come with --reference; pass the dense model")
-    files.check_text("--text", text)
-    files.check_text("--calibration", calibration)
-    content = None if text is None else files.read_text("--text", text)
-    calibrated = None if calibration is None else files.read_text("--calibration", calibration)
+    if text is None:
+        of_text = ("reference", "layers", "calibration", "window", "stride", "max_windows")
+        typed.refuse(*of_text, rule="must come with --text; pass a text file to read, or leave this out")
+    if not tasks:
+        typed.refuse("limit", "task_folder", rule="must come with --tasks; name a task, or leave this out")
+    if reference is None:
+        typed.refuse("layers", rule="must come with --reference; pass the dense model, or leave this out")
+    check_windows(window, max_windows, stride)
+    content, calibrated = files.text("--text", text), files.text("--calibration", calibration)
+    files.check_dense(reference, "--reference")
     loaded, tokenizer = files.load_any(model, dtype)
     if tokenizer is None:
         raise ValueError(
@@ -93,34 +98,50 @@ def _note(model: Any, tokenizer: Any, text: str) -> None:
     remember(model, [token_ids(text, tokenizer).unsqueeze(0)])
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A model that has read the text; the last three against the dense one, None where there is none."""
+
+    model: str
+    perplexity: float
+    tokens: int
+    ratio: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+
+
+_COLUMNS = (
+    Column("model", value=lambda it: it.model),
+    Column("perplexity", ".3f", lambda it: it.perplexity),
+    Column("ratio", ".3f", lambda it: it.ratio, optional=True),
+    Column("KL", ".4f", lambda it: it.kl, optional=True),
+    Column("top-1 agreement", ".1%", lambda it: it.agreement, optional=True),
+    Column("tokens", value=lambda it: it.tokens),
+)
+
+
 def _on_text(
     model: Any, dense: Any, arguments: dict[str, Any], name: str, dense_name: str, layers: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """(JSON, tables) of what a text tells; `arguments` as `perplexity` takes them."""
     from sparseprune.measure.evaluate import perplexity
-    from sparseprune.report import Column, Table
 
     if dense is None:
         result = perplexity(model, **arguments, progress=True)
-        rows: list[Any] = [(name, result.value, result.tokens)]
-        columns: list[Any] = ["model", Column("perplexity", ".3f"), "tokens"]
         footer = [result.protocol, *([result.warning] if result.warning else [])]
-        return result.to_dict(), [Table("Perplexity", columns, rows, footer).render()]
+        rows = [_Read(name, result.value, result.tokens)]
+        return result.to_dict(), [Table.of("Perplexity", _COLUMNS, rows, footer).render()]
     from sparseprune.measure.fidelity import fidelity, layer_errors
 
     compared = fidelity(model, dense, **arguments, progress=True)
     ours, theirs = compared.model, compared.reference
     rows = [
-        (name, ours.value, ours.value / theirs.value, compared.kl, compared.agreement, ours.tokens),
-        (dense_name, theirs.value, 1.0, 0.0, 1.0, theirs.tokens),
+        _Read(name, ours.value, ours.tokens, ours.value / theirs.value, compared.kl, compared.agreement),
+        _Read(dense_name, theirs.value, theirs.tokens, 1.0, 0.0, 1.0),
     ]
-    columns = [
-        "model", Column("perplexity", ".3f"), Column("ratio", ".3f"), Column("KL", ".4f"),
-        Column("top-1 agreement", ".1%"), "tokens",
-    ]  # fmt: skip
     footer = [compared.protocol, *([ours.warning] if ours.warning else [])]
     data = {**ours.to_dict(), "fidelity": compared.to_dict()}
-    tables = [Table("Against the dense model", columns, rows, footer).render()]
+    tables = [Table.of("Against the dense model", _COLUMNS, rows, footer).render()]
     if layers:
         from sparseprune.measure.evaluate import Windows
 

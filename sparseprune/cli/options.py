@@ -24,6 +24,7 @@ __all__ = [
     "Json",
     "Model",
     "Out",
+    "Typed",
     "flat",
 ]
 
@@ -50,16 +51,30 @@ Batches = Annotated[
 ]
 
 
+class Typed(frozenset[str]):
+    """Names of the options that stand on the command line, with whatever value, be it the default."""
+
+    def refuse(self, *names: str, rule: str) -> None:
+        """Raises ValueError for the first of `names` that was typed: it would do nothing, and `rule` says why."""
+        for name in names:
+            if name in self:
+                raise ValueError(f"{name}: {rule}")
+
+
 def flat(command: Callable[..., Any]) -> Callable[..., Any]:
     """`command` as typer can read it: a parameter whose type is a class of options gives way to its fields' options.
 
-    Help is shown as it is written. The class is made before the command runs, so what is wrong with an option is said before any work. Fields of the
-    same name in two classes are one option, and both get its value.
+    Help is shown as it is written. The class is made before the command runs, so what is wrong with an option is said
+    before any work. Fields of the same name in two classes are one option, and both get its value. A parameter of type
+    `Typed` gets the names of the options that were typed.
     """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, type] = {}
-    parameters: dict[str, inspect.Parameter] = {}
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = {"context": context}
     for name, parameter in signature.parameters.items():
+        if parameter.annotation is Typed:
+            continue
         if not is_dataclass(parameter.annotation):
             parameters[name] = _plain(parameter)
             continue
@@ -68,11 +83,12 @@ def flat(command: Callable[..., Any]) -> Callable[..., Any]:
             parameters.setdefault(field.name, _parameter(groups[name], field))
 
     @functools.wraps(command)
-    def run(**given: Any) -> Any:
-        made = {
+    def run(context: typer.Context, **given: Any) -> Any:
+        made: dict[str, Any] = {
             name: group(**{it.name: _value(it, given[it.name]) for it in _options(group)})
             for name, group in groups.items()
         }
+        made |= {name: _typed(context) for name, it in signature.parameters.items() if it.annotation is Typed}
         return command(**{name: it for name, it in given.items() if name in signature.parameters}, **made)
 
     del run.__wrapped__  # type: ignore[attr-defined]  # typer would read its signature
@@ -80,6 +96,11 @@ def flat(command: Callable[..., Any]) -> Callable[..., Any]:
     run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     run.__annotations__ = {name: it.annotation for name, it in parameters.items()}
     return run
+
+
+def _typed(context: typer.Context) -> Typed:
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return Typed(name for name, it in sources.items() if it is not None and it.name == "COMMANDLINE")
 
 
 def _options(group: type) -> list[Field[Any]]:

@@ -10,7 +10,7 @@ import typer
 
 from sparseprune.cli import console, files
 from sparseprune.cli import stream as streaming
-from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out
+from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out, Typed
 from sparseprune.options import Layers, Windowing
 from sparseprune.pruning.options import Recipe
 from sparseprune.report import Report
@@ -26,6 +26,7 @@ def prune(
     windowing: Windowing,
     layers: Layers,
     conversion: Conversion,
+    typed: Typed,
     calibration: Calibration = None,
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="With --allocation search: bytes of the packed layers together.")
@@ -79,29 +80,31 @@ def prune(
 
     recipe = _with_budget(recipe, max_bytes, max_ms, conversion.batches[0])
     scheduled = recipe.schedule != "one-shot"
-    if recover_steps and not scheduled:
-        raise ValueError(
-            "--recover-steps: must come with --schedule; or run `sparseprune recover` afterwards"
-        )
-    if scheduled and calibration is None:
+    to_codes = quantize == "int4"  # by gptq; 8 bits lose nothing that it would win back
+    windowed = calibration is not None and (recipe.reads_calibration or to_codes)
+    if not scheduled:
+        recipe.check_calibration(calibration is not None and (recipe.reads_calibration or not to_codes))
+    elif calibration is None:
         raise ValueError(
             f"--calibration: --schedule {recipe.schedule} goes by a loss on text, got none; pass --calibration FILE"
         )
-    if not scheduled:
-        recipe.check_calibration(calibration is not None)
-    if quantize is not None and conversion != Conversion():
-        raise ValueError(
-            f"--format, --policy, --batch, --seconds: are of plain values, --quantize is {quantize}; leave them or it out"
-        )
-    files.check_text("--calibration", calibration)
-    if quantize is not None and streaming.wanted(model, stream, memory, spill):
-        raise ValueError(
-            f"--quantize: a streamed pruning writes plain values, got {quantize}; leave it out, or pass --no-stream"
-        )
+    _check_typed(typed, recipe, calibration is not None, windowed, recover_steps)
+    if quantize is not None:
+        plain = ("format", "policy", "seconds", *(() if max_ms else ("batch",)))
+        typed.refuse(*plain, rule=f"is for plain values, --quantize is {quantize}; leave one of the two out")
+    text = files.text("--calibration", calibration)
     if streaming.wanted(model, stream, memory, spill):
+        typed.refuse(
+            "quantize", rule="a streamed pruning writes plain values; leave it out, or pass --no-stream"
+        )
+        if conversion.policy == "auto":
+            typed.refuse(
+                "policy",
+                rule="a streamed pruning measures nothing, got auto; leave it out, or pass --no-stream",
+            )
         streaming.prune_streamed(
             model, out, recipe, windowing, layers,
-            text=calibration, conversion=conversion, dtype=dtype, memory=memory, spill=spill, as_json=as_json,
+            text=text, conversion=conversion, dtype=dtype, memory=memory, spill=spill, as_json=as_json,
         )  # fmt: skip
         return
     files.check_out(model, out)
@@ -109,14 +112,14 @@ def prune(
     loaded, tokenizer = files.load_dense(model, dtype)
     limit = max_length(loaded)
     steps: dict[str, Any] = {}
-    if scheduled and calibration is not None:
+    if scheduled and text is not None:
         from sparseprune.cli.schedule import callbacks
 
         length = windowing.length if limit is None else min(windowing.length, limit)
-        steps = callbacks(recover_steps or 0, calibration, loaded, tokenizer, length, recipe.seed)
+        steps = callbacks(recover_steps or 0, text, loaded, tokenizer, length, recipe.seed)
     data = None
-    if calibration is not None and (recipe.reads_calibration or quantize is not None):
-        data = streaming.calibration_data(calibration, tokenizer, windowing, recipe.seed, limit)
+    if text is not None and windowed:
+        data = streaming.calibration_data(text, tokenizer, windowing, recipe.seed, limit)
     pruned = prune_model(
         loaded,
         **vars(recipe),
@@ -132,8 +135,9 @@ def prune(
     if quantize is None:
         converted = sparsify(loaded, **vars(conversion), **vars(layers), progress=True)
     else:
-        to_codes = data if quantize == "int4" else None  # 8 bits lose nothing that gptq would win back
-        converted = quantize_model(loaded, quantize, calibration=to_codes, progress=True, **vars(layers))
+        converted = quantize_model(
+            loaded, quantize, calibration=data if to_codes else None, progress=True, **vars(layers)
+        )
     result["converted"] = converted.to_dict()
     footer = "\n".join(pruned.table().footer)
     report = [] if pruned.schedule is None else [str(pruned.schedule)]
@@ -143,12 +147,33 @@ def prune(
     console.out(result, lambda: "\n".join([*lines, f"saved in {out}"]), as_json)
 
 
+def _check_typed(
+    typed: Typed, recipe: Recipe, calibrated: bool, windowed: bool, recover_steps: int | None
+) -> None:
+    """That no option was typed that nothing reads; `windowed`: calibration windows are cut."""
+    if recipe.schedule == "one-shot":
+        typed.refuse(
+            "recover_steps",
+            rule="must come with --schedule; add one, or leave this out and run `sparseprune recover` afterwards",
+        )
+    if not calibrated:
+        typed.refuse("count", "length", rule="must come with --calibration; add it, or leave this out")
+    if not windowed:
+        typed.refuse("count", rule=f"method {recipe.method} reads no calibration windows; leave it out")
+    if not (windowed or recover_steps or str(recipe.method).startswith("random")):
+        typed.refuse("seed", rule=f"method {recipe.method} draws nothing at random here; leave it out")
+
+
 def _with_budget(recipe: Recipe, max_bytes: int | None, max_ms: float | None, batch: int) -> Recipe:
     """The recipe, whose search has a budget of bytes or milliseconds where one is given."""
     if max_bytes is None and max_ms is None:
         return recipe
     if recipe.allocation != "search":
-        raise ValueError("--max-bytes, --max-ms: must come with --allocation search")
+        raise ValueError(
+            "--max-bytes, --max-ms: must come with --allocation search; add it, or leave this out"
+        )
+    if max_bytes is not None and max_ms is not None:
+        raise ValueError("--max-bytes, --max-ms: one budget at a time, got both; leave one out")
     from sparseprune.pruning.allocation import Search
 
     seconds = None if max_ms is None else max_ms / 1000

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sparseprune.cli import console, files
-from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out
+from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out, Typed
 from sparseprune.options import Layers, Windowing
 from sparseprune.quantization.options import Quantization
 
@@ -20,6 +20,7 @@ def quantize(
     windowing: Windowing,
     quantization: Quantization,
     layers: Layers,
+    typed: Typed,
     calibration: Calibration = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the calibration windows.")] = 0,
     dtype: DTypeOption = DType.auto,
@@ -36,12 +37,16 @@ def quantize(
     from sparseprune.quantization.driver import solver_for
 
     solver_for(quantization, calibration is not None)
-    files.check_text("--calibration", calibration)
+    if calibration is None:
+        typed.refuse(
+            "count", "length", "seed", rule="must come with --calibration; add it, or leave this out"
+        )
+    text = files.text("--calibration", calibration)
     files.check_out(model, out)
     loaded, tokenizer = files.load_dense(model, dtype)
     data = None
-    if calibration is not None:
-        data = calibration_data(calibration, tokenizer, windowing, seed, max_length(loaded))
+    if text is not None:
+        data = calibration_data(text, tokenizer, windowing, seed, max_length(loaded))
     report = quantize_model(
         loaded, **vars(quantization), **vars(layers), calibration=data, progress=not as_json
     )

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from sparseprune.cli import console, files
-from sparseprune.cli.options import DType, Json, Model, Out
+from sparseprune.cli.options import DType, Json, Model, Out, Typed
 from sparseprune.options import Layers
-from sparseprune.recovery.options import Budget, Training
+from sparseprune.recovery.options import Budget, Checkpointing, Training
 from sparseprune.recovery.terms import Distillation
 from sparseprune.weights.options import Conversion
 
@@ -27,6 +27,7 @@ def recover(
     training: Training,
     layers: Layers,
     conversion: Conversion,
+    typed: Typed,
     text: Annotated[Path, typer.Option(help="Text file to learn from, UTF-8.")],
     teacher: Annotated[
         Path | None,
@@ -56,11 +57,16 @@ def recover(
     from sparseprune.recovery import recover as recover_model
 
     files.check_out(model, out)
-    files.check_text("--text", text)
-    files.check_text("--dev", dev)
+    content, held_out = files.text("--text", text), files.text("--dev", dev)
+    if teacher is None:
+        typed.refuse("temperature", rule="must come with --teacher; add it, or leave this out")
     distillation.terms(teacher is not None)
-    if evaluate_every is not None and dev is None:
-        raise ValueError("--evaluate-every: must come with --dev; pass a text file to read")
+    if dev is None:
+        typed.refuse(
+            "evaluate_every", rule="must come with --dev; pass a text file to read, or leave this out"
+        )
+    files.check_dense(teacher, "--teacher")
+    kept = Checkpointing.of(checkpoint)
     loaded, tokenizer = files.load_any(model, DType.auto)
     if tokenizer is None:
         raise ValueError(
@@ -68,9 +74,7 @@ def recover(
         )
     dense = None if teacher is None else files.load_dense(teacher, DType.auto, "--teacher")[0]
     limit = max_length(loaded)
-    data = TokenStream(
-        files.read_text("--text", text), tokenizer, length if limit is None else min(length, limit)
-    )
+    data = TokenStream(content, tokenizer, length if limit is None else min(length, limit))
     report = recover_model(
         to_dense(loaded),
         data,
@@ -79,9 +83,11 @@ def recover(
         distillation=distillation,
         training=training,
         **vars(layers),
-        evaluate=None if dev is None else _perplexity(dev, tokenizer, limit),
+        evaluate=None
+        if dev is None or held_out is None
+        else _perplexity(held_out, dev.name, tokenizer, limit),
         evaluate_every=evaluate_every,
-        checkpoint=checkpoint,
+        checkpoint=kept,
         seed=seed,
         progress=True,
     )
@@ -94,11 +100,10 @@ def recover(
     console.out(result, lambda: f"{converted}\n{report}\nsaved in {out}", as_json)
 
 
-def _perplexity(path: Path, tokenizer: Any, limit: int | None) -> Callable[[Any], float]:
+def _perplexity(text: str, name: str, tokenizer: Any, limit: int | None) -> Callable[[Any], float]:
     from sparseprune.measure.evaluate import perplexity
 
-    content = files.read_text("--dev", path)
     window = 1024 if limit is None else min(1024, limit)
     return lambda model: (
-        perplexity(model, tokenizer, content, window=window, max_windows=16, text_name=path.name).value
+        perplexity(model, tokenizer, text, window=window, max_windows=16, text_name=name).value
     )

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import Any
-
-from sparseprune.cli import files
 
 __all__ = ["callbacks"]
 
@@ -15,7 +12,7 @@ _WINDOWS = 8  # of held-out text for each loss
 
 
 def callbacks(
-    recover_steps: int, text: Path, model: Any, tokenizer: Any, length: int, seed: int
+    recover_steps: int, text: str, model: Any, tokenizer: Any, length: int, seed: int
 ) -> dict[str, Any]:
     """`evaluate` and `recover` for `prune`.
 
@@ -27,7 +24,7 @@ def callbacks(
     """
     from sparseprune.calibration import token_ids
 
-    ids = token_ids(files.read_text("--calibration", text), tokenizer)
+    ids = token_ids(text, tokenizer)
     held = max(length, min(len(ids) // 10, _WINDOWS * length))
 
     def evaluate(it: Any) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparseprune.cli import console, files
+from sparseprune.cli import console
 from sparseprune.cli.options import DType
 from sparseprune.options import Layers, Windowing
 from sparseprune.pruning.options import Recipe
@@ -42,8 +42,8 @@ def wanted(model: Path, stream: bool | None, memory: str | None, spill: Path | N
     return True
 
 
-def calibration_data(path: Path, tokenizer: Any, windowing: Windowing, seed: int, limit: int | None) -> Any:
-    """Windows of the text in `path`, no longer than the model's positions."""
+def calibration_data(text: str, tokenizer: Any, windowing: Windowing, seed: int, limit: int | None) -> Any:
+    """Windows of the text, no longer than the model's positions."""
     from sparseprune.calibration import windows
 
     length = windowing.length
@@ -52,7 +52,6 @@ def calibration_data(path: Path, tokenizer: Any, windowing: Windowing, seed: int
             f"calibration windows have {limit} tokens instead of {length}: the model's positions end there"
         )
         length = limit
-    text = files.read_text("--calibration", path)
     return windows(text, tokenizer, length=length, count=windowing.count, seed=seed)
 
 
@@ -63,7 +62,7 @@ def prune_streamed(
     windowing: Windowing,
     layers: Layers,
     *,
-    text: Path | None,
+    text: str | None,
     conversion: Conversion,
     dtype: DType,
     memory: str | None,
@@ -91,6 +90,7 @@ def prune_streamed(
     given = [name for name, used in unfit.items() if used]
     if given:
         raise ValueError(f"{given[0]}: needs the whole model in memory; leave it out, or pass --no-stream")
+    limit_bytes = None if memory is None else parse_size(memory)
     if not (model / "config.json").is_file():
         raise ValueError(f"MODEL: must be a Hugging Face folder to be streamed, {model} has no config.json")
     spare_address_space()  # before the tokenizer's threads
@@ -106,7 +106,7 @@ def prune_streamed(
             include=layers.include, exclude=layers.exclude, allocation=recipe.allocation, scope=recipe.scope,
             sequential=recipe.sequential, seed=recipe.seed, format=conversion.format,
             dtype=None if dtype is DType.auto else getattr(torch, dtype.value), tokenizer=tokenizer,
-            memory=None if memory is None else parse_size(memory), spill=spill, progress=first,
+            memory=limit_bytes, spill=spill, progress=first,
         )  # fmt: skip
     except KeyboardInterrupt:
         if (out / STREAM_FILE).is_file():

@@ -247,8 +247,14 @@ def time_model(
             f"tokens: needs a causal language model of transformers, {type(model).__name__} is not one; pass tokens=False"
         )
     form = None if format == "auto" else Format.parse(format)
+    linears = _linears(model)
+    if form is not None and all(isinstance(module, SparseLinear) for _, module in linears):
+        raise ValueError(
+            f"format: is for dense layers, and the model's {len(linears)} linears have a form of their own, got {format}; "
+            "leave it out"
+        )
     groups: dict[Any, list[tuple[str, nn.Module]]] = {}
-    for name, module in _linears(model):
+    for name, module in linears:
         groups.setdefault(_kind(module, form), []).append((name, module))
     kinds = []
     share = seconds / max(1, len(groups))

@@ -23,6 +23,7 @@ __all__ = [
     "PerplexityResult",
     "SpeedResult",
     "Windows",
+    "check_windows",
     "decode_speed",
     "dtype_name",
     "generate",
@@ -103,6 +104,18 @@ def perplexity(
     return protocol.result(model, loss)
 
 
+def check_windows(window: int, max_windows: int | None, stride: int | None) -> None:
+    """Raises ValueError for windows that no text has, see `perplexity`."""
+    if window < 2:
+        raise ValueError(
+            f"window: must be at least 2, got {window}; a token is predicted from those before it"
+        )
+    if stride is not None and not 1 <= stride <= window:
+        raise ValueError(f"stride: must be in [1, window = {window}], got {stride}")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows: must be at least 1, got {max_windows}; pass None for the whole text")
+
+
 @dataclass(frozen=True)
 class Windows:
     """A text cut up as `perplexity` reads it; gives (token it begins at, ids [1, window], first token to score)."""
@@ -125,17 +138,8 @@ class Windows:
         text_name: str,
     ) -> Windows:
         """Arguments and errors: see `perplexity`."""
+        check_windows(window, max_windows, stride)
         stride = window if stride is None else stride
-        if window < 2:
-            raise ValueError(
-                f"window: must be at least 2, got {window}; a token is predicted from those before it"
-            )
-        if not 1 <= stride <= window:
-            raise ValueError(f"stride: must be in [1, window = {window}], got {stride}")
-        if max_windows is not None and max_windows < 1:
-            raise ValueError(
-                f"max_windows: must be at least 1, got {max_windows}; pass None for the whole text"
-            )
         _check_length(model, "window", window)
         ids = token_ids(text, tokenizer)
         if len(ids) < window:

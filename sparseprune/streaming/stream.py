@@ -128,6 +128,10 @@ def prune_folder(
     form = None if format == "auto" else Format.parse(format)
     data = None if calibration is None else as_data(calibration)
     recipe.check_calibration(data is not None)
+    if spill is not None and method.statistic is None:
+        raise ValueError(
+            f"spill: is for hidden states, and method {method.name} looks at weights only, got {spill}; leave it out"
+        )
     with Source(folder) as source:
         streamed = StreamedModel(folder, source, dtype)
         if data is not None:

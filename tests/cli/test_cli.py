@@ -251,7 +251,7 @@ def bad(folders, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-10])
     dense, sparse, text = folders / "dense", folders / "sparse", folders / "text.txt"
     return [
-        (("inspect", tmp_path / "nowhere"), "no model at .*nowhere"),
+        (("inspect", tmp_path / "nowhere"), "MODEL: there is no model at .*nowhere"),
         (("inspect", damaged), "model.safetensors: must be a whole safetensors file"),
         (("eval", dense, "--text", tmp_path / "nowhere.txt"), "--text: there is no file"),
         (("eval", dense), "--text: must be given, or --tasks"),
@@ -259,7 +259,7 @@ def bad(folders, tmp_path):
         (("eval", dense, "--text", text, "--reference", sparse), "--reference: must be dense, .* is sparse"),
         (
             ("eval", dense, "--tasks", "piqa", "--reference", dense),
-            "--reference, --calibration: must come with --text",
+            "--reference: must come with --text",
         ),
         (("eval", dense, "--text", binary), "--text: must be UTF-8 text"),
         (("eval", dense, "--text", short, "--window", 64), "text: must hold at least one window"),

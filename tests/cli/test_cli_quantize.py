@@ -49,7 +49,7 @@ def test_prune_and_quantize_in_one_call(folder):
         (("quantize", "--encoding", "int3"), "int3"),
         (("quantize", "--group-size", "48"), "--group-size: must be 32, 64 or 128, got 48"),
         (("quantize", "--keep", "none.gguf"), "--keep: there is no file none.gguf"),
-        (("prune", "--quantize", "int4", "--format", "bitmap"), "--format, --policy, --batch, --seconds: are of plain"),
+        (("prune", "--quantize", "int4", "--format", "auto"), "--format: is for plain values, --quantize is int4"),
         (("prune", "--quantize", "int4", "--stream"), "--quantize: a streamed pruning writes plain values"),
     ],
 )  # fmt: skip

@@ -1,5 +1,7 @@
 """What a user of the command line reads when an argument is wrong: options, not Python, and before a model is loaded."""
 
+import sys
+
 import pytest
 from test_cli import run
 
@@ -98,7 +100,33 @@ def test_it_is_said_before_a_model_is_loaded(options, message, monkeypatch):
             ["--text", "no/such/file", "--steps", "1"],
             "error: --text: there is no file no/such/file",
         ),
+        (
+            "cut",
+            ["--structure", "heads", "--fraction", "0.5", "--calibration", sys.executable],
+            "error: --calibration: must be UTF-8 text",
+        ),
         ("recover", ["--text", __file__], "steps"),
+        (
+            "recover",
+            ["--text", __file__, "--steps", "1", "--teacher", "no/such/teacher"],
+            "error: --teacher: there is no model at no/such/teacher",
+        ),
+        (
+            "recover",
+            ["--text", __file__, "--steps", "1", "--checkpoint", __file__],
+            "error: --checkpoint: must be a folder",
+        ),
+        (
+            "eval",
+            ["--text", __file__, "--reference", "no/such/model"],
+            "error: --reference: there is no model at no/such/model",
+        ),
+        (
+            "eval",
+            ["--text", __file__, "--window", "8", "--stride", "9"],
+            "error: --stride: must be in [1, window = 8]",
+        ),
+        ("eval", ["--text", sys.executable], "error: --text: must be UTF-8 text"),
         ("recover", ["--text", __file__, "--minutes", "-1"], "error: --minutes: "),
     ],
 )
@@ -110,5 +138,6 @@ def test_other_commands_say_it_before_a_model_is_loaded_too(command, options, me
 
     monkeypatch.setattr(files, "load_dense", never)
     monkeypatch.setattr(files, "load_any", never)
-    done = run(command, "no/such/model", "no/such/out", *options, code=2)
+    folders = ["no/such/model"] if command == "eval" else ["no/such/model", "no/such/out"]
+    done = run(command, *folders, *options, code=2)
     assert message in " ".join(done.stderr.split()), done.stderr
