@@ -80,6 +80,7 @@ class Protocol:
             yield replace(
                 self, evaluation_windows=1, rounds=1, prompts=1,
                 evaluation_length=max(2, self.evaluation_length // part),
+                prompt_length=max(1, self.prompt_length // part),
                 new_tokens=max(1, self.new_tokens // part),
                 sentence_tokens=max(1, self.sentence_tokens // part),
             )  # fmt: skip
@@ -93,6 +94,8 @@ class Protocol:
 _MEASURING_SHARE = 0.25
 _TIMING_SHARE = 0.02  # for timing dense against sparse layers: at most so much of a recipe's time
 _SPARE_SHARE = 0.05  # for saving, loading and what estimates miss
+_READING = 5  # passes of the model over a calibration window, of which one at least is read
+_SHORTEST_WINDOW = 32  # tokens of calibration
 _WARMUP = 1  # passes over a prompt in a round beside the timed ones
 _DECODED = 4 + 1  # tokens in a round beside the new ones: the start, and the prompt that decoding begins with
 
@@ -102,11 +105,13 @@ class _Budget:
     """What fits until a moment of `sparseprune.clock`, by the models' speeds.
 
     Attributes:
+        models: how many there are to be.
         prompt, decode: seconds a token of all models together: at first the dense one's for each.
     """
 
     until: float
     protocol: Protocol
+    models: int
     prompt: float
     decode: float
 
@@ -135,6 +140,13 @@ class _Budget:
         kept = max(kept, self.measuring(self.protocol.least()))
         parts = recipe.part + sum(it.part for it in others)
         return max(0.0, self.left() - kept) * (1 - _SPARE_SHARE) * recipe.part / parts
+
+    def calibration_length(self, seconds: float) -> int:
+        """Tokens in a calibration window of which at least one can be read in `seconds`."""
+        length = self.protocol.calibration_length
+        while length > _SHORTEST_WINDOW and _READING * length * self.prompt / self.models > seconds:
+            length //= 2
+        return length
 
     def fitting(self, seconds: Callable[[Protocol], float]) -> Protocol:
         """The most of the protocol that fits in what is left, `seconds` being what one takes; the least if none does."""
@@ -181,7 +193,7 @@ _QUANTITIES = (
     _Quantity("weights in memory", lambda it: it.memory_bytes, human_bytes),
     _Quantity("perplexity (lower is better)", lambda it: it.perplexity, "{:.2f}".format),
     _Quantity("tokens/s, decoding at batch 1", lambda it: it.decode, "{:.1f}".format),
-    _Quantity("tokens/s, reading a prompt of 512", lambda it: it.prompt, "{:.0f}".format),
+    _Quantity("tokens/s, reading a prompt of {prompt}", lambda it: it.prompt, "{:.0f}".format),
 )
 
 
@@ -196,11 +208,12 @@ class DemoReport(Report):
     seconds: float
     minutes: float
     """That it was given."""
+    prompt_length: int
     notes: tuple[str, ...] = ()
     """What the recipes chose, and what was read or measured less of to fit in the minutes."""
 
     def table(self) -> Table:
-        columns = [Column("", value=lambda row: row.title)]
+        columns = [Column("", value=lambda row: row.title.format(prompt=self.prompt_length))]
         columns += [
             Column(model.name, value=partial(_Quantity.text, it=model, dense=self.columns[0]))
             for model in self.columns
@@ -250,7 +263,7 @@ def run(
     Args:
         directory: where the models are saved, each in a folder of its own; None: a temporary folder.
         minutes: for all of it. Pruning and measuring read less where more would not fit, and the report says what was cut;
-            loading, saving, and the least of each step (a batch of text, a round, a window) are not.
+            loading, saving, and the least of each step (a batch of text, one short round, an eighth of a window) are not.
         say: told what happens, one line per step.
         progress: show bars on stderr.
 
@@ -269,18 +282,15 @@ def run(
         named = str(dtype).removeprefix("torch.")
         say(f"Loading {source.name} ({human_bytes(source.stat().st_size)}) in {named}")
         dense, tokenizer = load_dense(source, dtype)
-        calibration = windows(
-            calibration_text,
-            tokenizer,
-            length=protocol.calibration_length,
-            count=protocol.calibration_windows,
-        )
+        calibrated = partial(windows, calibration_text, tokenizer, count=protocol.calibration_windows)
         folders = {"dense": save(dense, folder / "dense", tokenizer)}
         models = {"dense": dense}
         zeros, conversions, notes = {"dense": 0.0}, [], []
         budget = _budget(begin + 60 * minutes, protocol, 1 + len(recipes), dense)
         for number, recipe in enumerate(recipes, 1):
             seconds = budget.pruning(recipe, recipes[number:])
+            length = budget.calibration_length(seconds)
+            calibration = calibrated(length=length)
             say(f"Pruning to {recipe.name} in {seconds:.0f} s, calibrated on {calibration.source}")
             model = copy.deepcopy(dense)
             pruned = prune(
@@ -289,6 +299,10 @@ def run(
             )  # fmt: skip
             zeros[recipe.name] = pruned.sparsity_after
             notes += [f"{recipe.name}: {note}" for note in pruned.notes]
+            if length < protocol.calibration_length:
+                notes.append(
+                    f"{recipe.name}: calibration windows of {length} of {protocol.calibration_length} tokens: no whole one fits"
+                )
             say("Timing dense against sparse kernels and swapping")
             conversions.append(
                 sparsify(model, batch=1, seconds=max(seconds * _TIMING_SHARE, 1.0), progress=progress)
@@ -346,14 +360,18 @@ def run(
         f"{isa()} kernels, torch {torch.__version__}",
         clock.now() - begin,
         minutes,
+        timed.prompt_length,
         tuple(notes),
     )
 
 
 def _budget(until: float, protocol: Protocol, models: int, dense: Any) -> _Budget:
-    prompt = prompt_speed(dense, protocol.prompt_length, repeats=1)
+    # a token of a shorter prompt takes nearly as long: a slow machine must not spend its minutes on this
+    prompt = prompt_speed(dense, max(1, protocol.prompt_length // 4), repeats=1)
     decode = decode_speed(dense, new_tokens=min(4, protocol.new_tokens), warmup=1)
-    return _Budget(until, protocol, models / prompt.tokens_per_second, models / decode.tokens_per_second)
+    return _Budget(
+        until, protocol, models, models / prompt.tokens_per_second, models / decode.tokens_per_second
+    )
 
 
 def _folder_name(recipe: Recipe) -> str:
