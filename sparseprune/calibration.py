@@ -68,6 +68,8 @@ def token_ids(text: str | Tensor | Sequence[int], tokenizer: Any = None) -> Tens
         # verbose=False: a text longer than the model's window is meant, it is cut into windows afterwards
         encoded = tokenizer(text, add_special_tokens=False, verbose=False)
         return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    if not isinstance(text, (Tensor, Sequence)):
+        raise TypeError(f"text: must be a str or token ids, got a {type(text).__name__}; read the file first")
     ids = torch.as_tensor(text)
     if ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]

@@ -9,7 +9,8 @@ something up imports what it needs when it runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,7 +24,9 @@ __all__ = [
     "require_above",
     "require_among",
     "require_at_least",
+    "require_function",
     "require_made",
+    "require_path",
     "require_share",
 ]
 
@@ -57,10 +60,10 @@ def option(
     return field(default=default, metadata={"option": Option(help, flag, given, read)})
 
 
-def require_at_least(least: int, **values: int | None) -> None:
-    """Raises ValueError unless each of `values` is None or a whole number of at least `least`."""
+def require_at_least(least: int, optional: bool = False, **values: int | None) -> None:
+    """Raises ValueError unless each of `values` is a whole number of at least `least`; `optional`: or None."""
     for name, value in values.items():
-        if value is None:
+        if value is None and optional:
             continue
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"{name}: must be a whole number of at least {least}, got {value!r}")
@@ -88,6 +91,25 @@ def require_among(known: Sequence[str], **values: str) -> None:
     for name, value in values.items():
         if value not in known:
             raise ValueError(f"{name}: must be one of {', '.join(known)}, got {value!r}")
+
+
+def require_function(takes: str, **values: Any) -> None:
+    """Raises TypeError unless each of `values` is None or a function; `takes` says of what."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name}: must be a function {takes}, got {value!r}")
+
+
+def require_path(optional: bool = False, **values: Any) -> None:
+    """Raises TypeError unless each of `values` is a path, ValueError for an empty one; `optional`: or None."""
+    for name, value in values.items():
+        if value is None and optional:
+            continue
+        if not isinstance(value, (str, os.PathLike)):
+            kind = "None" if value is None else f"a {type(value).__name__}"
+            raise TypeError(f"{name}: must be a path, got {kind}; pass a str or a Path")
+        if value == "":
+            raise ValueError(f'{name}: must be a path, got ""; pass "." for the current folder')
 
 
 def require_made(kind: type, **values: Any) -> None:
@@ -123,6 +145,9 @@ class Names:
 
     def __post_init__(self) -> None:
         for argument in ("include", "exclude"):
+            given = getattr(self, argument)
+            if given is not None and not isinstance(given, Iterable):
+                raise TypeError(f"{argument}: must be shell patterns over layer names, got {given!r}")
             for pattern in self.patterns(argument):
                 if not isinstance(pattern, str):
                     raise TypeError(f"{argument}: must be shell patterns over layer names, got {pattern!r}")

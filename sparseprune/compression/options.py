@@ -6,7 +6,7 @@ import re
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from sparseprune.options import option, require_above
+from sparseprune.options import option, require_above, require_path
 
 __all__ = ["Budget", "Compression"]
 
@@ -75,6 +75,7 @@ class Compression:
     def __post_init__(self) -> None:
         Budget.parse(self.budget)
         require_above(0, minutes=self.minutes)
+        require_path(optional=True, keep=self.keep)
         if self.keep is not None and not Path(self.keep).is_file():
             raise FileNotFoundError(
                 f"keep: there is no file {self.keep}; pass the GGUF file that the model came from"

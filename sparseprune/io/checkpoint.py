@@ -34,8 +34,9 @@ from sparseprune.io.safetensors import (
 from sparseprune.io.shards import INDEX_FILE, STREAM_FILE, WEIGHTS_FILE, open_sharded, open_whole
 from sparseprune.io.skeleton import CONFIG_FILE, from_config, read_config
 from sparseprune.models import notes, ties
-from sparseprune.models.modules import put_in_place
+from sparseprune.models.modules import put_in_place, require_module
 from sparseprune.models.sites import matrix_shape
+from sparseprune.options import require_function, require_path
 from sparseprune.statistics import overlap
 from sparseprune.weights.embedding import SparseEmbedding, refusal
 from sparseprune.weights.linear import SparseLinear
@@ -73,6 +74,10 @@ def save(
             state that is not a tensor.
         OSError: the folder cannot be written.
     """
+    require_module(model=model)
+    require_path(directory=directory)
+    require_function("(bytes done, bytes in all)", progress=progress)
+    check_tokenizer(tokenizer)
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"directory: must be a folder, got the file {folder}; name another")
@@ -106,6 +111,14 @@ def _contents(model: nn.Module) -> tuple[list[TensorSource], dict[str, str]]:
     """What to write, and the file's metadata."""
     sources, tied = _sources(model)
     return sources, header(model, tied) | notes.to_metadata(notes.notes_of(model))
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises TypeError unless it can be saved, or is None."""
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(
+            f"tokenizer: must be one of transformers, got a {type(tokenizer).__name__}; leave it out, or load it first"
+        )
 
 
 def header(model: nn.Module, tied: dict[str, str]) -> dict[str, str]:
@@ -258,6 +271,10 @@ def load(
     Raises:
         CheckpointError: anything missing, truncated, foreign or contradictory.
     """
+    require_path(directory=directory)
+    if model is not None:
+        require_module(model=model)
+    require_function("(bytes done, bytes in all)", progress=progress)
     folder = Path(directory)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file() and (folder / INDEX_FILE).is_file():

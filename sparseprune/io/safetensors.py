@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "TensorSource",
     "as_bytes",
     "file_size",
+    "read_into",
     "write",
 ]
 
@@ -132,6 +133,17 @@ def _header(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> tuple[b
     return text + b" " * (-len(text) % 8), offsets
 
 
+def read_into(tensor: Tensor, file: IO[bytes], offset: int) -> bool:
+    """Fills `tensor` with the file's bytes from `offset` on; False if it ends before."""
+    buffer = as_bytes(tensor)
+    while len(buffer):
+        count = os.preadv(file.fileno(), [buffer], offset)
+        if count == 0:
+            return False
+        buffer, offset = buffer[count:], offset + count
+    return True
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor; writing to it changes the tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -199,12 +211,8 @@ class Reader:
             yield part
 
     def _read_into(self, tensor: Tensor, offset: int, name: str) -> None:
-        buffer = as_bytes(tensor)
-        while len(buffer):
-            count = os.preadv(self._file.fileno(), [buffer], offset)
-            if count == 0:
-                raise CheckpointError(f"{self.path}: ends within {name}; it changed while it was read")
-            buffer, offset = buffer[count:], offset + count
+        if not read_into(tensor, self._file, offset):
+            raise CheckpointError(f"{self.path}: ends within {name}; it changed while it was read")
 
     def _read_header(self) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
         size = os.fstat(self._file.fileno()).st_size

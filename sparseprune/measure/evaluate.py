@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from sparseprune import clock
 from sparseprune.calibration import token_ids
-from sparseprune.models.modules import device_of, evaluation_mode, max_length
+from sparseprune.models.modules import device_of, evaluation_mode, max_length, require_module
+from sparseprune.options import require_at_least
 from sparseprune.report import track
 from sparseprune.statistics.overlap import recall
 
@@ -106,14 +107,14 @@ def perplexity(
 
 def check_windows(window: int, max_windows: int | None, stride: int | None) -> None:
     """Raises ValueError for windows that no text has, see `perplexity`."""
+    require_at_least(1, window=window)
+    require_at_least(1, optional=True, max_windows=max_windows, stride=stride)
     if window < 2:
         raise ValueError(
             f"window: must be at least 2, got {window}; a token is predicted from those before it"
         )
     if stride is not None and not 1 <= stride <= window:
         raise ValueError(f"stride: must be in [1, window = {window}], got {stride}")
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"max_windows: must be at least 1, got {max_windows}; pass None for the whole text")
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class Windows:
         text_name: str,
     ) -> Windows:
         """Arguments and errors: see `perplexity`."""
+        require_module(model=model)
         check_windows(window, max_windows, stride)
         stride = window if stride is None else stride
         _check_length(model, "window", window)
@@ -211,7 +213,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 4
     """
     if not prompt:
         raise ValueError("prompt: must not be empty; pass some words to continue")
-    _check_positive(max_new_tokens=max_new_tokens)
+    require_at_least(1, max_new_tokens=max_new_tokens)
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("chat: the tokenizer has no chat template; pass chat=False")
@@ -254,7 +256,7 @@ def decode_speed(
     model: Any, prompt_length: int = 16, new_tokens: int = 64, *, warmup: int = 4
 ) -> SpeedResult:
     """Greedy decoding at batch 1 with the model's own cache: the median time of `new_tokens` steps."""
-    _check_positive(prompt_length=prompt_length, new_tokens=new_tokens)
+    require_at_least(1, prompt_length=prompt_length, new_tokens=new_tokens)
     _check_length(model, "new_tokens", prompt_length + warmup + new_tokens)
     times = []
     with torch.inference_mode(), evaluation_mode(model):
@@ -269,7 +271,7 @@ def decode_speed(
 
 def prompt_speed(model: Any, length: int = PROMPT, repeats: int = 5, *, warmup: int = 1) -> SpeedResult:
     """Reading `length` random tokens at batch 1, logits included: the median of `repeats` passes."""
-    _check_positive(length=length, repeats=repeats)
+    require_at_least(1, length=length, repeats=repeats)
     _check_length(model, "length", length)
     times = []
     with torch.inference_mode(), evaluation_mode(model):
@@ -303,12 +305,6 @@ def dtype_name(model: nn.Module) -> str:
     """The floating-point dtype of the model's first parameter, as "float32"."""
     dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return str(next(dtypes, torch.get_default_dtype())).removeprefix("torch.")
-
-
-def _check_positive(**arguments: int) -> None:
-    for name, value in arguments.items():
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
 
 
 def _check_length(model: nn.Module, argument: str, length: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparseprune.models.modules import max_length
 
-__all__ = ["Batch", "attention_mask", "call", "check_lengths", "no_cache", "to_device", "trunk"]
+__all__ = ["Batch", "attention_mask", "call", "check_batches", "no_cache", "to_device", "trunk"]
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...]
 """What one call of the model takes: its first argument, its keyword arguments, or its positional ones."""
@@ -22,17 +22,48 @@ def attention_mask(batch: Batch) -> Tensor | None:
     return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
-def check_lengths(model: nn.Module, batches: Sequence[Batch]) -> None:
-    limit = max_length(model)
+def check_batches(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """That the model can read what it is given, as far as that is known before it runs.
+
+    Raises:
+        TypeError: something that is not a batch.
+        ValueError: a sequence longer than the model's positions, or token ids that are not in its vocabulary.
+    """
+    limit, vocabulary = max_length(model), _vocabulary(model)
     for index, batch in enumerate(batches):
+        if not isinstance(batch, (Tensor, Mapping, tuple)):
+            raise TypeError(
+                f"batches: each must be a tensor, a mapping or a tuple, batch {index} is a {type(batch).__name__}; pass "
+                "sparseprune.calibration.windows(text, tokenizer)"
+            )
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-        if limit is None or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
             continue
-        if ids.shape[1] > limit:
+        if vocabulary is not None and (
+            ids.is_floating_point()
+            or not ids.is_meta
+            and ids.numel()
+            and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
+        ):
+            found = ids.dtype if ids.is_floating_point() else f"{int(ids.min())} to {int(ids.max())}"
+            raise ValueError(
+                f"batches: token ids must be whole numbers below {vocabulary}, the model's vocabulary, batch {index} has "
+                f"{found}; pass the ids that the model's own tokenizer gives"
+            )
+        if limit is not None and ids.shape[1] > limit:
             raise ValueError(
                 f"batches: the model's positions end at {limit}, batch {index} has {ids.shape[1]} tokens; "
                 f"pass windows of length <= {limit}"
             )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many tokens a model of text knows, None for any other."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
 def trunk(model: nn.Module, places: Iterable[nn.Module], batches: Sequence[Batch]) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from sparseprune.models.modules import require_module
 from sparseprune.models.sites import is_linear
 
 __all__ = ["find_blocks"]
@@ -15,6 +16,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     A block is an item of an outermost `nn.ModuleList` (or `nn.Sequential` of one class) every item of which
     holds linear layers without being one. A model without any gives [].
     """
+    require_module(model=model)
     blocks: list[tuple[str, nn.Module]] = []
 
     def visit(prefix: str, module: nn.Module) -> None:

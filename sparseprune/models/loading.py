@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparseprune.models.sites import find_sites
+from sparseprune.options import require_path
 
 __all__ = ["demo_model_path", "load_dense"]
 
@@ -61,8 +62,9 @@ def load_dense(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any,
         ImportError: a package that reads this kind of file is missing.
         ValueError: damaged, foreign, incomplete or quantized otherwise than GGUF; the message names the file.
     """
+    require_path(path=path)
     path = Path(path)
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(
             f"dtype: must be a floating-point torch.dtype, got {dtype}; pass torch.float32 or torch.bfloat16"
         )

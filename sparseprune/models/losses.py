@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sparseprune.models.batches import Batch, attention_mask, call, to_device
 from sparseprune.models.modules import device_of
 
-__all__ = ["IGNORED", "Evaluate", "Loss", "is_causal", "loss_of", "next_token_loss"]
+__all__ = ["IGNORED", "Evaluate", "Loss", "is_causal", "judged", "loss_of", "next_token_loss"]
 
 Loss = Callable[[Any, Batch], Tensor]
 """(what the model gives for a batch, the batch) -> the mean loss over the batch, a scalar to differentiate."""
@@ -21,6 +21,21 @@ Evaluate = Callable[[nn.Module], float]
 
 IGNORED = -100
 """A label that counts for nothing, as in transformers."""
+
+
+def judged(evaluate: Evaluate, model: nn.Module) -> float:
+    """What `evaluate` says of the model.
+
+    Raises:
+        TypeError: it gives something that is not one number.
+    """
+    value = evaluate(model)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"evaluate: must give one number, got a {type(value).__name__}; return the loss as a float"
+        ) from error
 
 
 def is_causal(model: nn.Module) -> bool:

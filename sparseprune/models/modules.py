@@ -8,12 +8,31 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["device_of", "evaluation_mode", "max_length", "parent_of", "put_in_place", "take_hooks"]
+__all__ = [
+    "device_of",
+    "evaluation_mode",
+    "max_length",
+    "mode",
+    "parent_of",
+    "put_in_place",
+    "require_module",
+    "take_hooks",
+]
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
 )  # fmt: skip
+
+
+def require_module(**models: object) -> None:
+    """Raises TypeError unless each of `models` is a module."""
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            pair = ", the first of the pair that load_dense gives" if isinstance(model, tuple) else ""
+            raise TypeError(
+                f"{name}: must be a torch.nn.Module, got a {type(model).__name__}; pass the model itself{pair}"
+            )
 
 
 def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -50,13 +69,20 @@ def device_of(model: nn.Module) -> torch.device:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout) inside, each module's own mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    with mode(model, training=False):
+        yield
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """`model.train(training)` inside, each module's own mode again afterwards."""
+    others = [module for module in model.modules() if module.training is not training]
+    model.train(training)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in others:
+            module.training = not training
 
 
 def max_length(model: nn.Module) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparseprune.models.modules import put_in_place
+from sparseprune.models.modules import put_in_place, require_module
 from sparseprune.options import Layers
 
 __all__ = [
@@ -338,6 +338,7 @@ def find_sites(
         ValueError: a listed site's weight is computed by a parametrization, so that writing to it is lost; a pattern
             that matches no linear, dense or sparse, and so would be ignored.
     """
+    require_module(model=model)
     layers = Layers(include, exclude, lm_head)
     included = ("*",) if include is None else layers.patterns("include")
     excluded = layers.patterns("exclude")

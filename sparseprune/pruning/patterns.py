@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.memory import all_finite
+from sparseprune.options import require_share
 
 __all__ = ["Pattern", "Scope", "keep_best", "mask_from_scores", "removed"]
 
@@ -93,10 +94,7 @@ class Pattern:
         Raises:
             ValueError: `sparsity` is missing, outside [0, 1), or not the one that N:M implies.
         """
-        if sparsity is not None and not 0 <= sparsity < 1:  # NaN fails too
-            raise ValueError(
-                f"sparsity: must be in [0, 1), got {sparsity}; pass the fraction of weights to remove"
-            )
+        require_share("pass the fraction of weights to remove", sparsity=sparsity)
         if not self.structured:
             if sparsity is None:
                 kind = f"block pattern {self}" if self.rows else "unstructured pattern"

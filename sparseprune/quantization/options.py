@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
-from sparseprune.options import option, require_above, require_among
+from sparseprune.options import option, require_above, require_among, require_path
 from sparseprune.pruning.options import Reconstruction
 
 __all__ = ["Quantization"]
@@ -64,6 +64,7 @@ class Quantization:
                 f"reconstruction: must be True, False or a Reconstruction, got {self.reconstruction!r}"
             )
         require_above(0, minutes=self.minutes)
+        require_path(optional=True, keep=self.keep)
         if self.keep is not None and not Path(self.keep).is_file():
             raise FileNotFoundError(
                 f"keep: there is no file {self.keep}; pass the GGUF file that the model came from"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparseprune.calibration import CalibrationData, token_ids
 from sparseprune.models.batches import Batch
+from sparseprune.options import require_at_least
 
 __all__ = ["Sampler", "TokenStream", "as_sampler", "batches_of"]
 
@@ -48,6 +49,7 @@ class TokenStream:
     _epoch: dict[tuple[int, int], tuple[int, Tensor]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        require_at_least(1, length=self.length)
         if self.length < 2:
             raise ValueError(
                 f"length: must be at least 2, got {self.length}; a token is predicted from those before it"
@@ -116,7 +118,7 @@ def as_sampler(data: Sampler | CalibrationData | Iterable[Batch]) -> Sampler:
         return _Batches(data)
     if hasattr(data, "draw") and hasattr(data, "digest"):
         return data  # type: ignore[return-value]
-    if isinstance(data, (str, Tensor)):
+    if isinstance(data, (str, Tensor, Mapping)) or not isinstance(data, Iterable):
         raise TypeError(
             f"data: must be samples to draw from, got a {type(data).__name__}; pass "
             "sparseprune.recovery.TokenStream(text, tokenizer)"

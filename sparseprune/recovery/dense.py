@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from sparseprune.models import ties
-from sparseprune.models.modules import parent_of, take_hooks
+from sparseprune.models.modules import parent_of, require_module, take_hooks
 from sparseprune.weights.embedding import SparseEmbedding
 from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.module import SparseModule
@@ -21,6 +21,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     A layer that stands in several places stays one layer, a weight that several have one parameter; hooks stay. `sparsify` is
     the way back.
     """
+    require_module(model=model)
     twins: dict[SparseModule, nn.Module] = {}
     weights: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -14,10 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparseprune import clock
-from sparseprune.models.batches import Batch, check_lengths, to_device
-from sparseprune.models.losses import Evaluate
+from sparseprune.models.batches import Batch, check_batches, to_device
+from sparseprune.models.losses import Evaluate, judged
 from sparseprune.models.modules import device_of, evaluation_mode
-from sparseprune.options import require_at_least
+from sparseprune.options import require_at_least, require_function
 from sparseprune.processes import Processes
 from sparseprune.recovery.data import Sampler, join
 from sparseprune.recovery.objective import Objective
@@ -44,10 +44,9 @@ class Options:
     progress: bool
 
     def __post_init__(self) -> None:
-        require_at_least(1, evaluate_every=self.evaluate_every)
+        require_at_least(1, optional=True, evaluate_every=self.evaluate_every)
         require_at_least(0, seed=self.seed)
-        if self.evaluate is not None and not callable(self.evaluate):
-            raise ValueError(f"evaluate: must be a function of the model, got {self.evaluate!r}")
+        require_function("of the model", evaluate=self.evaluate)
         if self.evaluate_every is not None and self.evaluate is None:
             raise ValueError("evaluate_every: needs evaluate, got None; pass a function of the model")
 
@@ -187,7 +186,7 @@ class Loop:
             for start in range(0, len(samples), size)
             for batch in join(samples[start : start + size])
         ]
-        check_lengths(self.model, parts)
+        check_batches(self.model, parts)
         return parts
 
     @contextmanager
@@ -205,7 +204,7 @@ class Loop:
         if self.options.evaluate is None:
             return
         with torch.no_grad(), evaluation_mode(self.model):
-            value = float(self.options.evaluate(self.model))
+            value = judged(self.options.evaluate, self.model)
         self.evaluations.append(Evaluation(len(self.losses), self.seconds, value))
 
     def _save_if_due(self, step: int) -> None:

@@ -6,7 +6,14 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparseprune.options import option, require_above, require_among, require_at_least, require_share
+from sparseprune.options import (
+    option,
+    require_above,
+    require_among,
+    require_at_least,
+    require_path,
+    require_share,
+)
 
 __all__ = ["Budget", "Checkpointing", "Training"]
 
@@ -24,7 +31,7 @@ class Budget:
         if (self.steps is None) == (self.minutes is None):
             found = "neither" if self.steps is None else "both"
             raise ValueError(f"steps, minutes: one of the two must be given, got {found}")
-        require_at_least(1, steps=self.steps)
+        require_at_least(1, optional=True, steps=self.steps)
         require_above(0, minutes=self.minutes)
 
     def progress(self, step: int, seconds: float) -> float:
@@ -78,7 +85,8 @@ class Training:
     def __post_init__(self) -> None:
         from sparseprune.recovery.optimizers import OPTIMIZERS
 
-        require_at_least(1, windows=self.windows, accumulate=self.accumulate, lora=self.lora)
+        require_at_least(1, windows=self.windows, accumulate=self.accumulate)
+        require_at_least(1, optional=True, lora=self.lora)
         if self.windows % self.accumulate:
             raise ValueError(
                 f"accumulate: must divide the {self.windows} windows of a step, got {self.accumulate}"
@@ -130,13 +138,12 @@ class Checkpointing:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.folder, (str, Path)):
-            raise TypeError(f"checkpoint: must be a folder, got {self.folder!r}")
+        require_path(checkpoint=self.folder)
         if Path(self.folder).exists() and not Path(self.folder).is_dir():
             raise NotADirectoryError(
                 f"checkpoint: must be a folder, got the file {self.folder}; name another"
             )
-        require_at_least(1, every=self.every)
+        require_at_least(1, optional=True, every=self.every)
         if not isinstance(self.resume, bool):
             raise ValueError(f"resume: must be True or False, got {self.resume!r}")
 

@@ -16,7 +16,7 @@ from sparseprune.calibration import CalibrationData
 from sparseprune.hardware import fast_bfloat16
 from sparseprune.models.batches import Batch
 from sparseprune.models.losses import Evaluate
-from sparseprune.models.modules import device_of
+from sparseprune.models.modules import device_of, mode, require_module
 from sparseprune.models.sites import find_sites
 from sparseprune.options import Layers, require_made
 from sparseprune.processes import join
@@ -47,12 +47,12 @@ def recover(
     minutes: float | None = None,
     distillation: Distillation | None = None,
     training: Training | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    lm_head: bool = False,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     checkpoint: str | Path | Checkpointing | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    lm_head: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> RecoveryReport:
@@ -66,10 +66,10 @@ def recover(
         steps, minutes: the budget, one of the two. Minutes count evaluations and checkpoints.
         distillation: the losses and their weights; by default the KL to the teacher, or the cross-entropy without one.
         training: the learning rate and all else that an optimizer goes by.
-        include, exclude, lm_head: which layers' zeros are kept, see `sparseprune.models.sites.find_sites`.
         evaluate: called with the model, for the report, at the beginning, every `evaluate_every` steps, at the end.
         checkpoint: the folder where the state of the run is kept (or a `Checkpointing`, with options): a run that finds
             one there goes on from it.
+        include, exclude, lm_head: which layers' zeros are kept, see `sparseprune.models.sites.find_sites`.
         seed: decides the order of the samples and what adapters start from.
         progress: show a bar on stderr.
 
@@ -102,7 +102,7 @@ def recover(
     with ExitStack() as stack:
         codes = stack.enter_context(open_codes(model, training.train, given))
         stack.enter_context(_float32(model))
-        stack.enter_context(_mode(model, training.dropout))
+        stack.enter_context(mode(model, training.dropout))
         layers = find_sites(model, **vars(given))
         if training.lora is not None and codes.count():
             raise ValueError(
@@ -160,6 +160,7 @@ def recover(
 
 
 def _check(model: nn.Module, teacher: nn.Module | None, distillation: Distillation) -> None:
+    require_module(model=model, **({} if teacher is None else {"teacher": teacher}))
     sharded = any(hasattr(it, "to_local") for it in model.parameters())  # DTensor
     if sharded or isinstance(model, DistributedDataParallel):
         raise ValueError(
@@ -216,17 +217,6 @@ def _float32(model: nn.Module) -> Iterator[None]:
         for tensor, dtype in short.items():
             tensor.grad = None
             tensor.data = tensor.data.to(dtype)
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseprune import processes
-from sparseprune.models.batches import Batch, check_lengths, no_cache
+from sparseprune.models.batches import Batch, check_batches, no_cache
 from sparseprune.models.losses import Loss, loss_of
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.models.sites import WeightSite
@@ -109,7 +109,7 @@ def collect_gradients(
     batches = list(batches)
     if not batches:
         raise ValueError("batches: must hold at least one batch, got none")
-    check_lengths(model, batches)
+    check_batches(model, batches)
     batches = processes.share(batches)
     statistics: dict[str, Any] = {layer.name: statistic.of(layer) for layer in layers}
     with (

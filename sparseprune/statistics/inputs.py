@@ -19,7 +19,7 @@ from sparseprune.models.batches import (
     Batch,
     attention_mask,
     call,
-    check_lengths,
+    check_batches,
     no_cache,
     to_device,
     trunk,
@@ -178,7 +178,7 @@ def collect(
     batches = list(batches)
     if not batches:
         raise ValueError("batches: must hold at least one batch, got none")
-    check_lengths(model, batches)
+    check_batches(model, batches)
     batches = processes.share(batches)
     places = {module for layer in layers for module in layer.places}
     run = trunk(model, places, batches)

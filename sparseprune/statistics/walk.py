@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseprune import clock, processes
-from sparseprune.models.batches import Batch, attention_mask, call, check_lengths, no_cache, to_device, trunk
+from sparseprune.models.batches import Batch, attention_mask, call, check_batches, no_cache, to_device, trunk
 from sparseprune.models.modules import device_of, evaluation_mode
 from sparseprune.models.sites import WeightSite
 from sparseprune.report import track
@@ -98,7 +98,7 @@ def capture(
         raise WalkError(
             f"model: {type(model).__name__} has no repeated blocks; see sparseprune.models.blocks.find_blocks"
         )
-    check_lengths(model, batches)
+    check_batches(model, batches)
     batches = processes.share(batches)
     walk = Walk([] if hidden is None else hidden, [[] for _ in blocks], [])
     pool = _Pool()

@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from sparseprune.io.safetensors import DTYPE_NAMES, as_bytes
+from sparseprune.io.safetensors import DTYPE_NAMES, as_bytes, read_into
 
 __all__ = ["Activations"]
 
@@ -90,12 +90,8 @@ class Activations(MutableSequence[Tensor]):
             return self._cache[index]
         dtype, shape, offset = self._entries[index]
         tensor = torch.empty(shape, dtype=dtype)
-        buffer = as_bytes(tensor)
-        while len(buffer):
-            count = os.preadv(self._file.fileno(), [buffer], offset)
-            if count == 0:
-                raise ValueError(f"{self.path}: was cut short while it was in use")
-            buffer, offset = buffer[count:], offset + count
+        if not read_into(tensor, self._file, offset):
+            raise ValueError(f"{self.path}: was cut short while it was in use")
         self._keep(index, tensor)
         return tensor
 

@@ -12,11 +12,13 @@ import torch
 
 from sparseprune import clock
 from sparseprune.calibration import CalibrationData, as_data
+from sparseprune.io.checkpoint import check_tokenizer
 from sparseprune.memory import spare_address_space
 from sparseprune.models.batches import Batch
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.modules import max_length
 from sparseprune.models.sites import WeightSite, find_sites
+from sparseprune.options import require_at_least, require_path
 from sparseprune.pruning.allocation import AllocationContext, allocation_name, resolve_allocation
 from sparseprune.pruning.base import Method
 from sparseprune.pruning.methods import find_method
@@ -44,17 +46,17 @@ def prune_folder(
     method: str | Method = "magnitude",
     sparsity: float | None = None,
     calibration: CalibrationData | Iterable[Batch] | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
     allocation: str | Mapping[str, float | str] = "uniform",
     scope: Scope | None = None,
     sequential: bool | None = None,
-    seed: int = 0,
     format: str | Format = "auto",
     dtype: torch.dtype | None = None,
     tokenizer: Any = None,
     memory: int | None = None,
     spill: str | Path | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    seed: int = 0,
     progress: bool = False,
 ) -> StreamReport:
     """Prunes the Hugging Face checkpoint in `folder` and writes it to `out`, for `sparseprune.load`.
@@ -67,18 +69,18 @@ def prune_folder(
     Args:
         folder: config.json and safetensors, in one file or in shards with an index.
         out: made if missing; one shard for each block, one for the rest, an index, config.json and the tokenizer.
-        pattern, method, sparsity, calibration, include, exclude, scope, sequential: as for `sparseprune.prune`. Only
+        pattern, method, sparsity, calibration, scope, sequential, include, exclude: as for `sparseprune.prune`. Only
             layers in blocks are pruned. Windows longer than the model's positions are cut, and the report says so.
             "auto" is ADMM, without the reconstruction of blocks that it does in memory. Methods that rank by gradients
             need the whole model.
         allocation: "uniform", or a mapping from layer names (or shell patterns) to sparsities or patterns.
-        seed: of what a method draws at random.
         format: of the sparse layers: "auto" is what `sparsify` takes under policy "always": N:M for its pattern, else
             bitmap or CSR, whichever is smaller when packed; a layer stays dense where neither is. Nothing is measured.
         dtype: of the weights; None keeps what the folder states.
         tokenizer: whose files to save along.
         memory: bytes that the process may take; by default three quarters of what is available now.
         spill: folder for the hidden states, by default in `out`; deleted when the stream is finished.
+        seed: of what a method draws at random.
         progress: show bars with the time left on stderr.
 
     Where `torch.distributed` runs several processes, each reads its share of the calibration batches and prunes its
@@ -92,6 +94,14 @@ def prune_folder(
     """
     begin = clock.now()
     spare_address_space()
+    require_path(folder=folder, out=out)
+    require_path(optional=True, spill=spill)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"dtype: must be a floating-point torch.dtype, got {dtype}; pass torch.bfloat16, say"
+        )
+    require_at_least(1, optional=True, memory=memory)
+    check_tokenizer(tokenizer)
     folder, out = Path(folder), Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: must be a folder, got the file {out}; name another")

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from sparseprune.calibration import CalibrationData
 from sparseprune.calibration import as_data as as_batches
-from sparseprune.models.batches import Batch, check_lengths, no_cache
+from sparseprune.models.batches import Batch, check_batches, no_cache
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.losses import Loss
 from sparseprune.models.modules import evaluation_mode
 from sparseprune.models.sites import WeightSite, matches
-from sparseprune.options import Names
+from sparseprune.options import Names, require_function
 from sparseprune.report import track
 from sparseprune.statistics.inputs import Gram, InputSquares, collect
 from sparseprune.statistics.walk import Walk, WalkError, advance, block_statistics, capture
@@ -56,6 +56,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_used(self.criterion, ("taylor",), loss=self.loss)
+        require_function("(output, batch) -> loss", loss=self.loss)
         if self.sequential is not None and not self.wants_statistics:
             raise ValueError(
                 f"sequential: criterion {self.criterion} without compensation takes no statistics of inputs, got "
@@ -124,7 +125,7 @@ def as_data(
     if calibration is None:
         return None
     data = as_batches(calibration)
-    check_lengths(model, data.batches)
+    check_batches(model, data.batches)
     return data
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from sparseprune.calibration import CalibrationData
 from sparseprune.models.batches import Batch
 from sparseprune.models.losses import Loss
+from sparseprune.models.modules import require_module
 from sparseprune.surgery.heads import remove_heads
 from sparseprune.surgery.layers import remove_layers
 from sparseprune.surgery.neurons import remove_neurons
@@ -53,6 +54,7 @@ def cut(
     Raises:
         ValueError: an argument out of range or of no use, or nothing to remove.
     """
+    require_module(model=model)
     Cutting(structure, fraction, criterion=criterion, seed=seed)
     if criterion == "auto":
         criterion = _DEFAULTS[structure][0 if calibration is not None else 1]

@@ -63,7 +63,7 @@ def check_allocation(allocation: Any, pattern: Pattern) -> None:
         return
     if allocation == "uniform":
         return
-    if not callable(allocation) and allocation not in ALLOCATIONS:
+    if not callable(allocation) and not (isinstance(allocation, str) and allocation in ALLOCATIONS):
         raise ValueError(
             f"allocation: must be one of uniform, {', '.join(sorted(ALLOCATIONS))}, a mapping from layers to "
             f"sparsities, or a function, got {allocation!r}"

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from sparseprune.models.losses import Evaluate
+from sparseprune.models.losses import Evaluate, judged
 from sparseprune.report import Column, Report, Table
 
 __all__ = [
     "Recover",
     "ScheduleReport",
     "Step",
-    "at_least_one",
     "check_target",
     "measure",
 ]
@@ -77,11 +76,5 @@ def check_target(target: float) -> None:
         raise ValueError(f"target: must be in (0, 1), got {target!r}; pass the fraction of weights to remove")
 
 
-def at_least_one(**values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value!r}")
-
-
 def measure(evaluate: Evaluate | None, model: nn.Module) -> float | None:
-    return None if evaluate is None else float(evaluate(model))
+    return None if evaluate is None else judged(evaluate, model)

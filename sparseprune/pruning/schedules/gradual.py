@@ -11,11 +11,11 @@ from torch import nn
 
 from sparseprune import clock
 from sparseprune.models.losses import Evaluate
+from sparseprune.options import require_at_least
 from sparseprune.pruning.schedules.base import (
     Recover,
     ScheduleReport,
     Step,
-    at_least_one,
     check_target,
     measure,
 )
@@ -42,7 +42,7 @@ class Gradual:
     power: float = 3.0
 
     def __post_init__(self) -> None:
-        at_least_one(steps=self.steps)
+        require_at_least(1, steps=self.steps)
         if not 0 <= self.initial < 1:
             raise ValueError(
                 f"initial: must be in [0, 1), got {self.initial!r}; it is the sparsity to start from"

@@ -11,14 +11,14 @@ from torch import nn
 
 from sparseprune import clock
 from sparseprune.models.blocks import find_blocks
-from sparseprune.models.losses import Evaluate
+from sparseprune.models.losses import Evaluate, judged
 from sparseprune.models.sites import WeightSite, find_sites, matches
 from sparseprune.models.snapshot import Snapshot
+from sparseprune.options import require_at_least
 from sparseprune.pruning.schedules.base import (
     Recover,
     ScheduleReport,
     Step,
-    at_least_one,
     check_target,
 )
 from sparseprune.pruning.zeros import Zeros
@@ -62,7 +62,7 @@ class Greedy:
                 f"step: must be in (0, 1), got {self.step!r}; pass a small fraction such as 0.05"
             )
         if isinstance(self.groups, int):
-            at_least_one(groups=self.groups)
+            require_at_least(1, groups=self.groups)
         elif self.groups is not None and not self.groups:
             raise ValueError("groups: must hold at least one, got none; leave it out for the model's blocks")
         if self.max_loss is not None and math.isnan(self.max_loss):
@@ -136,7 +136,7 @@ class _Search:
         self.total = sum(self.sizes.values())
         self.wanted = target * self.total
         self.zeros = Zeros(model)
-        self.loss = float(evaluate(model))
+        self.loss = judged(evaluate, model)
         self.snapshot = Snapshot(model)
         self.costs = dict.fromkeys(self.patterns, -math.inf)
         self.stopped = "target reached"
@@ -159,7 +159,7 @@ class _Search:
             if self.recover is not None and not self.options.recover_trials:
                 with best.zeros.held():
                     self.recover(self.model)
-                loss = float(self.evaluate(self.model))
+                loss = judged(self.evaluate, self.model)
             described = f"{best.name} to {best.sparsity:.1%}"
             limit = self.options.max_loss
             if limit is not None and not loss <= limit:  # NaN too
@@ -207,7 +207,7 @@ class _Search:
             if self.recover is not None and self.options.recover_trials:
                 with zeros.held():
                     self.recover(self.model)
-            loss = float(self.evaluate(self.model))
+            loss = judged(self.evaluate, self.model)
             removed = self._zeros_in([name]) - before
             if removed < 1:  # too little to make a difference in a row of the method's
                 self.costs[name] = math.inf

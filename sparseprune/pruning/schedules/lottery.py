@@ -13,12 +13,11 @@ from sparseprune import clock
 from sparseprune.models.losses import Evaluate
 from sparseprune.models.sites import EmbeddingSite, find_sites, matches
 from sparseprune.models.snapshot import Snapshot
-from sparseprune.options import Names
+from sparseprune.options import Names, require_at_least
 from sparseprune.pruning.patterns import mask_from_scores
 from sparseprune.pruning.schedules.base import (
     ScheduleReport,
     Step,
-    at_least_one,
     check_target,
     measure,
 )
@@ -53,7 +52,7 @@ class LotteryTicket:
     exclude: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        at_least_one(steps=self.steps, rounds=self.rounds)
+        require_at_least(1, steps=self.steps, rounds=self.rounds)
         if (
             isinstance(self.rewind, bool)
             or not isinstance(self.rewind, int)

@@ -67,8 +67,9 @@ class Distillation:
     def __post_init__(self) -> None:
         weights = {it.name: getattr(self, it.name) for it in fields(self) if "term" in it.metadata}
         for name, weight in weights.items():
-            if weight is not None and not 0 <= weight < math.inf:
-                raise ValueError(f"{name}: must be at least 0, got {weight}; 0 leaves this loss out")
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if weight is not None and not (number and 0 <= weight < math.inf):
+                raise ValueError(f"{name}: must be at least 0, got {weight!r}; 0 leaves this loss out")
         if not any(weight is None or weight for weight in weights.values()):
             raise ValueError(f"{', '.join(weights)}: must not all be 0; make one of them 1")
         require_above(0, "1 softens nothing", temperature=self.temperature)
