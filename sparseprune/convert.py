@@ -104,10 +104,10 @@ def sparsify(
     *,
     policy: Literal["auto", "always"] = "auto",
     batch: int | Iterable[int] | None = None,
+    seconds: float | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     lm_head: bool = False,
-    seconds: float | None = None,
     progress: bool = False,
 ) -> SparsifyReport:
     """Swap the pruned linears (`nn.Linear`, transformers' `Conv1D`) of a model for `SparseLinear`, in place.
@@ -119,9 +119,9 @@ def sparsify(
             layer dense where dense is faster at any of the batch sizes. "always" swaps every layer whose weight
             the format can hold, and measures nothing.
         batch: the batch sizes (rows of activations: 1, the default, for decoding) that count, one or several.
+        seconds: to spend on measuring, about, over the whole model; by default 20.
         include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_sites`. Weights shared by several
             layers are left alone.
-        seconds: to spend on measuring, about, over the whole model; by default 20.
         progress: show bars on stderr.
 
     At any time the dense and the packed weights of one layer at most exist side by side (while measuring: copies of one

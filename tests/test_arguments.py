@@ -800,6 +800,20 @@ def test_an_argument_that_is_ignored_is_caught(tmp_path, capfd):
             )
 
 
+def test_arguments_that_several_share_come_in_one_order():
+    """Whoever knows `prune(..., calibration=, include=, ..., seed=, progress=)` knows the others."""
+    orders = {}
+    for path, it in PUBLIC.items():
+        if not path.startswith("ops.") and not is_result(it):
+            parameters = inspect.signature(it).parameters.values()
+            names = [its.name for its in parameters if its.kind is its.KEYWORD_ONLY or it in MODULES]
+            for place, first in enumerate(names):
+                for second in names[place + 1 :]:
+                    orders.setdefault((first, second), []).append(path)
+    both = [(pair, paths, orders[pair[::-1]]) for pair, paths in orders.items() if pair[::-1] in orders]
+    assert both == []
+
+
 def test_at_most_three_arguments_by_place():
     """The model first, and in one order where there are others: (model, reference, tokenizer, text)."""
     order = ["model", "reference", "tokenizer", "text"]

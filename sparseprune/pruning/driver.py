@@ -42,17 +42,17 @@ def prune(
     *,
     sparsity: float | None = None,
     calibration: CalibrationData | Iterable[Batch] | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    lm_head: bool = False,
-    scope: Scope | None = None,
     allocation: str | Mapping[str, float | str] | Allocation = "uniform",
+    scope: Scope | None = None,
     sequential: bool | None = None,
     reconstruction: Reconstruction | bool | None = None,
     schedule: str | Gradual | Greedy = "one-shot",
+    minutes: float | None = None,
     recover: Callable[[nn.Module], Any] | None = None,
     evaluate: Evaluate | None = None,
-    minutes: float | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    lm_head: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> PruneReport:
@@ -66,10 +66,9 @@ def prune(
         sparsity: fraction of weights to remove, in [0, 1); implied by N:M, needed otherwise.
         calibration: what the method runs the model on (`sparseprune.calibration.windows`, or any batches); needed by
             all methods but those that look at weights only.
-        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_sites`.
-        scope: what "unstructured" ranks together, "row" or "layer"; by default what suits the method.
         allocation: how much each layer loses: "uniform", a name of `sparseprune.pruning.allocation.ALLOCATIONS`, or a
             mapping from layer names (or shell patterns) to sparsities; see `resolve_allocation`.
+        scope: what "unstructured" ranks together, "row" or "layer"; by default what suits the method.
         sequential: take each block's inputs from the blocks pruned before it, rather than from the dense model. By
             default where the method gives the remaining weights new values, and the model is a chain of blocks.
         reconstruction: train each block towards the dense one's outputs before the next is pruned; True for the
@@ -80,6 +79,8 @@ def prune(
             `evaluate(model)`, a loss, grows least.
         minutes: how long it may take: blocks read fewer of the calibration batches and reconstruction makes fewer
             epochs, if more would not fit (the report says so), and an allocation that searches stops in time.
+        recover, evaluate: of a schedule.
+        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_sites`.
         seed: of whatever is drawn at random.
         progress: show bars on stderr.
 

@@ -34,11 +34,11 @@ def remove_layers(
     criterion: str = "influence",
     *,
     calibration: CalibrationData | Iterable[Batch] | None = None,
+    shortlist: int | None = None,
+    compensate: bool | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     loss: Loss | None = None,
-    shortlist: int | None = None,
-    compensate: bool | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> StructuredReport:
@@ -55,11 +55,11 @@ def remove_layers(
             - "loss": greedily, at each step the one without which the calibration loss is least; half as many passes
               over the calibration data as there are blocks, for each block that goes,
             - "random": seeded, the control.
-        include, exclude: shell patterns over block names ("model.layers.3"): which may go.
-        loss: for "taylor" and "loss", see `remove_neurons`.
+        shortlist: "loss" tries only so many blocks, those of the least influence; None tries all.
         compensate: whether the block before removed ones makes up for them, by least squares on the calibration data
             (see `bridging`). Default: with a criterion that needs calibration.
-        shortlist: "loss" tries only so many blocks, those of the least influence; None tries all.
+        include, exclude: shell patterns over block names ("model.layers.3"): which may go.
+        loss: for "taylor" and "loss", see `remove_neurons`.
 
     An error leaves the model as it was.
 

@@ -42,9 +42,9 @@ class SparseLinear(SparseModule):
         out_features: int,
         bias: bool = True,
         format: str | Format = "2:4",
+        encoding: str | Encoding = PLAIN,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        encoding: str | Encoding = PLAIN,
     ) -> None:
         """An all-zero layer, as a place for a state dict. `from_dense` makes one from a dense layer."""
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -102,7 +102,7 @@ class SparseLinear(SparseModule):
             raise ValueError(
                 f"bias: shape must be ({rows},) for a weight of {rows} x {cols}, got {tuple(bias.shape)}"
             )
-        layer = cls(cols, rows, False, spec.format, spec.dtype, "meta", spec.encoding)
+        layer = cls(cols, rows, False, spec.format, spec.encoding, spec.dtype, "meta")
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, bias.requires_grad)
         return layer.train(training)

@@ -70,8 +70,8 @@ class Search:
     minutes: float = _MINUTES
     trials: int | None = None
     bytes: int | None = None
-    seconds: float | None = None
     batch: int | None = None
+    seconds: float | None = None
     losses: list[float] = field(init=False, default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
