@@ -37,12 +37,12 @@ def compress(
     from sparseprune.io.checkpoint import save
     from sparseprune.models.modules import max_length
 
-    files.check_text("--calibration", calibration)
+    text = files.text("--calibration", calibration)
     files.check_out(model, out)
     loaded, tokenizer = files.load_dense(model, dtype)
     limit = max_length(loaded)
     length = length if limit is None else min(length, limit)
-    ids = token_ids(files.read_text("--calibration", calibration), tokenizer)
+    ids = token_ids(text, tokenizer)
     data = windows(ids, length=length, count=max(2, len(ids) // length), seed=seed)
     report = compress_model(
         loaded, **vars(compression), **vars(layers), calibration=data, seed=seed, progress=not as_json

@@ -11,10 +11,12 @@ import json
 import random
 import re
 import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
 from helpers.arguments import described, files
+from helpers.clocks import ticking
 from test_cli import TEXT, folders, tiny_llama
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -120,8 +122,20 @@ OPTIONS = {
         "scale_dtype": "--scale-dtype bfloat16",
         "keep": Unseen("--keep MODEL.gguf", "--keep NOWHERE", "--keep: there is no file"),
         "embeddings": "--embeddings int8",
+        "reconstruction": "--reconstruct",
+        "minutes": Unseen("--minutes 5", "--minutes 0", "--minutes: must be above 0"),
         **LAYERS,
         "calibration": "--calibration OTHER",
+        "seed": "--seed 1",
+        **SHOWN,
+    },
+    "compress": {
+        "budget": "--budget 50KB",
+        "minutes": Unseen("--minutes 1", "--minutes 0", "--minutes: must be above 0"),
+        "keep": Unseen("--keep MODEL.gguf", "--keep NOWHERE", "--keep: there is no file"),
+        **NAMES,
+        "calibration": "--calibration OTHER",
+        "length": "--length 16",
         "seed": "--seed 1",
         **SHOWN,
     },
@@ -230,11 +244,12 @@ COMMANDS = {
              only="calibration count length seed"),
     ],
     "quantize": [
-        Mode("DENSE OUT", "count length seed method", instead={"calibration": FEW}),
-        Mode("DENSE OUT --method nearest", "count length seed calibration method", only="encoding"),
+        Mode("DENSE OUT", "count length seed method reconstruction minutes", instead={"calibration": FEW}),
+        Mode("DENSE OUT --method nearest", "count length seed calibration method reconstruction minutes", only="encoding"),
         Mode(f"DENSE OUT {FEW}", "encoding method", instead={"method": "--method nearest"},
-             only="calibration count length seed group_size scale_dtype embeddings lm_head"),
+             only="calibration count length seed group_size scale_dtype embeddings lm_head reconstruction minutes"),
     ],
+    "compress": [Mode("DENSE OUT --budget 40KB --minutes 0.05 --calibration TEXT --length 32")],
     "recover": [
         Mode("SPARSE OUT --text TEXT --steps 2 --length 32 --policy always",
              "minutes logits temperature hidden evaluate_every batch seconds"),
@@ -292,7 +307,8 @@ def call(name, line, root, out):
 
 def outcome(name, line, root, out):
     """What the command prints as JSON, and what it writes."""
-    result = call(name, f"{line} --json", root, out)
+    with ticking(0.02) if name == "compress" else nullcontext():
+        result = call(name, f"{line} --json", root, out)
     assert result.exit_code == 0, result.output + result.stderr
     shown = described(json.loads(result.stdout.replace(str(out), "OUT"), object_hook=without_echoes))
     return [shown, [it for it in files(out) if not it[0].endswith("recovery.safetensors")]]
