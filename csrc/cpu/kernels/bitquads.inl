@@ -40,6 +40,12 @@ inline void bitquads_block(const LinearJob& job, std::int64_t tile, std::int64_t
   const std::int64_t tiles = ceil_div(job.rows, kTileRows);
   BitVectors<E> vectors[kQuantTiles];
   for (int t = 0; t < kQuantTiles; ++t) vectors[t] = BitVectors<E>::of(job, tile + t < tiles ? tile + t : tile);
+  const std::int64_t last = tile + 2 * kQuantTiles - 1;  // of the next unit
+  if (kQuantTiles > 1 && last < tiles) {
+    const BitVectors<E> start = BitVectors<E>::of(job, last);
+    prefetch_start(start.masks);
+    prefetch_start(start.values[0]);
+  }
   quads_sums<E, NB>(job, tile, b0, vectors);
 }
 

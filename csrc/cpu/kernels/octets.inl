@@ -26,6 +26,10 @@ inline void octets_sums(const LinearJob& job, std::int64_t tile, std::int64_t b0
     w[t] = static_cast<const std::uint8_t*>(job.values) + at * Octets<E>::tile_bytes(job.kpad);
     scales[t] = job.scales + at * weight_groups * kTileRows;
   }
+  const std::int64_t last = tile + 2 * NT - 1;  // of the next unit
+  if (NT > 1 && last < tiles) {
+    prefetch_start(static_cast<const std::uint8_t*>(job.values) + last * Octets<E>::tile_bytes(job.kpad));
+  }
   const BytesBlock x = bytes_block(const_cast<void*>(job.panel), job.batch, job.kpad, groups, b0, NB);
 
   Vec sums[NT][NB];

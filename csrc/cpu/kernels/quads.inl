@@ -115,5 +115,7 @@ inline void quads_block(const LinearJob& job, std::int64_t tile, std::int64_t b0
   for (int t = 0; t < kQuantTiles; ++t) {  // a last tile without a partner meets itself
     vectors[t] = {first + (tile + t < tiles ? tile + t : tile) * Quads<E>::tile_bytes(job.kpad)};
   }
+  const std::int64_t last = tile + 2 * kQuantTiles - 1;  // of the next unit
+  if (kQuantTiles > 1 && last < tiles) prefetch_start(first + last * Quads<E>::tile_bytes(job.kpad));
   quads_sums<E, NB>(job, tile, b0, vectors);
 }

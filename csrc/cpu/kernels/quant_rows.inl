@@ -1,5 +1,10 @@
 // What the kernels of codes share: the walk over tiles and blocks of batch rows, the outputs, the table. First of them.
 
+// Reading ahead in the last tile of a unit reaches the first of the next; that unit's last one, `tile`, begins elsewhere.
+inline void prefetch_start(const std::uint8_t* tile) {
+  for (std::int64_t i = 0; i < kPrefetchQuant; i += 64) prefetch(tile + i);
+}
+
 template <typename E, int NB>
 inline void quads_block(const LinearJob& job, std::int64_t tile, std::int64_t b0);
 template <typename E, int NB>

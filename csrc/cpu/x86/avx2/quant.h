@@ -153,8 +153,10 @@ struct QuadInt8 : LongSums {
 
 // `bitquads`: values put where the mask keeps some. 8 bits of a mask choose a table's entry, by which vpshufb spreads 8 values.
 inline __m128i two8(const std::uint8_t* low, const std::uint8_t* high) {
-  const __m128d a = _mm_load_sd(reinterpret_cast<const double*>(low));
-  return _mm_castpd_si128(_mm_loadh_pd(a, reinterpret_cast<const double*>(high)));
+  std::int64_t halves[2];
+  std::memcpy(&halves[0], low, 8);
+  std::memcpy(&halves[1], high, 8);
+  return _mm_set_epi64x(halves[1], halves[0]);
 }
 inline __m128i expand_bytes16(const std::uint8_t* values, unsigned low, unsigned high) {
   const __m128i second = _mm_set_epi64x(0x0808080808080808, 0);
