@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -96,6 +96,8 @@ _TIMING_SHARE = 0.02  # for timing dense against sparse layers: at most so much 
 _SPARE_SHARE = 0.05  # for saving, loading and what estimates miss
 _READING = 5  # passes of the model over a calibration window, of which one at least is read
 _SHORTEST_WINDOW = 32  # tokens of calibration
+_PROBE = 16  # tokens by which the number of threads is chosen
+_CLEARLY = 0.8  # fewer threads must take at most so much of the time
 _WARMUP = 1  # passes over a prompt in a round beside the timed ones
 _DECODED = 4 + 1  # tokens in a round beside the new ones: the start, and the prompt that decoding begins with
 
@@ -277,11 +279,13 @@ def run(
     protocol = protocol or Protocol()
     source = demo_model_path()
     calibration_text, evaluation_text = demo_texts()
-    with _folder(directory) as folder:
+    with _folder(directory) as folder, ExitStack() as stack:
         dtype = torch.bfloat16 if fast_bfloat16(torch.device("cpu")) else torch.float32
         named = str(dtype).removeprefix("torch.")
         say(f"Loading {source.name} ({human_bytes(source.stat().st_size)}) in {named}")
         dense, tokenizer = load_dense(source, dtype)
+        stack.enter_context(_fastest_threads(dense))
+        threads = torch.get_num_threads()
         calibrated = partial(windows, calibration_text, tokenizer, count=protocol.calibration_windows)
         folders = {"dense": save(dense, folder / "dense", tokenizer)}
         models = {"dense": dense}
@@ -356,7 +360,7 @@ def run(
         tuple(columns),
         tuple(conversions),
         f"perplexity: {quality.protocol}",
-        f"speed: medians of {rounds} rounds in turn, eager, {named}, {torch.get_num_threads()} threads, "
+        f"speed: medians of {rounds} rounds in turn, eager, {named}, {threads} threads, "
         f"{isa()} kernels, torch {torch.__version__}",
         clock.now() - begin,
         minutes,
@@ -372,6 +376,31 @@ def _budget(until: float, protocol: Protocol, models: int, dense: Any) -> _Budge
     return _Budget(
         until, protocol, models, models / prompt.tokens_per_second, models / decode.tokens_per_second
     )
+
+
+@contextmanager
+def _fastest_threads(model: Any) -> Iterator[None]:
+    """As many of torch's threads as read a few tokens fastest now.
+
+    Threads that share a core with a busy process hold up all others at every layer: fewer are then several times as fast.
+    """
+    usual = torch.get_num_threads()
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        decode_speed(model, prompt_length=1, new_tokens=1, warmup=0)  # threads start
+        begin = clock.now()
+        decode_speed(model, prompt_length=_PROBE, new_tokens=2, warmup=0)
+        return clock.now() - begin
+
+    try:
+        best, least = usual, seconds(usual)
+        while best > 1 and (took := seconds(best // 2)) < _CLEARLY * least:
+            best, least = best // 2, took
+        torch.set_num_threads(best)
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def _folder_name(recipe: Recipe) -> str:

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers import tiny
 from helpers.words import TEXT, tiny_tokenizer
 from typer.testing import CliRunner
@@ -121,6 +122,24 @@ def test_a_machine_that_gets_busy_on_the_way_ends_in_time(small, machine, second
     machine.update(seconds=seconds, after=after * 60 * minutes, times=2.0, files=2.0)
     report = demo.run(minutes=minutes, protocol=PROTOCOL)
     assert report.seconds < 1.1 * 60 * minutes
+
+
+@pytest.mark.parametrize(("times", "threads"), [(1.0, 4), (0.7, 4), (1.5, 1), (5.0, 1)])
+def test_fewer_threads_run_where_they_hold_each_other_up(small, machine, monkeypatch, times, threads):
+    """`times` as slow with each doubling of the threads."""
+    in_force = [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: in_force[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: in_force.__setitem__(0, number))
+    real = demo.decode_speed
+
+    def decode_speed(model, **options):
+        machine["seconds"] = 0.001 * times ** math.log2(in_force[0])
+        return real(model, **options)
+
+    monkeypatch.setattr(demo, "decode_speed", decode_speed)
+    report = demo.run(protocol=replace(PROTOCOL, calibration_windows=1), recipes=demo.RECIPES[:1])
+    assert f" {threads} threads" in report.machine
+    assert in_force == [4], "afterwards as before"
 
 
 def test_the_least_of_the_measuring_is_kept_free(small, machine):

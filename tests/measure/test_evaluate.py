@@ -98,7 +98,7 @@ class TestPerplexity:
         model = tiny.llama()
         for window, stride, max_windows, match in [
             (1, None, None, "window: must be at least 2, got 1"),
-            (32, 0, None, r"stride: must be in \[1, window = 32\], got 0"),
+            (32, 0, None, r"stride: must be at least 1, got 0"),
             (32, 33, None, r"stride: must be in \[1, window = 32\], got 33"),
             (32, None, 0, "max_windows: must be at least 1, got 0"),
             (65, None, None, "window: the model's positions end at 64, this would take 65"),
