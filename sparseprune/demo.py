@@ -96,6 +96,7 @@ _TIMING_SHARE = 0.02  # for timing dense against sparse layers: at most so much 
 _SPARE_SHARE = 0.05  # for saving, loading and what estimates miss
 _READING = 5  # passes of the model over a calibration window, of which one at least is read
 _SHORTEST_WINDOW = 32  # tokens of calibration
+_FILES = 3  # times what saving the dense model took, for swapping, saving and loading a pruned one
 _PROBE = 16  # tokens by which the number of threads is chosen
 _CLEARLY = 0.8  # fewer threads must take at most so much of the time
 _WARMUP = 1  # passes over a prompt in a round beside the timed ones
@@ -108,12 +109,14 @@ class _Budget:
 
     Attributes:
         models: how many there are to be.
+        files: seconds to swap a pruned model's layers, save and load it.
         prompt, decode: seconds a token of all models together: at first the dense one's for each.
     """
 
     until: float
     protocol: Protocol
     models: int
+    files: float
     prompt: float
     decode: float
 
@@ -139,7 +142,7 @@ class _Budget:
     def pruning(self, recipe: Recipe, others: Sequence[Recipe]) -> float:
         """Seconds for a recipe that `others` are to follow."""
         kept = min(self.measuring(self.protocol), _MEASURING_SHARE * self.left())
-        kept = max(kept, self.measuring(self.protocol.least()))
+        kept = max(kept, self.measuring(self.protocol.least())) + (1 + len(others)) * self.files
         parts = recipe.part + sum(it.part for it in others)
         return max(0.0, self.left() - kept) * (1 - _SPARE_SHARE) * recipe.part / parts
 
@@ -287,10 +290,12 @@ def run(
         stack.enter_context(_fastest_threads(dense))
         threads = torch.get_num_threads()
         calibrated = partial(windows, calibration_text, tokenizer, count=protocol.calibration_windows)
+        saving = clock.now()
         folders = {"dense": save(dense, folder / "dense", tokenizer)}
+        saving = clock.now() - saving
         models = {"dense": dense}
         zeros, conversions, notes = {"dense": 0.0}, [], []
-        budget = _budget(begin + 60 * minutes, protocol, 1 + len(recipes), dense)
+        budget = _budget(begin + 60 * minutes, protocol, 1 + len(recipes), _FILES * saving, dense)
         for number, recipe in enumerate(recipes, 1):
             seconds = budget.pruning(recipe, recipes[number:])
             length = budget.calibration_length(seconds)
@@ -369,12 +374,12 @@ def run(
     )
 
 
-def _budget(until: float, protocol: Protocol, models: int, dense: Any) -> _Budget:
+def _budget(until: float, protocol: Protocol, models: int, files: float, dense: Any) -> _Budget:
     # a token of a shorter prompt takes nearly as long: a slow machine must not spend its minutes on this
     prompt = prompt_speed(dense, max(1, protocol.prompt_length // 4), repeats=1)
     decode = decode_speed(dense, new_tokens=min(4, protocol.new_tokens), warmup=1)
     return _Budget(
-        until, protocol, models, models / prompt.tokens_per_second, models / decode.tokens_per_second
+        until, protocol, models, files, models / prompt.tokens_per_second, models / decode.tokens_per_second
     )
 
 

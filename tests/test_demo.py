@@ -124,6 +124,12 @@ def test_a_machine_that_gets_busy_on_the_way_ends_in_time(small, machine, second
     assert report.seconds < 1.1 * 60 * minutes
 
 
+def test_slow_files_are_reckoned_with(small, machine):
+    machine.update(seconds=0.03, files=20.0)
+    report = demo.run(minutes=3, protocol=PROTOCOL)
+    assert report.seconds < 1.02 * 60 * 3
+
+
 @pytest.mark.parametrize(("times", "threads"), [(1.0, 4), (0.7, 4), (1.5, 1), (5.0, 1)])
 def test_fewer_threads_run_where_they_hold_each_other_up(small, machine, monkeypatch, times, threads):
     """`times` as slow with each doubling of the threads."""
