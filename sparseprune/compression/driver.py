@@ -63,10 +63,10 @@ def compress(
     budget: str | int | Budget,
     *,
     calibration: CalibrationData | Iterable[Batch],
-    minutes: float = 20.0,
     keep: str | Path | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    minutes: float = 20.0,
     seed: int = 0,
     progress: bool = False,
 ) -> CompressReport:
@@ -82,11 +82,11 @@ def compress(
         budget: of the file with the weights: "62MB", "60MiB", "3.5 bits" a weight, or bytes.
         calibration: windows of text (`sparseprune.calibration.windows`) or batches, at least two: the more there are, the
             better for the training. Errors and codes are solved on the first 32.
-        minutes: how long it may take.
         keep: the GGUF file that the model came from: weights that are what its Q4_0, Q4_1 or Q8_0 codes stand for may keep
             these, at no loss.
         include, exclude: which linears, see `sparseprune.models.sites.find_sites`; embeddings and output head are always
             looked at.
+        minutes: how long it may take.
         seed: of what is drawn at random.
         progress: show bars on stderr.
 
@@ -97,7 +97,7 @@ def compress(
             model that gives no logits or hidden states to judge by.
     """
     begin = clock.now()
-    asked = Compression(budget, minutes=minutes, keep=keep)
+    asked = Compression(budget, keep=keep, minutes=minutes)
     data = as_data(calibration)
     fit, pieces = hold_out(data, "compress", _TOKENS)
     until = begin + 60 * asked.minutes

@@ -65,12 +65,13 @@ class Compression:
         None, 'Size of the file with the weights: "62MB", "60MiB", or "3.5 bits" a weight.', given=str
     )
     _: KW_ONLY
-    minutes: float = option(20.0, "How long it may take.")
     keep: str | Path | None = option(
         None,
         "A GGUF file whose 4 and 8 bit weights are a form that costs nothing, where the model still has them.",
         given=Path,
     )
+
+    minutes: float = option(20.0, "How long it may take.")
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)
