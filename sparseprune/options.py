@@ -106,8 +106,9 @@ def require_path(optional: bool = False, **values: Any) -> None:
         if value is None and optional:
             continue
         if not isinstance(value, (str, os.PathLike)):
-            kind = "None" if value is None else f"a {type(value).__name__}"
-            raise TypeError(f"{name}: must be a path, got {kind}; pass a str or a Path")
+            short = value is None or isinstance(value, (int, float))
+            shown = repr(value) if short else f"a {type(value).__name__}"
+            raise TypeError(f"{name}: must be a path, got {shown}; pass a str or a Path")
         if value == "":
             raise ValueError(f'{name}: must be a path, got ""; pass "." for the current folder')
 

@@ -297,7 +297,7 @@ BAD = [
     ({"steps": 1, "evaluate": lambda it: 1.0, "evaluate_every": 0}, "evaluate_every: must be at least 1"),
     ({"steps": 1, "evaluate": "perplexity"}, "evaluate: must be a function of the model"),
     ({"steps": 1, "seed": -1}, "seed: must be at least 0"),
-    ({"steps": 1, "checkpoint": 3}, "checkpoint: must be a folder, got 3"),
+    ({"steps": 1, "checkpoint": 3}, "checkpoint: must be a path, got 3"),
     ({"steps": 1, "checkpoint": __file__}, "checkpoint: must be a folder, got the file"),
     ({"steps": 1, "training": {"learning_rate": 1e-3}}, "training: must be a Training"),
     ({"steps": 1, "distillation": 0.5}, "distillation: must be a Distillation"),
