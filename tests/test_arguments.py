@@ -667,7 +667,7 @@ CLASSES = {
 
 VALUES = {
     "Batch", "Format", "Method", "Pattern", "Pruned", "Sampler", "SparseWeight", "Target", "AllocationContext", "WeightSite", "Zeros", "METHODS",
-    "CRITERIA", "LAYER_CRITERIA", "STRUCTURES",
+    "CRITERIA", "LAYER_CRITERIA", "STRUCTURES", "FORMS", "Form", "Budget",
 }  # fmt: skip
 """What functions are given, or give back, part by part: nothing takes arguments for later."""
 
@@ -675,6 +675,7 @@ MODULES = {sp.SparseEmbedding, sp.SparseLinear}
 """Constructed as torch's own of the same kind."""
 
 RESULTS = {
+    "LayerCompressed",
     "LayerQuantized",
     "PerplexityResult",
     "TaskScore",

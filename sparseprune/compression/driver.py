@@ -64,9 +64,9 @@ def compress(
     *,
     calibration: CalibrationData | Iterable[Batch],
     keep: str | Path | None = None,
+    minutes: float = 20.0,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    minutes: float = 20.0,
     seed: int = 0,
     progress: bool = False,
 ) -> CompressReport:
@@ -84,9 +84,9 @@ def compress(
             better for the training. Errors and codes are solved on the first 32.
         keep: the GGUF file that the model came from: weights that are what its Q4_0, Q4_1 or Q8_0 codes stand for may keep
             these, at no loss.
+        minutes: how long it may take.
         include, exclude: which linears, see `sparseprune.models.sites.find_sites`; embeddings and output head are always
             looked at.
-        minutes: how long it may take.
         seed: of what is drawn at random.
         progress: show bars on stderr.
 

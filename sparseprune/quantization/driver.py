@@ -56,11 +56,11 @@ def quantize(
     calibration: CalibrationData | Iterable[Batch] | None = None,
     keep: str | Path | None = None,
     embeddings: Literal["int4", "int8"] | None = None,
+    reconstruction: Reconstruction | bool | None = None,
+    minutes: float | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     lm_head: bool = False,
-    reconstruction: Reconstruction | bool | None = None,
-    minutes: float | None = None,
     progress: bool = False,
 ) -> QuantizeReport:
     """Swaps a model's linears for `SparseLinear` layers of int8 or int4 codes, in place.
@@ -82,11 +82,11 @@ def quantize(
         embeddings: "int8" or "int4": the token embeddings and the output head become codes, too, rounded to nearest (or kept);
             a tied head and its embedding share the memory. None: they stay as they are. In a small model they are a fifth
             or more of the weights.
-        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_sites`. Weights shared by several
-            layers are left alone.
         reconstruction: train each block through its codes towards the dense one's outputs, before the next is solved: what is
             trained is what is stored. True for `RECONSTRUCTION`. Needs `calibration`.
         minutes: how long it may take: fewer of the calibration batches are read and fewer epochs made, if more would not fit.
+        include, exclude, lm_head: which layers, see `sparseprune.models.sites.find_sites`. Weights shared by several
+            layers are left alone.
         progress: show bars on stderr.
 
     An error leaves the model as it was.

@@ -130,7 +130,7 @@ OPTIONS = {
         **SHOWN,
     },
     "compress": {
-        "budget": "--budget 80KB",
+        "budget": "--budget 130KB",
         "minutes": Unseen("--minutes 1", "--minutes 0", "--minutes: must be above 0"),
         "keep": Unseen("--keep MODEL.gguf", "--keep NOWHERE", "--keep: there is no file"),
         **NAMES,
@@ -249,7 +249,7 @@ COMMANDS = {
         Mode(f"DENSE OUT {FEW}", "encoding method", instead={"method": "--method nearest"},
              only="calibration count length seed group_size scale_dtype embeddings lm_head reconstruction minutes"),
     ],
-    "compress": [Mode("DENSE OUT --budget 90KB --minutes 0.05 --calibration TEXT --length 32")],
+    "compress": [Mode("DENSE OUT --budget 140KB --minutes 0.05 --calibration TEXT --length 32")],
     "recover": [
         Mode("SPARSE OUT --text TEXT --steps 2 --length 32 --policy always",
              "minutes logits temperature hidden evaluate_every batch seconds"),
