@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/arguments.h"
+#include "bindings/tensors.h"
 #include "cpu/dispatch/isa.h"
 #include "cpu/ops/convert.h"
 #include "cpu/ops/linear.h"
@@ -33,6 +34,8 @@ PYBIND11_MODULE(_core, m) {
                 stride, ptr<const void>(bias), ptr<void>(out), threads, strategy});
       },
       nogil);
+  m.def("use_tensors", &use_tensors);
+  m.def("linear_of_tensors", &linear_of_tensors);
   m.def(
       "lookup",
       [](Address packed, std::int64_t packed_bytes, std::int64_t rows, std::int64_t cols, std::int64_t packing,

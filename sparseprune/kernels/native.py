@@ -19,6 +19,9 @@ LAYOUTS: tuple[str, ...] = ("tile", "csr")
 _threads = torch.get_num_threads
 _empty = torch.empty
 _core_linear = _core.linear
+_linear_of_tensors = _core.linear_of_tensors
+READS_TENSORS: bool = _core.use_tensors(torch.Tensor, torch.empty, list(DTYPES))
+"""Whether C++ reads tensors itself (torch 2.10 or newer); if not, a call takes two microseconds more."""
 
 
 def isa() -> str:
@@ -36,6 +39,14 @@ def layout_for(kind: str, n: int, m: int, dtype: torch.dtype) -> str:
     return "csr" if kind == "csr" else "tile"
 
 
+def plain_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, cols: int, packing: int
+) -> Tensor | None:
+    """`linear`, all of it in C++: every attribute of a tensor costs 50 to 150 ns here. None where a tensor is not a plain one
+    (contiguous, on the CPU, of the right dtype and width), or where torch is too old (READS_TENSORS)."""
+    return _linear_of_tensors(x, packed, bias, rows, cols, packing, _threads())
+
+
 def linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, cols: int, packing: int, strategy: int = -1
 ) -> Tensor:
@@ -43,7 +54,10 @@ def linear(
 
     strategy: in the place of the plan's choice.
     """
-    # Every attribute of a tensor costs 50 to 150 ns here, and the whole call is to cost no more than nn.Linear's.
+    if strategy < 0:
+        made = _linear_of_tensors(x, packed, bias, rows, cols, packing, _threads())
+        if made is not None:
+            return made
     shape, dtype = x.shape, x.dtype
     if dtype is not dtype_of[packing] or not shape or shape[-1] != cols:
         refuse_input("input", x, "in_features", cols, packing)

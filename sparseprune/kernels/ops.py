@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprune.kernels import backend, codes
+from sparseprune.kernels import backend, codes, native
 from sparseprune.kernels.checks import (
     check,
     check_bits,
@@ -306,6 +306,10 @@ def _linear_fake(
 
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, cols: int, packing: int) -> Tensor:
+    if x.is_cpu and backend.cpu is native:
+        made = native.plain_linear(x, packed, bias, rows, cols, packing)
+        if made is not None:
+            return made
     check_linear(x, packed, bias, rows, cols, packing)
     kernels = backend.cpu if x.is_cpu else backend.cuda  # as backend.of does, which would be a call more
     return kernels.linear(x, packed, None if bias is None else bias.contiguous(), rows, cols, packing)
