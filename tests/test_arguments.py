@@ -315,6 +315,9 @@ FUNCTIONS = {
     sp.calibration.as_data: Call(
         sp.calibration.as_data, {"calibration": DATA}, {"calibration": Refused("a text")}
     ),
+    sp.models.compile_decoding: Call(
+        sp.models.compile_decoding, {"model": LLAMA}, {"model": Refused(NONE, "must be a language model")}
+    ),
     sp.models.find_blocks: Call(
         sp.models.find_blocks, {"model": LLAMA}, {"model": Changes(Made(lambda folder: tiny.llama(layers=3)))}
     ),
