@@ -1,0 +1,186 @@
+"""Where the time of one token goes: the kernels of the linears, the calls around them, and everything else by kind.
+
+    python benchmarks/decode_profile.py MODEL          # a folder of sparseprune.save(), or a Hugging Face folder
+
+A token is decoded once, and what each module was called with is kept. Then each kind of module is called again with that, in
+turn with whole tokens, eager ones and compiled ones. What a module takes beside its submodules is the difference.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from layers import Watch, describe, machine_record
+from llama_cpp.ours import CACHE_LENGTH
+from results import to_json
+from torch import nn
+
+import sparseprune as sp
+from sparseprune.kernels import native
+from sparseprune.models.blocks import find_blocks
+from sparseprune.models.decoding import compile_decoding
+from sparseprune.report import Column, Table
+from sparseprune.weights.linear import SparseLinear
+
+PROMPT = 16
+
+
+class Call(NamedTuple):
+    """A module and what it was called with."""
+
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self) -> Any:
+        return self.module(*self.arguments, **self.options)
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Folder of a language model.")],
+    rounds: Annotated[int, typer.Option(help="Turns of each candidate.")] = 30,
+    pause: Annotated[bool, typer.Option(help="Wait for a line on stdin when all is ready.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON in the place of the table.")] = False,
+) -> None:
+    """Milliseconds of one token, by what takes them."""
+    with torch.inference_mode():
+        candidates = _candidates(sp.load(model).eval())
+        if pause:
+            input("READY: press Enter to measure\n")
+        watch = Watch()
+        medians = _in_turn(candidates, rounds)
+        others = watch.others()
+    run = {"machine": {**machine_record(), "others_cpu_share": others}, "milliseconds": shares(medians)}
+    print(to_json(run) if json_ else table(run))
+
+
+def _candidates(model: Any) -> dict[str, Callable[[], Any]]:
+    """What is timed, by the names that `shares` knows."""
+    from transformers import DynamicCache, StaticCache
+
+    compiled = copy.deepcopy(model)
+    compile_decoding(compiled)
+    ids = torch.randint(model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    dynamic = DynamicCache(config=model.config)
+    static = StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
+    options = {"past_key_values": dynamic, "use_cache": True}
+    model(input_ids=ids, **options)
+    compiled(input_ids=ids, past_key_values=static, use_cache=True)
+
+    def token() -> Any:
+        return model(input_ids=ids[:, :1], **options)
+
+    def compiled_token() -> Any:
+        return compiled(input_ids=ids[:, :1], past_key_values=static, use_cache=True)
+
+    compiled_token()
+    calls = recorded(model, token)
+    linears = [it for it in calls if isinstance(it.module, SparseLinear)]
+    blocks = [block for _, block in find_blocks(model)]
+    inside = {id(it) for block in blocks for it in block.modules()}
+    kinds: dict[str, list[Callable[[], Any]]] = {
+        "kernels": [kernel(it) for it in linears],
+        "linears": list(linears),
+        "linears in attention": [],
+        "linears in mlp": [],
+        "attention": [],
+        "mlp": [],
+        "norms": [],
+        "norms in blocks": [],
+        "blocks": [it for it in calls if any(it.module is block for block in blocks)],
+        "head": [it for it in linears if id(it.module) not in inside],
+    }
+    held = {"attention": set[int](), "mlp": set[int]()}
+    for it in calls:
+        name = type(it.module).__name__.lower()
+        for kind, ends in (("attention", "attention"), ("mlp", "mlp"), ("norms", "norm")):
+            if name.endswith(ends):
+                kinds[kind].append(it)
+                if kind == "norms":
+                    kinds["norms in blocks"] += [it] if id(it.module) in inside else []
+                else:
+                    held[kind] |= {id(child) for child in it.module.modules()}
+    for kind, members in held.items():
+        kinds[f"linears in {kind}"] = [it for it in linears if id(it.module) in members]
+    timed = {name: functools.partial(_all, those) for name, those in kinds.items()}
+    return {**timed, "token": token, "compiled": compiled_token}
+
+
+def _all(calls: Iterable[Callable[[], Any]]) -> None:
+    for call in calls:
+        call()
+
+
+def recorded(model: nn.Module, call: Callable[[], Any]) -> list[Call]:
+    """Every call of a submodule inside, in order."""
+    found: list[Call] = []
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.append(Call(module, arguments, options))
+
+    handles = [it.register_forward_pre_hook(keep, with_kwargs=True) for it in model.modules()]
+    call()
+    for handle in handles:
+        handle.remove()
+    return [it for it in found if it.module is not model]
+
+
+def kernel(call: Call) -> Callable[[], Any]:
+    """The C++ function behind a call of a `SparseLinear`, its arguments looked up beforehand."""
+    layer: Any = call.module
+    x, out = call.arguments[0], layer(*call.arguments)
+    packed, batch = layer.packed, x.numel() // layer.in_features
+    return functools.partial(
+        native._core.linear, packed.data_ptr(), packed.numel(), layer.out_features, layer.in_features, layer.packing,
+        x.data_ptr(), batch, layer.in_features, 0, out.data_ptr(), torch.get_num_threads(), -1,
+    )  # fmt: skip
+
+
+def _in_turn(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(it) for name, it in times.items()}
+
+
+def shares(medians: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of one token by what takes them; those of an eager one add up to "eager token"."""
+    it = {name: seconds * 1e3 for name, seconds in medians.items()}
+    attention, mlp = it["attention"] - it["linears in attention"], it["mlp"] - it["linears in mlp"]
+    return {
+        "kernels of the linears and the head": it["kernels"],
+        "calls around them": it["linears"] - it["kernels"],
+        "attention without its linears": attention,
+        "MLP without its linears": mlp,
+        "norms": it["norms"],
+        "residuals and calls of blocks": it["blocks"] - it["attention"] - it["mlp"] - it["norms in blocks"],
+        "the model around its blocks": it["token"]
+        - it["blocks"]
+        - it["head"]
+        - (it["norms"] - it["norms in blocks"]),
+        "eager token": it["token"],
+        "compiled token": it["compiled"],
+    }
+
+
+def table(run: Mapping[str, Any]) -> Table:
+    total = run["milliseconds"]["eager token"]
+    columns = ["what", Column("ms", ".2f"), Column("of an eager token", ".0%")]
+    rows = [(name, value, value / total) for name, value in run["milliseconds"].items()]
+    return Table("One token", columns, rows, [describe(run["machine"])])
+
+
+if __name__ == "__main__":
+    typer.run(main)
