@@ -40,7 +40,8 @@ __all__ = ["compress"]
 
 _LEARNING_RATE = 1e-4
 _TOKENS = 1024  # held out, to judge by
-_SOLVED_ON = 32  # batches at most that errors and codes are solved on; all are trained on
+_MEASURED_ON = 8  # batches at most that errors of forms are solved on
+_SOLVED_ON = 32  # batches at most that zeros and codes are solved on; all are trained on
 _MEASURING_SHARE = 0.2  # of the minutes, for the sensitivities
 _SOLVING_SHARE = 0.45  # of what is left then: for zeros and codes, block by block; training has the rest
 
@@ -81,7 +82,7 @@ def compress(
     Args:
         budget: of the file with the weights: "62MB", "60MiB", "3.5 bits" a weight, or bytes.
         calibration: windows of text (`sparseprune.calibration.windows`) or batches, at least two: the more there are, the
-            better for the training. Errors and codes are solved on the first 32.
+            better for the training. Zeros and codes are solved on the first 32.
         keep: the GGUF file that the model came from: weights that are what its Q4_0, Q4_1 or Q8_0 codes stand for may keep
             these, at no loss.
         minutes: how long it may take.
@@ -188,13 +189,14 @@ def _measure(
     progress: bool,
 ) -> str:
     """Gives the options their losses; what there is to say of them."""
-    deadline = clock.now() + _MEASURING_SHARE * (until - clock.now())
-    few = CalibrationData(fit.batches[:_SOLVED_ON], fit.source)
-    errors, spreads = form_errors(model, list(linears.values()), FORMS, few, progress)
+    seconds = _MEASURING_SHARE * (until - clock.now())
+    few = CalibrationData(fit.batches[:_MEASURED_ON], fit.source)
+    errors, spreads = form_errors(model, list(linears.values()), FORMS, few, seconds / 3, progress)
     judge = Judge(model, pieces)
     for name, site in lookups.items():
         losses = lookup_losses(judge, site, [it for it in options[name].forms if not it.kept])
         options[name] = options[name].with_losses(losses)
+    deadline = clock.now() + seconds / 2
     minds, count = sensitivities(judge, list(linears.values()), spreads, deadline, seed, progress)
     for name in linears:
         known = dict(zip(FORMS, errors[name], strict=True))

@@ -45,23 +45,35 @@ def form_errors(
     sites: Sequence[WeightSite],
     forms: Sequence[Form],
     data: CalibrationData,
+    seconds: float,
     progress: bool,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """(site name -> relative squared error of its outputs in each form, site name -> standard deviation of a noise on its
     weight that makes an error of `_NOISE`).
 
-    Errors are those that SparseGPT and GPTQ leave on inputs of the dense model; infinite where a form does not fit.
+    Errors are those that SparseGPT and GPTQ leave on inputs of the dense model; infinite where a form does not fit. Where all
+    would take longer than `seconds`, as the first block shows, only every second block is solved, or third, and so on, and those behind it
+    have its errors.
     """
     errors: dict[str, list[float]] = {}
     spreads: dict[str, float] = {}
-    for layers, statistics in _statistics(model, sites, data, progress):
+    last: dict[str, list[float]] = {}  # by kind
+    blocks, stride = max(1, len(find_blocks(model))), 1
+    for number, (layers, statistics) in enumerate(_statistics(model, sites, data, progress)):
+        begin = clock.now()
         for site in layers:
             gram, weight = statistics[site.name], site.weight.float()
-            scale = _energy(weight, gram)
-            at = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long()
-            errors[site.name] = _errors(weight[at], gram, forms)
-            spread = (_NOISE * scale / max(len(weight) * float(gram.matrix.trace()), 1e-30)) ** 0.5
-            spreads[site.name] = spread
+            kind = kind_of(site.name)
+            if number % stride == 0 or kind not in last:
+                at = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long()
+                last[kind] = _errors(weight[at], gram, forms)
+            errors[site.name] = last[kind]
+            energy = _energy(weight, gram)
+            spreads[site.name] = (
+                _NOISE * energy / max(len(weight) * float(gram.matrix.trace()), 1e-30)
+            ) ** 0.5
+        if number == 0:
+            stride = max(1, math.ceil((clock.now() - begin) * blocks / seconds))
     return errors, spreads
 
 
