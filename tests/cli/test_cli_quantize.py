@@ -35,11 +35,17 @@ def test_quantize_writes_what_load_reads(folder):
     assert model(tiny.ids()).logits.dtype == torch.bfloat16
 
 
-def test_prune_and_quantize_in_one_call(folder):
-    code, text = run("prune", folder / "dense", folder / "out", "--pattern", "2:4", "--quantize", "int4")
-    assert code == 0 and "quantized" in text and "2:4" in text, text
+@pytest.mark.parametrize(
+    ("pattern", "form"), [("2:4", "2:4"), ("4:8", "4:8"), ("unstructured", "bitmap")], ids=str
+)
+def test_prune_and_quantize_in_one_call(folder, pattern, form):
+    half = ("--sparsity", "0.5") if pattern == "unstructured" else ()
+    code, text = run(
+        "prune", folder / "dense", folder / "out", "--pattern", pattern, *half, "--quantize", "int4"
+    )
+    assert code == 0 and "quantized" in text and form in text, text
     layer = sp.load(folder / "out").model.layers[0].mlp.up_proj
-    assert (str(layer.format), layer.encoding.kind) == ("2:4", "int4")
+    assert (str(layer.format), layer.encoding.kind) == (form, "int4")
 
 
 @pytest.mark.parametrize(
