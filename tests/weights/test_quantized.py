@@ -230,6 +230,15 @@ def test_bits_a_weight_and_the_packed_form_takes_no_more(form, encoding, bits):
     assert 8 * packed.blob.numel() / dense.numel() < bits + 0.02 and packed.layout == "bitquads"
 
 
+@pytest.mark.parametrize("period", [4, 8, 16])
+@pytest.mark.parametrize("kept", [4, 8])
+def test_columns_that_repeat_fill_both_streams_of_nibbles(period, kept):
+    dense = weight_of("dense", 64, 2048)
+    dense[:, torch.arange(2048) % period >= kept] = 0
+    weight = SparseWeight.from_dense(dense, "bitmap", "int4")
+    assert 8 * weight.pack().blob.numel() / dense.numel() < weight.bits_per_weight + 0.02
+
+
 def layer_of(
     form: str, encoding: str, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[nn.Linear, sp.SparseLinear]:

@@ -18,9 +18,6 @@ namespace sparseprune::bitquads {
 
 constexpr int kRows = 16, kCols = 64;
 
-static constexpr int bit_of(int row, std::int64_t col) {
-  return static_cast<int>(row * 4 + col % 4);
-}
 // The i-th mask of a tile. Low, high, high, low, high, low, low, high (Thue and Morse): what is kept by a pattern that repeats every
 // 8 or 16 columns is half in either stream, too.
 static constexpr bool is_high(std::int64_t i) {
