@@ -16,6 +16,7 @@ the CPU or on one CUDA device; values are float32, bfloat16 or float16; sums are
     pack(values, bits, cols, layout)   `Packed`: a blob for the device's kernels; unpack(packed) -> (values, bits)
     linear(input, packed, bias)        input @ weight.T + bias
     lookup(indices, packed)            weight[indices], of int8 and int4 weights on the CPU
+    round_through(weight, ...)         what a weight's codes stand for, with a gradient: rounding.py
 
 Those of torch take a `Packed` by its fields: the blob, rows, cols and the number that says how it is packed.
 """
@@ -49,19 +50,19 @@ from sparseprune.kernels.checks import (
 from sparseprune.kernels.codes import dequantize, unpack_codes
 from sparseprune.kernels.packing import Packed, dtype_of, encoding_of, group_of, packing_code
 
-_lib = torch.library.Library("sparseprune", "DEF")
+library = torch.library.Library("sparseprune", "DEF")
 
 
 def _dynamic_size() -> torch.SymInt:
     return torch.library.get_ctx().new_dynamic_size()
 
 
-def _define(schema: str, real: Callable, fake: Callable) -> None:
+def define(schema: str, real: Callable, fake: Callable) -> None:
     name = schema.split("(", 1)[0]
-    _lib.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
-        _lib.impl(name, real, key)
-    torch.library.register_fake(f"sparseprune::{name}", fake, lib=_lib)
+        library.impl(name, real, key)
+    torch.library.register_fake(f"sparseprune::{name}", fake, lib=library)
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -146,13 +147,13 @@ def _unpack_mask(bits: Tensor, cols: int) -> Tensor:
     return backend.of(bits).bits_to_bytes(bits.contiguous(), cols)
 
 
-_define("mask_apply(Tensor input, Tensor mask) -> Tensor", _mask_apply, _mask_apply_fake)
-_define("mask_apply_(Tensor(a!) input, Tensor mask) -> ()", _mask_apply_in, _mask_apply_in_fake)
-_define("mask_apply_packed(Tensor input, Tensor bits) -> Tensor", _mask_packed, _mask_packed_fake)
-_define("mask_apply_packed_(Tensor(a!) input, Tensor bits) -> ()", _mask_packed_in, _mask_packed_in_fake)
-_define("threshold_mask_(Tensor(a!) input, float threshold) -> Tensor", _threshold, _threshold_fake)
-_define("pack_mask(Tensor mask) -> Tensor", _pack_mask, _pack_mask_fake)
-_define("unpack_mask(Tensor bits, int cols) -> Tensor", _unpack_mask, _unpack_mask_fake)
+define("mask_apply(Tensor input, Tensor mask) -> Tensor", _mask_apply, _mask_apply_fake)
+define("mask_apply_(Tensor(a!) input, Tensor mask) -> ()", _mask_apply_in, _mask_apply_in_fake)
+define("mask_apply_packed(Tensor input, Tensor bits) -> Tensor", _mask_packed, _mask_packed_fake)
+define("mask_apply_packed_(Tensor(a!) input, Tensor bits) -> ()", _mask_packed_in, _mask_packed_in_fake)
+define("threshold_mask_(Tensor(a!) input, float threshold) -> Tensor", _threshold, _threshold_fake)
+define("pack_mask(Tensor mask) -> Tensor", _pack_mask, _pack_mask_fake)
+define("unpack_mask(Tensor bits, int cols) -> Tensor", _unpack_mask, _unpack_mask_fake)
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
@@ -284,15 +285,15 @@ def _unpack(packed: Tensor, rows: int, cols: int, packing: int) -> tuple[Tensor,
     return backend.of(packed).unpack(packed, rows, cols, packing)
 
 
-_define("dense_to_bitmap(Tensor dense) -> (Tensor, Tensor)", _bitmap, _bitmap_fake)
-_define("dense_to_nm(Tensor dense, int n, int m) -> (Tensor, Tensor)", _nm, _nm_fake)
-_define("bitmap_to_dense(Tensor values, Tensor bits, int cols) -> Tensor", _bitmap_dense, _bitmap_dense_fake)
-_define("dense_to_csr(Tensor dense) -> (Tensor, Tensor, Tensor)", _csr, _csr_fake)
-_define(
+define("dense_to_bitmap(Tensor dense) -> (Tensor, Tensor)", _bitmap, _bitmap_fake)
+define("dense_to_nm(Tensor dense, int n, int m) -> (Tensor, Tensor)", _nm, _nm_fake)
+define("bitmap_to_dense(Tensor values, Tensor bits, int cols) -> Tensor", _bitmap_dense, _bitmap_dense_fake)
+define("dense_to_csr(Tensor dense) -> (Tensor, Tensor, Tensor)", _csr, _csr_fake)
+define(
     "csr_to_dense(Tensor crow, Tensor col, Tensor values, int cols) -> Tensor", _csr_dense, _csr_dense_fake
 )
-_define("pack(Tensor values, Tensor bits, int cols, str layout) -> Tensor", _pack, _pack_fake)
-_define("unpack(Tensor packed, int rows, int cols, int packing) -> (Tensor, Tensor)", _unpack, _unpack_fake)
+define("pack(Tensor values, Tensor bits, int cols, str layout) -> Tensor", _pack, _pack_fake)
+define("unpack(Tensor packed, int rows, int cols, int packing) -> (Tensor, Tensor)", _unpack, _unpack_fake)
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
@@ -330,12 +331,12 @@ def _grad_input(grad: Tensor, packed: Tensor, rows: int, cols: int, packing: int
     return grad @ weight.to(grad.dtype)
 
 
-_define(
+define(
     "linear(Tensor input, Tensor packed, Tensor? bias, int rows, int cols, int packing) -> Tensor",
     _linear,
     _linear_fake,
 )
-_define(
+define(
     "linear_grad_input(Tensor grad, Tensor packed, int rows, int cols, int packing) -> Tensor",
     _grad_input,
     _grad_input_fake,
@@ -361,7 +362,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(
-    "sparseprune::linear", _linear_backward, setup_context=_linear_setup, lib=_lib
+    "sparseprune::linear", _linear_backward, setup_context=_linear_setup, lib=library
 )
 
 
@@ -375,7 +376,7 @@ def _lookup(indices: Tensor, packed: Tensor, rows: int, cols: int, packing: int)
     return codes.lookup(Packed(packed, rows, cols, packing), indices)
 
 
-_define(
+define(
     "lookup(Tensor indices, Tensor packed, int rows, int cols, int packing) -> Tensor", _lookup, _lookup_fake
 )
 

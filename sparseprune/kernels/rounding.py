@@ -18,7 +18,7 @@ from torch import Tensor
 from sparseprune.kernels import _core
 from sparseprune.kernels.checks import check, check_device, check_matrix
 from sparseprune.kernels.codes import CODES
-from sparseprune.kernels.ops import _define, _lib
+from sparseprune.kernels.ops import define, library
 from sparseprune.kernels.packing import DTYPES
 
 __all__ = ["round_codes", "round_through"]
@@ -246,13 +246,13 @@ def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if it is None else it.contiguous() for it in tensors]
 
 
-_define(
+define(
     "round_through(Tensor weight, Tensor scales, Tensor? minimums, Tensor? kept, int group_size, str encoding, "
     "ScalarType dtype) -> Tensor",
     _real,
     _fake,
 )
-_define(
+define(
     "round_through_gradients(Tensor gradient, Tensor weight, Tensor scales, Tensor? minimums, Tensor? kept, int group_size, "
     "str encoding) -> (Tensor, Tensor, Tensor)",
     _gradients_real,
@@ -274,4 +274,4 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return of_weight, of_scales, None if minimums is None else of_minimums, None, None, None, None
 
 
-torch.library.register_autograd("sparseprune::round_through", _backward, setup_context=_setup, lib=_lib)
+torch.library.register_autograd("sparseprune::round_through", _backward, setup_context=_setup, lib=library)

@@ -10,7 +10,7 @@ from helpers.codes import random_codes
 from helpers.compare import assert_same_bits
 from helpers.shapes import generator, mask, packed_layer
 
-from sparseprune.kernels import ops
+from sparseprune.kernels import ops, rounding  # noqa: F401 (its operations)
 
 
 def assert_tuples(actual, expected) -> None:
@@ -21,7 +21,7 @@ def assert_tuples(actual, expected) -> None:
 OPERATIONS = (
     "mask_apply", "mask_apply_", "mask_apply_packed", "mask_apply_packed_", "threshold_mask_", "pack_mask",
     "unpack_mask", "dense_to_bitmap", "dense_to_nm", "bitmap_to_dense", "dense_to_csr", "csr_to_dense", "pack",
-    "unpack", "linear", "linear_grad_input", "lookup",
+    "unpack", "linear", "linear_grad_input", "lookup", "round_through", "round_through_gradients",
 )  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def op_arguments(place: Place) -> dict[str, list[tuple]]:
     quads = random_codes(("quads", "int4"), 20, 36, 32).pack(
         torch.bfloat16
     )  # on the CPU: there alone are kernels for it
+    rounded = (torch.randn(5, 70), torch.rand(5, 3) + 0.1, torch.randn(5, 3), torch.rand(5, 70) < 0.5)
     return {
         "mask_apply": [(x, keep), (x.t(), keep.t()), (x.half(), keep)],
         "mask_apply_": [(x.clone(), keep)],
@@ -65,6 +66,8 @@ def op_arguments(place: Place) -> dict[str, list[tuple]]:
         "lookup": [
             (ids, *quads) for ids in (torch.tensor([[3, 0], [19, 3]]), torch.tensor(5, dtype=torch.int32))
         ],
+        "round_through": [(*rounded, 32, "int4_minimum", torch.bfloat16)],
+        "round_through_gradients": [(torch.randn(5, 70), *rounded, 32, "int4_minimum")],
         "linear_grad_input": [(place.put(torch.randn(3, 20)), *packed)],
     }
 
