@@ -10,7 +10,7 @@ On the CPU two passes over the weight, one forward and one backward; elsewhere t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,196 +54,145 @@ def round_codes(
     encoding: str,
 ) -> Tensor:
     """The codes, int8 [rows, cols], whose values `round_through` gives; a pruned weight has the code of 0."""
-    weight, scales = weight.detach().contiguous(), scales.detach().contiguous()
-    minimums = None if minimums is None else minimums.detach().contiguous()
-    _check(weight, scales, minimums, kept, group_size, encoding, torch.float32)
+    it = _Rounded(weight.detach(), scales.detach(), minimums, kept, group_size, encoding).checked()
     if weight.is_cpu:
         out = torch.empty(weight.shape, dtype=torch.int8)
-        _core.round_weight(*_call(weight, scales, minimums, kept, group_size, encoding, -1, out.data_ptr()))
+        _core.round_weight(*it.call(-1, out))
         return out
-    codes, _ = _steps(weight, scales, minimums, group_size, encoding)
-    return (
-        codes.where(kept, CODES[encoding].zero).to(torch.int8) if kept is not None else codes.to(torch.int8)
-    )
+    codes, _ = it.steps()
+    return (codes if kept is None else codes.where(kept, CODES[encoding].zero)).to(torch.int8)
 
 
-def _check(
-    weight: Tensor,
-    scales: Tensor,
-    minimums: Tensor | None,
-    kept: Tensor | None,
-    group_size: int,
-    encoding: str,
-    dtype: torch.dtype,
-) -> None:
-    check(encoding in CODES, lambda: f"encoding: must be one of {', '.join(CODES)}, got {encoding!r}")
-    check(group_size in (32, 64, 128), lambda: f"group_size: must be 32, 64 or 128, got {group_size}")
-    check(dtype in DTYPES, lambda: f"dtype: must be float32, bfloat16 or float16, got {dtype}")
-    check_matrix("weight", weight)
-    check(
-        weight.dtype == torch.float32,
-        lambda: f"weight: dtype must be float32, got {weight.dtype}; cast it first",
-    )
-    groups = (weight.shape[0], (weight.shape[1] + group_size - 1) // group_size)
-    check(
-        (minimums is not None) == CODES[encoding].minimums,
-        lambda: f"minimums: {encoding} {'needs' if CODES[encoding].minimums else 'has no'} minimums",
-    )
-    _check_part("scales", scales, weight, groups)
-    if minimums is not None:
-        _check_part("minimums", minimums, weight, groups)
-    if kept is not None:
+class _Rounded(NamedTuple):
+    """What all of the operations are told."""
+
+    weight: Tensor
+    scales: Tensor
+    minimums: Tensor | None
+    kept: Tensor | None
+    group_size: int
+    encoding: str
+
+    def checked(self, dtype: torch.dtype = torch.float32) -> _Rounded:
+        """The same, contiguous.
+
+        Raises:
+            ValueError, TypeError: tensors that do not fit each other.
+        """
+        weight, kept, encoding = self.weight, self.kept, self.encoding
+        check(encoding in CODES, lambda: f"encoding: must be one of {', '.join(CODES)}, got {encoding!r}")
         check(
-            kept.dtype == torch.bool and kept.shape == weight.shape,
-            lambda: f"kept: must be bool {tuple(weight.shape)}, got {kept.dtype} {tuple(kept.shape)}",
+            self.group_size in (32, 64, 128),
+            lambda: f"group_size: must be 32, 64 or 128, got {self.group_size}",
         )
-        check_device("weight", weight, kept=kept)
-
-
-def _check_part(name: str, part: Tensor, weight: Tensor, groups: tuple[int, int]) -> None:
-    check(
-        part.dtype == torch.float32 and tuple(part.shape) == groups,
-        lambda: f"{name}: must be float32 {groups}, got {part.dtype} {tuple(part.shape)}",
-    )
-    check_device("weight", weight, **{name: part})
-
-
-def _call(
-    weight: Tensor,
-    scales: Tensor,
-    minimums: Tensor | None,
-    kept: Tensor | None,
-    group: int,
-    encoding: str,
-    dtype: int,
-    *rest: int,
-) -> tuple[Any, ...]:
-    """A kernel's arguments; every tensor is contiguous and on the CPU."""
-    code = CODES[encoding]
-    return (
-        weight.data_ptr(),
-        *weight.shape,
-        group,
-        scales.data_ptr(),
-        0 if minimums is None else minimums.data_ptr(),
-        0 if kept is None else kept.data_ptr(),
-        code.zero,
-        code.least,
-        code.largest,
-        dtype,
-        *rest,
-        torch.get_num_threads(),
-    )
-
-
-def _steps(
-    weight: Tensor, scales: Tensor, minimums: Tensor | None, group: int, encoding: str
-) -> tuple[Tensor, Tensor]:
-    """(codes, t), float32 [rows, cols], in plain torch."""
-    code, columns = CODES[encoding], weight.shape[1]
-    inverse = _wide(torch.where(scales == 0, 0.0, 1 / scales), group, columns)
-    steps = (weight if minimums is None else weight - _wide(minimums, group, columns)) * inverse + code.zero
-    return steps.clamp(code.least, code.largest).round(), steps
-
-
-def _wide(part: Tensor, group: int, columns: int) -> Tensor:
-    return part.repeat_interleave(group, 1)[:, :columns]
-
-
-def _real(
-    weight: Tensor,
-    scales: Tensor,
-    minimums: Tensor | None,
-    kept: Tensor | None,
-    group_size: int,
-    encoding: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    _check(weight, scales, minimums, kept, group_size, encoding, dtype)
-    weight, scales, minimums, kept = _contiguous(weight, scales, minimums, kept)
-    if weight.is_cpu:
-        out = torch.empty(weight.shape, dtype=dtype)
-        number = DTYPES[dtype]
-        _core.round_weight(
-            *_call(weight, scales, minimums, kept, group_size, encoding, number, out.data_ptr())
+        check(dtype in DTYPES, lambda: f"dtype: must be float32, bfloat16 or float16, got {dtype}")
+        check_matrix("weight", weight)
+        check(
+            weight.dtype == torch.float32,
+            lambda: f"weight: dtype must be float32, got {weight.dtype}; cast it first",
         )
+        check(
+            (self.minimums is not None) == CODES[encoding].minimums,
+            lambda: f"minimums: {encoding} {'needs' if CODES[encoding].minimums else 'has no'} minimums",
+        )
+        self._check_part("scales", self.scales)
+        if self.minimums is not None:
+            self._check_part("minimums", self.minimums)
+        if kept is not None:
+            check(
+                kept.dtype == torch.bool and kept.shape == weight.shape,
+                lambda: f"kept: must be bool {tuple(weight.shape)}, got {kept.dtype} {tuple(kept.shape)}",
+            )
+            check_device("weight", weight, kept=kept)
+        return self._replace(
+            weight=weight.contiguous(),
+            scales=self.scales.contiguous(),
+            minimums=None if self.minimums is None else self.minimums.contiguous(),
+            kept=None if kept is None else kept.contiguous(),
+        )
+
+    def _check_part(self, name: str, part: Tensor) -> None:
+        rows, cols = self.weight.shape
+        groups = (rows, (cols + self.group_size - 1) // self.group_size)
+        check(
+            part.dtype == torch.float32 and tuple(part.shape) == groups,
+            lambda: f"{name}: must be float32 {groups}, got {part.dtype} {tuple(part.shape)}",
+        )
+        check_device("weight", self.weight, **{name: part})
+
+    def call(self, dtype: int, *rest: Tensor | None) -> tuple[Any, ...]:
+        """A kernel's arguments; every tensor is on the CPU."""
+        weight, scales, minimums, kept, group, encoding = self
+        code = CODES[encoding]
+        places = (0 if it is None else it.data_ptr() for it in (scales, minimums, kept))
+        others = (0 if it is None else it.data_ptr() for it in rest)
+        numbers = (code.zero, code.least, code.largest, dtype)
+        return weight.data_ptr(), *weight.shape, group, *places, *numbers, *others, torch.get_num_threads()
+
+    def wide(self, part: Tensor) -> Tensor:
+        """[rows, groups] to [rows, cols]."""
+        return part.repeat_interleave(self.group_size, 1)[:, : self.weight.shape[1]]
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[rows, cols] to [rows, groups]."""
+        rows, columns = values.shape
+        padded = torch.nn.functional.pad(values, (0, -columns % self.group_size))
+        return padded.view(rows, self.scales.shape[1], self.group_size).sum(-1)
+
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """(codes, t), float32 [rows, cols], in plain torch."""
+        code, low = CODES[self.encoding], 0 if self.minimums is None else self.wide(self.minimums)
+        inverse = self.wide(torch.where(self.scales == 0, 0.0, 1 / self.scales))
+        steps = (self.weight - low) * inverse + code.zero
+        return steps.clamp(code.least, code.largest).round(), steps
+
+
+def _real(*given: Any) -> Tensor:
+    dtype = given[-1]
+    it = _Rounded(*given[:-1]).checked(dtype)
+    if it.weight.is_cpu:
+        out = torch.empty(it.weight.shape, dtype=dtype)
+        _core.round_weight(*it.call(DTYPES[dtype], out))
         return out
-    codes, _ = _steps(weight, scales, minimums, group_size, encoding)
-    value = (codes - CODES[encoding].zero) * _wide(scales, group_size, weight.shape[1])
-    if minimums is not None:
-        value = value + _wide(minimums, group_size, weight.shape[1])
-    return (value if kept is None else torch.where(kept, value, 0)).to(dtype)
+    codes, _ = it.steps()
+    value = (codes - CODES[it.encoding].zero) * it.wide(it.scales)
+    if it.minimums is not None:
+        value = value + it.wide(it.minimums)
+    return (value if it.kept is None else torch.where(it.kept, value, 0)).to(dtype)
 
 
-def _fake(
-    weight: Tensor,
-    scales: Tensor,
-    minimums: Tensor | None,
-    kept: Tensor | None,
-    group_size: int,
-    encoding: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    _check(weight, scales, minimums, kept, group_size, encoding, dtype)
-    return weight.new_empty(weight.shape, dtype=dtype)
+def _fake(*given: Any) -> Tensor:
+    it = _Rounded(*given[:-1]).checked(given[-1])
+    return it.weight.new_empty(it.weight.shape, dtype=given[-1])
 
 
-def _gradients_real(
-    gradient: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    minimums: Tensor | None,
-    kept: Tensor | None,
-    group_size: int,
-    encoding: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(weight, scales, minimums, kept, group_size, encoding, gradient.dtype)
+def _gradients_real(gradient: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    it = _Rounded(*given).checked(gradient.dtype)
     check(
-        gradient.shape == weight.shape,
-        lambda: f"gradient: shape must be {tuple(weight.shape)}, got {tuple(gradient.shape)}",
+        gradient.shape == it.weight.shape,
+        lambda: f"gradient: shape must be {tuple(it.weight.shape)}, got {tuple(gradient.shape)}",
     )
-    weight, scales, minimums, kept = _contiguous(weight, scales, minimums, kept)
-    gradient = gradient.contiguous()
-    of_weight, of_scales = torch.empty_like(weight), torch.zeros_like(scales)
-    of_minimums = torch.zeros_like(scales if minimums is not None else scales[:0])
-    if weight.is_cpu:
-        places = (it.data_ptr() for it in (gradient, of_weight, of_scales))
-        last = 0 if minimums is None else of_minimums.data_ptr()
-        number = DTYPES[gradient.dtype]
-        _core.round_gradients(
-            *_call(weight, scales, minimums, kept, group_size, encoding, number, *places, last)
-        )
+    of_weight, of_scales, of_minimums = _gradients_fake(gradient, *it)
+    if it.weight.is_cpu:
+        last = None if it.minimums is None else of_minimums
+        gradient = gradient.contiguous()  # kept until the kernel has read it
+        _core.round_gradients(*it.call(DTYPES[gradient.dtype], gradient, of_weight, of_scales, last))
         return of_weight, of_scales, of_minimums
-    codes, steps = _steps(weight, scales, minimums, group_size, encoding)
-    up = gradient.float() if kept is None else torch.where(kept, gradient.float(), 0)
+    codes, steps = it.steps()
+    up = gradient.float() if it.kept is None else torch.where(it.kept, gradient.float(), 0)
     off = codes - steps
-    inside = (off.abs() <= 0.5) & (_wide(scales, group_size, weight.shape[1]) != 0)
-    of_scales = _sums(up * torch.where(inside, off, codes - CODES[encoding].zero), group_size)
-    if minimums is not None:
-        of_minimums = _sums(torch.where(inside, 0, up), group_size)
+    inside = (off.abs() <= 0.5) & (it.wide(it.scales) != 0)
+    of_scales = it.sums(up * torch.where(inside, off, codes - CODES[it.encoding].zero))
+    if it.minimums is not None:
+        of_minimums = it.sums(torch.where(inside, 0, up))
     return torch.where(inside, up, 0), of_scales, of_minimums
 
 
-def _gradients_fake(
-    gradient: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    minimums: Tensor | None,
-    kept: Tensor | None,
-    group_size: int,
-    encoding: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    of_minimums = torch.empty_like(scales if minimums is not None else scales[:0])
-    return torch.empty_like(weight), torch.empty_like(scales), of_minimums
-
-
-def _sums(values: Tensor, group: int) -> Tensor:
-    rows, columns = values.shape
-    return torch.nn.functional.pad(values, (0, -columns % group)).view(rows, -1, group).sum(-1)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    return [None if it is None else it.contiguous() for it in tensors]
+def _gradients_fake(gradient: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(of the weight, of the scales, of the minimums: empty where there are none)"""
+    it = _Rounded(*given)
+    of_minimums = torch.empty_like(it.scales if it.minimums is not None else it.scales[:0])
+    return torch.empty_like(it.weight), torch.empty_like(it.scales), of_minimums
 
 
 define(
