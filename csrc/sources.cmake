@@ -44,12 +44,19 @@ set(SPARSEPRUNE_CUDA_KERNELS
   convert/convert.cu
   linear/bitmap8.cu
   linear/bitmap8_f32.cu
+  linear/fragments.cu
+  linear/fragments24_int4.cu
+  linear/fragments24_int8.cu
+  linear/fragments_int4.cu
+  linear/fragments_int4_minimum.cu
+  linear/fragments_int8.cu
   linear/sparse24.cu
   linear/sparse24_large.cu
   linear/sparse24_medium.cu
   linear/sparse24_small.cu
   masks/masks.cu
   pack/bitmap8.cu
+  pack/fragments.cu
   pack/sparse24.cu
   linear/splits.cu)
 set(SPARSEPRUNE_CUDA_HOST

@@ -177,6 +177,41 @@ void bind_packing(py::module_& m) {
       },
       nogil);
   m.def(
+      "fragments_pack",
+      [](int device, Address stream, Address codes, Address mask, Address scales, Address minimums, i64 rows, i64 cols,
+         i64 packing, Address blob, i64 blob_bytes) {
+        const Packing p = to_packing(packing);
+        const Geometry g = require_hidden(rows, cols, p, blob, blob_bytes).geometry;
+        run("pack", device, [&] {
+          return cuda::fragments_pack(p, rows, cols, at(codes), at(mask), at(scales), at(minimums), at(blob, g.values),
+                                      at(stream));
+        });
+      },
+      nogil);
+  m.def(
+      "fragments_unpack",
+      [](int device, Address stream, Address blob, i64 blob_bytes, i64 rows, i64 cols, i64 packing, Address codes,
+         Address mask, Address scales, Address minimums) {
+        const Packing p = to_packing(packing);
+        const Geometry g = require_hidden(rows, cols, p, blob, blob_bytes).geometry;
+        run("unpack", device, [&] {
+          return cuda::fragments_unpack(p, rows, cols, at(blob, g.values), at(codes), at(mask), at(scales), at(minimums),
+                                        at(stream));
+        });
+      },
+      nogil);
+  m.def(
+      "fragments_lookup",
+      [](int device, Address stream, Address blob, i64 blob_bytes, i64 rows, i64 cols, i64 packing, Address indices,
+         i64 count, Address out) {
+        const Packing p = to_packing(packing);
+        const Geometry g = require_hidden(rows, cols, p, blob, blob_bytes).geometry;
+        run("lookup", device, [&] {
+          return cuda::fragments_lookup(p, rows, cols, at(blob, g.values), at(indices), count, at(out), at(stream));
+        });
+      },
+      nogil);
+  m.def(
       "bitmap8_index",
       [](int device, Address stream, i64 rows, i64 cols, Address bits, Address index, Address counts) {
         run("pack", device, [&] { return cuda::bitmap8_index(rows, cols, at(bits), at(index), at(counts), at(stream)); });

@@ -7,6 +7,7 @@
 #include "core/layouts/bitmap8.h"
 #include "core/layouts/bitquads.h"
 #include "core/layouts/csr.h"
+#include "core/layouts/fragments.h"
 #include "core/layouts/octets.h"
 #include "core/layouts/quads.h"
 #include "core/layouts/sparse24.h"
@@ -35,9 +36,9 @@ bool is_sane(std::int64_t rows, std::int64_t cols) {
 bool is_known(const Packing& p) {
   return static_cast<int>(p.layout) < kLayouts && static_cast<int>(p.dtype) < kDTypes &&
          static_cast<int>(p.encoding) < kEncodings && has_scales(p.encoding, p.group, p.scales) &&
-         is_of_codes(p.layout) == (p.encoding != Encoding::plain) &&
-         (p.layout == Layout::quads || !has_minimums(p.encoding)) &&
-         (p.layout != Layout::sparse24 || value_bits(p.encoding, p.dtype) == sparse24::kBits);
+         is_of_codes(p.layout) == (p.encoding != Encoding::plain) && (is_dense(p.layout) || !has_minimums(p.encoding)) &&
+         (p.layout != Layout::sparse24 || value_bits(p.encoding, p.dtype) == sparse24::kBits) &&
+         !(is_cuda(p.layout) && is_of_codes(p.layout) && p.dtype == DType::f32);
 }
 
 std::int64_t value_bytes(const Packing& p, std::int64_t count) {
@@ -50,7 +51,9 @@ std::int64_t stored_in(const PackedHeader& h, std::int64_t stored) {
     case Layout::tile:
     case Layout::csr:
     case Layout::quads:
-    case Layout::octets: return h.nnz;
+    case Layout::octets:
+    case Layout::fragments:
+    case Layout::fragments24: return h.nnz;
     case Layout::sparse24: return sparse24::units(h.rows, h.cols) * sparse24::kValues;
     case Layout::bitmap8:
     case Layout::bitquads: return stored;
@@ -60,8 +63,13 @@ std::int64_t stored_in(const PackedHeader& h, std::int64_t stored) {
 
 // The number of values where the layout decides it.
 std::int64_t nnz_in(const PackedHeader& h, std::int64_t nnz) {
-  if (h.layout == Layout::quads) return h.rows * h.cols;
-  return h.layout == Layout::octets ? h.rows * (h.cols / 2) : nnz;
+  if (is_dense(h.layout)) return h.rows * h.cols;
+  return is_two_four(h.layout) && is_of_codes(h.layout) ? h.rows * (h.cols / 2) : nnz;
+}
+
+// Codes of whole groups of four: that of plain 2:4 values is checked where they are packed.
+bool holds(Layout layout, std::int64_t cols) {
+  return cols % 4 == 0 || !(is_two_four(layout) && is_of_codes(layout));
 }
 
 std::string shape(std::int64_t rows, std::int64_t cols) {
@@ -103,8 +111,9 @@ PackedHeader make_header(Home home, std::int64_t rows, std::int64_t cols, const 
   }
   if (!is_sane(rows, cols))
     throw std::invalid_argument("shape: must be of less than 2^40 entries, got " + shape(rows, cols));
-  if (packing.layout == Layout::octets && cols % 4 != 0) {
-    throw std::invalid_argument("cols: must be a multiple of 4 for layout octets, got " + std::to_string(cols));
+  if (!holds(packing.layout, cols)) {
+    throw std::invalid_argument(std::string("cols: must be a multiple of 4 for layout ") + layout_name(packing.layout) +
+                                ", got " + std::to_string(cols));
   }
   PackedHeader h{};
   std::memcpy(h.magic, kMagic, sizeof h.magic);
@@ -133,6 +142,8 @@ Geometry geometry_of(const PackedHeader& h) {
     case Layout::quads: return quads::geometry(h.rows, h.cols, packing_of(h));
     case Layout::octets: return octets::geometry(h.rows, h.cols, packing_of(h));
     case Layout::bitquads: return bitquads::geometry(h.rows, h.cols, h.stored, packing_of(h));
+    case Layout::fragments:
+    case Layout::fragments24: return fragments::geometry(h.rows, h.cols, packing_of(h));
   }
   return {};
 }
@@ -160,7 +171,7 @@ PackedHeader read_header(Home home, const void* begin, std::int64_t size) {
   constexpr std::int64_t kMax = std::int64_t{1} << 40;
   const bool sane = is_known(packing) && is_sane(h.rows, h.cols) && h.nnz >= 0 && h.nnz < kMax && h.stored >= 0 &&
                     h.stored < kMax && (h.interleave == 1 || h.interleave == 2) && h.stored == stored_in(h, h.stored) &&
-                    h.nnz == nnz_in(h, h.nnz) && (h.layout != Layout::octets || h.cols % 4 == 0);
+                    h.nnz == nnz_in(h, h.nnz) && holds(h.layout, h.cols);
   if (!sane || geometry_of(h).total != size) {
     throw std::invalid_argument("packed: the header does not fit the size of " + std::to_string(size) +
                                 " bytes; the weight is damaged, pack it again");

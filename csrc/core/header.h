@@ -36,8 +36,8 @@ static constexpr Packing packing_of(const PackedHeader& h) {
 // Where a blob lies decides which layouts it may have.
 enum class Home { cpu, cuda };
 
-// nnz: ignored where it follows from the shape (quads, octets). stored: bitmap8's number of values with their padding, bitquads'
-// bytes of values; the other layouts' follows from the rest.
+// nnz: ignored where it follows from the shape (dense and 2:4 codes). stored: bitmap8's number of values with their padding,
+// bitquads' bytes of values; the other layouts' follows from the rest.
 PackedHeader make_header(Home home, std::int64_t rows, std::int64_t cols, const Packing& packing, std::int64_t nnz,
                          std::int64_t stored = 0, int interleave = 1);
 

@@ -10,18 +10,39 @@
 
 namespace sparseprune {
 
-// A file each in core/layouts. CPU: `tile`, `csr` of plain values, `quads`, `octets`, `bitquads` of codes. GPU: `sparse24`, `bitmap8`.
-enum class Layout : std::uint8_t { tile = 0, csr = 1, sparse24 = 2, bitmap8 = 3, quads = 4, octets = 5, bitquads = 6 };
-constexpr int kLayouts = 7;
+// A file each in core/layouts (fragments24 is in fragments.h). CPU: `tile`, `csr` of plain values, `quads`, `octets`, `bitquads` of
+// codes. GPU: `sparse24`, `bitmap8` of plain values, `fragments`, `fragments24` of codes.
+enum class Layout : std::uint8_t {
+  tile = 0,
+  csr = 1,
+  sparse24 = 2,
+  bitmap8 = 3,
+  quads = 4,
+  octets = 5,
+  bitquads = 6,
+  fragments = 7,
+  fragments24 = 8,
+};
+constexpr int kLayouts = 9;
 
 static constexpr bool is_cuda(Layout layout) {
-  return layout == Layout::sparse24 || layout == Layout::bitmap8;
+  return layout == Layout::sparse24 || layout == Layout::bitmap8 || layout == Layout::fragments ||
+         layout == Layout::fragments24;
 }
 static constexpr bool is_of_codes(Layout layout) {
-  return layout == Layout::quads || layout == Layout::octets || layout == Layout::bitquads;
+  return layout >= Layout::quads;
+}
+// Whether every column has a code.
+static constexpr bool is_dense(Layout layout) {
+  return layout == Layout::quads || layout == Layout::fragments;
+}
+// Whether two of every four columns are kept, and the layout has no room for others.
+static constexpr bool is_two_four(Layout layout) {
+  return layout == Layout::sparse24 || layout == Layout::octets || layout == Layout::fragments24;
 }
 static constexpr const char* layout_name(Layout layout) {
-  constexpr const char* names[kLayouts] = {"tile", "csr", "sparse24", "bitmap8", "quads", "octets", "bitquads"};
+  constexpr const char* names[kLayouts] = {"tile",   "csr",      "sparse24",  "bitmap8",    "quads",
+                                           "octets", "bitquads", "fragments", "fragments24"};
   return names[static_cast<int>(layout)];
 }
 

@@ -61,6 +61,19 @@ int bitmap8_pack(const Matrix& m, const void* dense, const std::uint64_t* index,
 int bitmap8_unpack(const Matrix& m, const std::uint64_t* index, const std::int64_t* offsets, const void* values,
                    std::int64_t stored, void* dense, std::uint8_t* bits, void* stream);
 
+// pack/fragments.cu: codes (int8 [n], or two int4 to a byte), those of the kept entries in row-major order, to units
+// (core/layouts/fragments.h) and back. mask: the bits of 2:4 weights, two of every four columns; null for dense ones. scales and
+// minimums: 16 bits [rows, ceil(cols / group)]; minimums are null where the encoding has none.
+int fragments_pack(const Packing& packing, std::int64_t rows, std::int64_t cols, const std::uint8_t* codes,
+                   const std::uint8_t* mask, const std::uint16_t* scales, const std::uint16_t* minimums, std::uint8_t* units,
+                   void* stream);
+int fragments_unpack(const Packing& packing, std::int64_t rows, std::int64_t cols, const std::uint8_t* units,
+                     std::uint8_t* codes, std::uint8_t* mask, std::uint16_t* scales, std::uint16_t* minimums, void* stream);
+// out [count, cols] in the packing's dtype: rows of a dense weight; NaN for an index that is not one. Throws
+// std::invalid_argument for a 2:4 one.
+int fragments_lookup(const Packing& packing, std::int64_t rows, std::int64_t cols, const std::uint8_t* units,
+                     const std::int64_t* indices, std::int64_t count, void* out, void* stream);
+
 // plan.cpp: how a linear of this shape is run. Depends on the shape and the card alone: the caller keeps it.
 struct LinearPlan {
   int config;                    // which of the layout's kernels; linear_config_name names it
@@ -85,9 +98,10 @@ struct LinearCall {
   void* stream;
 };
 // out = x weight^T + bias, float32 sums. Throws std::invalid_argument where blob, plan or workspace do not fit the call.
-// linear.cpp; the kernels: linear/sparse24.cu, bitmap8.cu, bitmap8_f32.cu.
+// linear.cpp; the kernels: linear/sparse24.cu, fragments.cu, bitmap8.cu, bitmap8_f32.cu.
 int linear(const LinearCall& call);
 int linear_sparse24(const LinearCall& call, const Geometry& geometry);
+int linear_fragments(const LinearCall& call, const Geometry& geometry);    // int8 and int4 codes: bf16, f16
 int linear_bitmap8(const LinearCall& call, const Geometry& geometry);      // bf16, f16: tensor cores
 int linear_bitmap8_f32(const LinearCall& call, const Geometry& geometry);  // float32: plain multiply-adds
 // splits.cu: out = sum over the splits of partial [splits, batch, rows], plus bias.

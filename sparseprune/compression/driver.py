@@ -171,7 +171,7 @@ def _row(name: str, choice: Choice, rows: int, columns: int, nbytes: int) -> Lay
 
 def _forms(site: WeightSite, looked_up: bool, kept: SparseWeight | None) -> Options:
     shape = (site.weight.shape[0], site.weight.shape[1])
-    forms = [it for it in (EMBEDDING_FORMS if looked_up else FORMS) if it.fits(shape)]
+    forms = [it for it in (EMBEDDING_FORMS if looked_up else FORMS) if it.fits(site.weight)]
     if kept is not None:
         forms.append(Form("dense", kept.encoding, kept=True))
     return Options(tuple(forms), tuple(it.nbytes(site.name, shape, site.weight.dtype) for it in forms))

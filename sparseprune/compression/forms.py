@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sparseprune.pruning.patterns import Pattern
+from sparseprune.weights.choose import has_codes
 from sparseprune.weights.encoding import PLAIN, Encoding
 from sparseprune.weights.format import Format
 from sparseprune.weights.spec import SPEC_FIELDS, WeightSpec
@@ -55,8 +57,9 @@ class Form:
         pattern = Pattern.parse(self.pattern)
         return pattern, pattern.resolve_sparsity(self.sparsity if self.pattern == "unstructured" else None)
 
-    def fits(self, shape: tuple[int, int]) -> bool:
-        return self.pattern != "2:4" or shape[1] % 4 == 0
+    def fits(self, weight: Tensor) -> bool:
+        """Whether `weight` [out, in] can become this and be multiplied by on its device."""
+        return (self.pattern != "2:4" or weight.shape[1] % 4 == 0) and has_codes(self.format, weight)
 
     def nbytes(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """In a file, for the weight of the layer `name`, of this shape, that computes in `dtype`; at most a little more."""

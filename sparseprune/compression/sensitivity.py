@@ -104,11 +104,10 @@ def _energy(change: Tensor, gram: Gram) -> float:
 
 def _errors(weight: Tensor, gram: Gram, forms: Sequence[Form]) -> list[float]:
     whole = max(_energy(weight, gram), 1e-30)
-    shape = (weight.shape[0], weight.shape[1])
     pruned: dict[Any, tuple[Tensor, Tensor | None]] = {}
     found = []
     for form in forms:
-        if form.unchanged or not form.fits(shape):
+        if form.unchanged or not form.fits(weight):
             found.append(0.0 if form.unchanged else float("inf"))
             continue
         if form.target not in pruned:

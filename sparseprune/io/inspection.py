@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparseprune.kernels.codes import CODES
+from sparseprune.kernels.packing import CODES
 from sparseprune.models.notes import noted, recall
 from sparseprune.models.sites import find_sites
 from sparseprune.report import Column, Report, Table, alike, human_bytes

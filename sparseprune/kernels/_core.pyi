@@ -277,6 +277,50 @@ class Cuda:
         bits: int,
         /,
     ) -> None: ...
+    def fragments_pack(
+        self,
+        device: int,
+        stream: int,
+        codes: int,
+        mask: int,
+        scales: int,
+        minimums: int,
+        rows: int,
+        cols: int,
+        packing: int,
+        packed: int,
+        packed_bytes: int,
+        /,
+    ) -> None: ...
+    def fragments_unpack(
+        self,
+        device: int,
+        stream: int,
+        packed: int,
+        packed_bytes: int,
+        rows: int,
+        cols: int,
+        packing: int,
+        codes: int,
+        mask: int,
+        scales: int,
+        minimums: int,
+        /,
+    ) -> None: ...
+    def fragments_lookup(
+        self,
+        device: int,
+        stream: int,
+        packed: int,
+        packed_bytes: int,
+        rows: int,
+        cols: int,
+        packing: int,
+        indices: int,
+        count: int,
+        out: int,
+        /,
+    ) -> None: ...
     def bitmap8_index(
         self, device: int, stream: int, rows: int, cols: int, bits: int, index: int, counts: int, /
     ) -> None: ...

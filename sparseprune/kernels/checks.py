@@ -152,14 +152,7 @@ def check_lookup(indices: Tensor, packed: Tensor) -> None:
         TypeError,
     )
     check_packed(packed)
-    if not (indices.is_cpu and packed.is_cpu):
-        check_device("indices", indices, packed=packed)
-        check(
-            indices.device.type in ("cpu", "meta"),
-            lambda: (
-                f"indices: int8 and int4 weights are looked up on the CPU only, got {indices.device}; keep both there"
-            ),
-        )
+    check_device("indices", indices, packed=packed)
 
 
 def check_grad(grad: Tensor, packed: Tensor, rows: int, cols: int, packing: int) -> None:

@@ -8,49 +8,28 @@ low nibble first. Every `group` columns of a row of the dense weight share a sca
     int4           (code - 8) * scale
     int4_minimum   code * scale + minimum
 
-The CPU alone has kernels for them: `quads` of dense weights, `octets` of 2:4 ones, `bitquads` of any others
-(docs/formats.md).
+On a CPU they are packed as `quads` (dense), `octets` (2:4) and `bitquads` (any others), on a GPU as `fragments` (dense) and
+`fragments24` (2:4), and no others (docs/formats.md).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from sparseprune.kernels import _core, native
-from sparseprune.kernels.packing import Packed, dtype_of, encoding_of, group_of, layout_of, scale_dtype_of
+from sparseprune.kernels import backend
+from sparseprune.kernels.packing import CODES, Packed
 
 __all__ = [
-    "CODES",
-    "Code",
     "dequantize",
     "join_nibbles",
+    "layout_for",
     "lookup",
     "pack_codes",
     "split_nibbles",
     "unpack_codes",
+    "unserved",
 ]
-
-
-class Code(NamedTuple):
-    """What the codes of an encoding are: `bits` of each, from `least` to `largest`, of which `zero` stands for 0; where there
-    are minimums, `zero` stands for the group's minimum."""
-
-    bits: int
-    least: int
-    largest: int
-    zero: int
-    minimums: bool = False
-
-
-CODES = {
-    "int8": Code(8, -127, 127, 0),
-    "int4": Code(4, 0, 15, 8),
-    "int4_minimum": Code(4, 0, 15, 0, minimums=True),
-}
-"""The encodings that have codes."""
 
 
 def join_nibbles(codes: Tensor) -> Tensor:
@@ -84,7 +63,8 @@ def dequantize(
     if mask is None:
         dense = numbers.view(rows, cols)
     else:
-        dense = native.expand(numbers, mask, native.count_bits(mask, cols), cols)
+        kernels = backend.of(mask)
+        dense = kernels.expand(numbers, mask, kernels.count_bits(mask, cols), cols)
     dense = dense * _columns(scales, group, cols)
     return dense if minimums is None else dense + _columns(minimums, group, cols)
 
@@ -94,90 +74,72 @@ def _columns(per_group: Tensor, group: int, cols: int) -> Tensor:
 
 
 def _ones(mask: Tensor) -> int:
-    return int(native.count_bits(mask, 8 * mask.shape[1])[-1])
+    return int(backend.of(mask).count_bits(mask, 8 * mask.shape[1])[-1])
+
+
+def unserved(dtype: torch.dtype, where: Tensor) -> str:
+    """Why nothing multiplies by codes on the device of `where` and computes in `dtype`, and the remedy; empty where something
+    does."""
+    dtypes = backend.of(where).CODE_DTYPES
+    if dtype in dtypes:
+        return ""
+    names = " or ".join(str(it).removeprefix("torch.") for it in dtypes)
+    return (
+        f"int8 and int4 weights compute in {names} on {where.device}, got {str(dtype).removeprefix('torch.')}; cast with "
+        f".to(torch.bfloat16){'' if where.is_cpu else ', or keep it on the CPU'}"
+    )
+
+
+def layout_for(kind: str, n: int, m: int, dtype: torch.dtype, where: Tensor) -> str:
+    """The packed layout, on the device of `where`, of codes in a format ("dense", "nm" with its n and m, "bitmap") that are to
+    compute in `dtype`.
+
+    Raises:
+        ValueError: there is no data, or the device has no kernels for them.
+    """
+    if where.is_meta:
+        raise ValueError("codes: a weight on the meta device has no data; load a state dict first")
+    if problem := unserved(dtype, where):
+        raise ValueError(f"dtype: {problem}")
+    layout = backend.of(where).layout_of_codes(kind, n, m)
+    if not layout:
+        raise ValueError(
+            f"format: must be dense or 2:4 for int8 and int4 weights on {where.device}, got "
+            f"{f'{n}:{m}' if kind == 'nm' else kind}; keep the layer on the CPU, or make it dense with to_dense()"
+        )
+    return layout
 
 
 def pack_codes(
-    codes: Tensor, mask: Tensor | None, scales: Tensor, minimums: Tensor | None, cols: int, packing: int
+    codes: Tensor,
+    mask: Tensor | None,
+    scales: Tensor,
+    minimums: Tensor | None,
+    cols: int,
+    packing: int,
 ) -> Packed:
-    """For the CPU's kernels. Everything is on the CPU, and of the shapes and dtypes that `packing` and `cols` say."""
-    rows = scales.shape[0]
+    """For the kernels of the device that everything is on. Everything is of the shapes and dtypes that `packing`, of a layout
+    that `layout_for` gives there, and `cols` say."""
     codes, scales = codes.contiguous(), scales.contiguous()
     mask = None if mask is None else mask.contiguous()
     minimums = None if minimums is None else minimums.contiguous()
-    offsets = None
-    if mask is not None and layout_of(packing) == "bitquads":
-        offsets = native.count_bits(mask, cols)
-    kept = 0 if offsets is None else int(offsets[-1])  # of the other layouts, it follows from the shape
-    blob = torch.empty(native.packed_bytes(rows, cols, packing, kept, mask), dtype=torch.uint8)
-    _core.pack(
-        codes.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        0 if offsets is None else offsets.data_ptr(),
-        scales.data_ptr(),
-        0 if minimums is None else minimums.data_ptr(),
-        blob.data_ptr(),
-        rows,
-        cols,
-        packing,
-        torch.get_num_threads(),
-    )
-    return Packed(blob, rows, cols, packing)
+    blob = backend.of(codes).pack_codes(codes, mask, scales, minimums, cols, packing)
+    return Packed(blob, scales.shape[0], cols, packing)
 
 
 def unpack_codes(packed: Packed) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """(codes, mask, scales, minimums), as they were packed. ValueError where the blob is not that weight."""
-    blob, rows, cols, packing = packed
-    count = native.header(*packed)["nnz"]
-    encoding, threads = encoding_of(packing), torch.get_num_threads()
-    bits = CODES[encoding].bits
-    mask = offsets = None
-    if layout_of(packing) != "quads":
-        mask = torch.empty((rows, -(-cols // 8)), dtype=torch.uint8)
-        _core.unpack_bits(blob.data_ptr(), blob.numel(), mask.data_ptr(), threads)
-        offsets = native.count_bits(mask, cols)
-        if int(offsets[-1]) != count:
-            raise ValueError(
-                f"packed: must keep the {count} values that its header says, got a mask of {int(offsets[-1])}; the weight is damaged, pack it again"
-            )
-    codes = torch.empty(-(-count * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8)
-    _core.unpack_values(
-        blob.data_ptr(), blob.numel(), 0 if offsets is None else offsets.data_ptr(), codes.data_ptr(), threads
-    )
-    scales = torch.empty((rows, -(-cols // group_of(packing))), dtype=scale_dtype_of(packing))
-    minimums = torch.empty_like(scales) if CODES[encoding].minimums else None
-    _core.unpack_scales(
-        blob.data_ptr(),
-        blob.numel(),
-        scales.data_ptr(),
-        0 if minimums is None else minimums.data_ptr(),
-        threads,
-    )
-    return codes, mask, scales, minimums
+    parts = backend.of(packed.blob).unpack_codes(*packed)
+    return parts["codes"], parts.get("mask"), parts["scales"], parts.get("minimums")
 
 
 def lookup(packed: Packed, indices: Tensor) -> Tensor:
-    """Rows of a dense weight (`quads`), `[..., cols]` in its dtype, for `indices` `[...]`, int64 or int32, on the CPU.
+    """Rows of a dense weight, `[..., cols]` in its dtype, for `indices` `[...]`, int64 or int32, on its device.
 
     Each number is what `dequantize` gives, rounded to the dtype.
 
     Raises:
-        IndexError: an index that is not a row.
+        IndexError: on a CPU, an index that is not a row; a GPU, which nobody waits for here, gives a row of NaN.
         ValueError: the blob is not that weight, or a sparse one.
     """
-    blob, rows, cols, packing = packed
-    indices = indices.contiguous()
-    out = torch.empty((*indices.shape, cols), dtype=dtype_of[packing])
-    _core.lookup(
-        blob.data_ptr(),
-        blob.numel(),
-        rows,
-        cols,
-        packing,
-        indices.data_ptr(),
-        indices.element_size(),
-        indices.numel(),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
+    return backend.of(packed.blob).lookup(*packed, indices.contiguous())

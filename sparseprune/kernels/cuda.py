@@ -15,9 +15,13 @@ from torch import Tensor
 
 from sparseprune.kernels import _core, native
 from sparseprune.kernels.checks import refuse_input
-from sparseprune.kernels.packing import DTYPES, dtype_of, layout_of
+from sparseprune.kernels.packing import DTYPES, dtype_of, layout_of, parts_of_codes
 
 LAYOUTS: tuple[str, ...] = ("sparse24", "bitmap8")
+"""Of plain values."""
+
+CODE_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+"""What weights in codes may compute in: operands of tensor cores."""
 
 _NO_ERROR = 2**63 - 1  # launchers.h: kNoError
 _ALIGN = 64  # core/layouts/geometry.h: kAlign
@@ -344,7 +348,7 @@ def _blob(
     offsets: Tensor | None = None,
     index: Tensor | None = None,
 ) -> Tensor:
-    """A packed weight but for what the kernels write: all of sparse24's metadata and values, bitmap8's values."""
+    """A packed weight but for what the kernels write: all of sparse24 and of fragments, bitmap8's values."""
     stored = 0 if offsets is None else int(offsets[-1])
     _, first, second, third, total = _kernels.sections(rows, cols, packing, stored)
     packed = _new(values, total, dtype=torch.uint8)
@@ -388,6 +392,74 @@ def _unpack(packed: Tensor, packing: int, full: Tensor, bits: Tensor | None) -> 
         _target(full),
         0 if bits is None else _target(bits),
     )
+
+
+# --- weights in codes -------------------------------------------------------------------------------------------------
+
+
+def layout_of_codes(kind: str, n: int, m: int) -> str:
+    """The packed layout of int8 and int4 weights in a format; empty where no kernels read them: all but dense and 2:4."""
+    if kind == "dense":
+        return "fragments"
+    return "fragments24" if (n, m) == (2, 4) else ""
+
+
+def pack_codes(
+    codes: Tensor, mask: Tensor | None, scales: Tensor, minimums: Tensor | None, cols: int, packing: int
+) -> Tensor:
+    """The blob of a weight in codes (kernels/codes.py)."""
+    rows = scales.shape[0]
+    packed = _blob(codes, rows, cols, packing)
+    _kernels.fragments_pack(
+        *_place(codes),
+        _source(codes),
+        0 if mask is None else _source(mask),
+        _source(scales),
+        0 if minimums is None else _source(minimums),
+        rows,
+        cols,
+        packing,
+        _target(packed),
+        packed.numel(),
+    )
+    return packed
+
+
+def unpack_codes(packed: Tensor, rows: int, cols: int, packing: int) -> dict[str, Tensor]:
+    """What it was packed from, by the names of `parts_of_codes`. ValueError where it is not that weight."""
+    nnz = header(packed, rows, cols, packing)["nnz"]
+    parts = {
+        name: _new(packed, *shape, dtype=dtype)
+        for name, (shape, dtype) in parts_of_codes(rows, cols, packing, nnz).items()
+    }
+    _kernels.fragments_unpack(
+        *_place(packed),
+        _source(packed),
+        packed.numel(),
+        rows,
+        cols,
+        packing,
+        *(_target(parts[name]) if name in parts else 0 for name in ("codes", "mask", "scales", "minimums")),
+    )
+    return parts
+
+
+def lookup(packed: Tensor, rows: int, cols: int, packing: int, indices: Tensor) -> Tensor:
+    """Rows of a dense weight in codes; NaN where an index is not one."""
+    out = _new(packed, *indices.shape, cols, dtype=dtype_of[packing])
+    indices = indices.long()
+    _kernels.fragments_lookup(
+        *_place(packed),
+        _source(packed),
+        packed.numel(),
+        rows,
+        cols,
+        packing,
+        _source(indices),
+        indices.numel(),
+        _target(out),
+    )
+    return out
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

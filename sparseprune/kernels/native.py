@@ -12,9 +12,13 @@ from torch import Tensor
 
 from sparseprune.kernels import _core
 from sparseprune.kernels.checks import refuse_input
-from sparseprune.kernels.packing import DTYPES, dtype_of
+from sparseprune.kernels.packing import DTYPES, dtype_of, layout_of, parts_of_codes
 
 LAYOUTS: tuple[str, ...] = ("tile", "csr")
+"""Of plain values."""
+
+CODE_DTYPES: tuple[torch.dtype, ...] = tuple(DTYPES)
+"""What weights in codes may compute in."""
 
 _threads = torch.get_num_threads
 _empty = torch.empty
@@ -231,6 +235,81 @@ def dense(packed: Tensor, rows: int, cols: int, packing: int) -> Tensor:
     """The weight [rows, cols] of a packed one. ValueError where it is not that weight."""
     values, bits = unpack(packed, rows, cols, packing)
     return expand(values, bits, count_bits(bits, cols), cols)
+
+
+def layout_of_codes(kind: str, n: int, m: int) -> str:
+    """The packed layout of int8 and int4 weights in a format; empty where there are no kernels for it, as on a GPU
+    for all but dense and 2:4."""
+    if kind == "dense":
+        return "quads"
+    return "octets" if (n, m) == (2, 4) else "bitquads"
+
+
+def pack_codes(
+    codes: Tensor, mask: Tensor | None, scales: Tensor, minimums: Tensor | None, cols: int, packing: int
+) -> Tensor:
+    """The blob of a weight in codes (kernels/codes.py)."""
+    rows = scales.shape[0]
+    offsets = None
+    if mask is not None and layout_of(packing) == "bitquads":
+        offsets = count_bits(mask, cols)
+    kept = 0 if offsets is None else int(offsets[-1])  # of the other layouts, it follows from the shape
+    packed = torch.empty(packed_bytes(rows, cols, packing, kept, mask), dtype=torch.uint8)
+    _core.pack(
+        codes.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        0 if offsets is None else offsets.data_ptr(),
+        scales.data_ptr(),
+        0 if minimums is None else minimums.data_ptr(),
+        packed.data_ptr(),
+        rows,
+        cols,
+        packing,
+        _threads(),
+    )
+    return packed
+
+
+def unpack_codes(packed: Tensor, rows: int, cols: int, packing: int) -> dict[str, Tensor]:
+    """What it was packed from, by the names of `parts_of_codes`. ValueError where it is not that weight."""
+    nnz = header(packed, rows, cols, packing)["nnz"]
+    blob = packed.data_ptr(), packed.numel()
+    parts = {
+        name: torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in parts_of_codes(rows, cols, packing, nnz).items()
+    }
+    offsets = None
+    if "mask" in parts:
+        _core.unpack_bits(*blob, parts["mask"].data_ptr(), _threads())
+        offsets = count_bits(parts["mask"], cols)
+        if int(offsets[-1]) != nnz:
+            raise ValueError(
+                f"packed: must keep the {nnz} values that its header says, got a mask of {int(offsets[-1])}; the weight is "
+                "damaged, pack it again"
+            )
+    first = 0 if offsets is None else offsets.data_ptr()
+    _core.unpack_values(*blob, first, parts["codes"].data_ptr(), _threads())
+    minimums = parts["minimums"].data_ptr() if "minimums" in parts else 0
+    _core.unpack_scales(*blob, parts["scales"].data_ptr(), minimums, _threads())
+    return parts
+
+
+def lookup(packed: Tensor, rows: int, cols: int, packing: int, indices: Tensor) -> Tensor:
+    """Rows of a dense weight in codes. IndexError where an index is not one."""
+    out = torch.empty((*indices.shape, cols), dtype=dtype_of[packing])
+    _core.lookup(
+        packed.data_ptr(),
+        packed.numel(),
+        rows,
+        cols,
+        packing,
+        indices.data_ptr(),
+        indices.element_size(),
+        indices.numel(),
+        out.data_ptr(),
+        _threads(),
+    )
+    return out
 
 
 def mask_bytes(x: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ the CPU or on one CUDA device; values are float32, bfloat16 or float16; sums are
     dense_to_csr(dense), csr_to_dense(crow, col, values, cols)
     pack(values, bits, cols, layout)   `Packed`: a blob for the device's kernels; unpack(packed) -> (values, bits)
     linear(input, packed, bias)        input @ weight.T + bias
-    lookup(indices, packed)            weight[indices], of int8 and int4 weights on the CPU
+    lookup(indices, packed)            weight[indices], of dense int8 and int4 weights
     round_through(weight, ...)         what a weight's codes stand for, with a gradient: rounding.py
 
 Those of torch take a `Packed` by its fields: the blob, rows, cols and the number that says how it is packed.
@@ -475,8 +475,9 @@ def linear(input: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
 
 def lookup(indices: Tensor, packed: Packed) -> Tensor:
-    """weight[indices] -> [..., cols] in the weight's dtype, for a packed weight [rows, cols] in int8 or int4, dense, on the CPU.
+    """weight[indices] -> [..., cols] in the weight's dtype, for a packed weight [rows, cols] in int8 or int4, dense.
 
-    indices: [...], int64 or int32, on the CPU. IndexError where one is not a row. The weight is frozen: no gradients.
+    indices: [...], int64 or int32, on the weight's device. IndexError where one is not a row; on a GPU that row is NaN, for
+    to raise would be to wait. The weight is frozen: no gradients.
     """
     return _ops.lookup(indices, *packed)

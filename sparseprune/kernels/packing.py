@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "CODES",
     "DTYPES",
     "ENCODINGS",
     "LAYOUTS",
+    "Code",
     "Packed",
     "dtype_of",
     "encoding_of",
     "group_of",
     "layout_of",
     "packing_code",
+    "parts_of_codes",
     "scale_dtype_of",
 ]
 
@@ -35,11 +38,33 @@ LAYOUTS: dict[str, int] = {
     "quads": 4,
     "octets": 5,
     "bitquads": 6,
+    "fragments": 7,
+    "fragments24": 8,
 }
-"""`sparse24` and `bitmap8` are a GPU's; `quads`, `octets` and `bitquads` hold codes, the others plain values."""
+"""Plain values: `tile` and `csr` on a CPU, `sparse24` and `bitmap8` on a GPU. Codes: `quads` (dense), `octets` (2:4) and `bitquads`
+(any others) on a CPU, `fragments` (dense) and `fragments24` (2:4) on a GPU."""
 
 ENCODINGS: dict[str, int] = {"plain": 0, "int8": 1, "int4": 2, "int4_minimum": 3}
 """How values are stored; the numbers are also those of `spec` in a file (weights/spec.py)."""
+
+
+class Code(NamedTuple):
+    """What the codes of an encoding are: `bits` of each, from `least` to `largest`, of which `zero` stands for 0; where there
+    are minimums, `zero` stands for the group's minimum."""
+
+    bits: int
+    least: int
+    largest: int
+    zero: int
+    minimums: bool = False
+
+
+CODES = {
+    "int8": Code(8, -127, 127, 0),
+    "int4": Code(4, 0, 15, 8),
+    "int4_minimum": Code(4, 0, 15, 0, minimums=True),
+}
+"""The encodings that have codes."""
 
 _LAYOUT_OF = {code: layout for layout, code in LAYOUTS.items()}
 _DTYPE_OF = {code: dtype for dtype, code in DTYPES.items()}
@@ -73,6 +98,24 @@ def group_of(packing: int) -> int:
 
 def scale_dtype_of(packing: int) -> torch.dtype:
     return _DTYPE_OF[packing >> 40 & 0xFF]
+
+
+def parts_of_codes(
+    rows: int, cols: int, packing: int, nnz: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor that a weight of `nnz` codes is packed from (kernels/codes.py): `codes`, `scales`, and
+    where it has them `mask` and `minimums`."""
+    code = CODES[encoding_of(packing)]
+    scales = (rows, -(-cols // group_of(packing))), scale_dtype_of(packing)
+    parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "codes": ((-(-nnz * code.bits // 8),), torch.int8 if code.bits == 8 else torch.uint8),
+        "scales": scales,
+    }
+    if layout_of(packing) not in ("quads", "fragments"):  # the dense ones
+        parts["mask"] = (rows, -(-cols // 8)), torch.uint8
+    if code.minimums:
+        parts["minimums"] = scales
+    return parts
 
 
 class _Dtypes(dict[int, torch.dtype]):

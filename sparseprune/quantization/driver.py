@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparseprune import clock
 from sparseprune.calibration import CalibrationData, as_data
 from sparseprune.kernels import ops
-from sparseprune.kernels.codes import CODES
+from sparseprune.kernels.packing import CODES
 from sparseprune.models.batches import Batch
 from sparseprune.models.notes import recall
 from sparseprune.models.sites import WeightSite, dense_again, find_sites

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparseprune.kernels.codes import unserved
 from sparseprune.models import ties
 from sparseprune.models.modules import put_in_place
 from sparseprune.models.sites import EmbeddingSite, LinearSite, WeightSite, find_sites
@@ -17,7 +18,6 @@ from sparseprune.weights.gguf import StoredCodes
 from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.module import SparseModule
 from sparseprune.weights.sparse_weight import SparseWeight
-from sparseprune.weights.spec import DTYPES
 
 __all__ = ["EmbeddingCodes", "embedding_codes", "embedding_sites", "encode_site", "no_kernels", "stays"]
 
@@ -131,6 +131,4 @@ def no_kernels(weight: Tensor) -> str:
     """Why nothing multiplies by codes in the place of `weight`; empty where something does."""
     if weight.is_meta:
         return "on the meta device: no data"
-    if not weight.is_cpu:
-        return f"on {weight.device}: int8 and int4 have kernels for the CPU only"
-    return "" if weight.dtype in DTYPES else f"dtype {weight.dtype} has no kernels"
+    return unserved(weight.dtype, weight)

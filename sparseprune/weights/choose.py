@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sparseprune.kernels import cuda, native
+from sparseprune.kernels import backend, cuda, native
 from sparseprune.kernels.packing import packing_code
 from sparseprune.models.notes import Note, digest_of, kept_bits
 from sparseprune.report import human_bytes
@@ -24,8 +24,8 @@ from sparseprune.weights.format import Format, group_counts, popcounts
 from sparseprune.weights.spec import DTYPES, WeightSpec
 
 __all__ = [
-    "Candidate", "Choice", "Options", "Recognised", "best_of", "fastest", "options_for", "packed_bytes", "recognise",
-    "smallest", "smallest_bytes", "smallest_codes", "unstructured_forms",
+    "Candidate", "Choice", "Options", "Recognised", "best_of", "fastest", "has_codes", "options_for", "packed_bytes",
+    "recognise", "smallest", "smallest_bytes", "smallest_codes", "unstructured_forms",
 ]  # fmt: skip
 
 _Form = TypeVar("_Form")
@@ -184,7 +184,8 @@ def smallest_bytes(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) 
 
 
 def smallest_codes(weight: Tensor, values: Encoding, note: Note | None = None) -> WeightSpec:
-    """The spec of the fewest bytes for codes of `weight` [out, in]: dense, or the N:M that its zeros follow, or the bitmap.
+    """The spec of the fewest bytes for codes of `weight` [out, in]: dense, or the N:M that its zeros follow, or the bitmap, of
+    those that the weight's device has kernels for.
 
     Sparse int4 has no minimums: its `values` are int4 where these are int4_minimum. `note` as for `options_for`.
     """
@@ -197,7 +198,13 @@ def smallest_codes(weight: Tensor, values: Encoding, note: Note | None = None) -
         WeightSpec(shape, weight.dtype, Format("dense"), values),
         WeightSpec(shape, weight.dtype, form, without),
     ]
-    return min(specs, key=lambda spec: spec.nbytes(nnz[spec.format]))
+    served = [spec for spec in specs if has_codes(spec.format, weight)]
+    return min(served, key=lambda spec: spec.nbytes(nnz[spec.format]))
+
+
+def has_codes(form: Format, where: Tensor) -> bool:
+    """Whether there are kernels for codes in the format on the device of `where`: a GPU has them for dense and 2:4."""
+    return bool(backend.of(where).layout_of_codes(form.kind, form.n, form.m))
 
 
 def recognise(weight: Tensor, note: Note | None = None) -> Recognised:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparseprune.kernels.codes import CODES, Code
-from sparseprune.kernels.packing import ENCODINGS
+from sparseprune.kernels.packing import CODES, ENCODINGS, Code
 
 __all__ = ["PLAIN", "Encoding", "Part"]
 

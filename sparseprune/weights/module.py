@@ -15,7 +15,7 @@ from sparseprune.kernels import native
 from sparseprune.kernels.packing import Packed, packing_code
 from sparseprune.weights.encoding import PLAIN, Encoding
 from sparseprune.weights.format import Format
-from sparseprune.weights.sparse_weight import SparseWeight, layout_of_codes
+from sparseprune.weights.sparse_weight import SparseWeight
 from sparseprune.weights.spec import DTYPES, SPEC, WeightSpec
 
 __all__ = ["SparseModule"]
@@ -135,7 +135,7 @@ class SparseModule(nn.Module):
         """For a layer without data, which need only know its dtype."""
         form, values = self.format, self.encoding
         if values != PLAIN:
-            layout = layout_of_codes(form)
+            layout = native.layout_of_codes(form.kind, form.n, form.m)
             return packing_code(layout, self.dtype, values.kind, values.group_size, values.scale_dtype)
         return packing_code(native.layout_for(form.kind, form.n, form.m, self.dtype), self.dtype)
 
@@ -169,6 +169,7 @@ class SparseModule(nn.Module):
             self._hold(self.packed, self.spec, self.nnz, self.packing)
             return self
         weight = self.sparse_weight().to(dtype=probe.dtype, device=probe.device)
+        weight.require_kernels()  # while the layer still has its own
         self._buffers["packed"] = torch.empty(0, dtype=torch.uint8, device=probe.device)
         super()._apply(fn, recurse)
         self._set_weight(weight)

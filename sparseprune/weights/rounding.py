@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparseprune.kernels.codes import CODES, join_nibbles
+from sparseprune.kernels.codes import join_nibbles
+from sparseprune.kernels.packing import CODES
 from sparseprune.weights.encoding import Encoding
 
 __all__ = ["Grid", "check_scales", "codes_of", "fit_grid", "joined", "nearest", "rounded", "stored_codes"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.kernels import backend, ops
-from sparseprune.kernels.codes import dequantize, pack_codes, unpack_codes
+from sparseprune.kernels.codes import dequantize, layout_for, pack_codes, unpack_codes
 from sparseprune.kernels.packing import Packed, packing_code
 from sparseprune.weights.encoding import PLAIN, Encoding
 from sparseprune.weights.format import Format, group_counts, popcounts
@@ -140,22 +140,22 @@ class SparseWeight:
         """For the kernels of the device that the weight is on.
 
         Raises:
-            ValueError: int8 or int4 values on a GPU, which has no kernels for them.
+            ValueError: the device has no kernels for it (`require_kernels`).
         """
         form, values = self.format, self.encoding
         if self.scales is None:
             assert self.mask is not None
             layout = backend.of(self.values).layout_for(form.kind, form.n, form.m, self.dtype)
             return ops.pack(self.values, self.mask, self.shape[1], layout)
-        if not self.values.is_cpu:
-            raise ValueError(
-                f"device: {values.kind} weights have kernels for the CPU only, got {self.values.device}; keep the layer "
-                "there, or make it dense with to_dense()"
-            )
-        packing = packing_code(
-            layout_of_codes(form), self.dtype, values.kind, values.group_size, values.scale_dtype
-        )
+        layout = layout_for(form.kind, form.n, form.m, self.dtype, self.values)
+        packing = packing_code(layout, self.dtype, values.kind, values.group_size, values.scale_dtype)
         return pack_codes(self.values, self.mask, self.scales, self.minimums, self.shape[1], packing)
+
+    def require_kernels(self) -> None:
+        """ValueError where `pack` would refuse: int8 and int4 values on a GPU that are neither dense nor 2:4, or are to compute
+        in float32."""
+        if self.scales is not None:
+            layout_for(self.format.kind, self.format.n, self.format.m, self.dtype, self.values)
 
     @classmethod
     def unpack(cls, packed: Packed, spec: WeightSpec) -> SparseWeight:
@@ -255,10 +255,3 @@ class SparseWeight:
             )
         if tensor.device != self.values.device:
             raise ValueError(f"{name}: must lie where values lie ({self.values.device}), got {tensor.device}")
-
-
-def layout_of_codes(form: Format) -> str:
-    """The layout in which the CPU's kernels read int8 and int4 codes."""
-    if form.kind == "dense":
-        return "quads"
-    return "octets" if form == Format("nm", 2, 4) else "bitquads"

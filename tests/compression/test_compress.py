@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import tiny
+from helpers.backends import emulated
 from helpers.clocks import ticking
 from helpers.recovery import divergence, peaked
 from torch import nn
@@ -54,6 +55,15 @@ def test_the_bytes_of_a_form_are_those_of_the_weight(form: Form, shape):
     made = SparseWeight.from_dense(weight, form.format, form.encoding)
     parts = sum(it.nbytes for it in made.parts().values())
     assert parts <= form.nbytes("name", shape, torch.float32) <= parts + 6 * 114
+
+
+def test_a_form_is_for_weights_that_it_divides_and_devices_that_have_kernels_for_it():
+    def misfits(cols: int) -> set[str]:
+        return {str(it) for it in FORMS if not it.fits(torch.empty(8, cols))}
+
+    assert misfits(64) == set() and misfits(66) == {"2:4 int8 g64", "2:4 int4 g64"}
+    with emulated():
+        assert misfits(64) == {"50 % int4 g64"}
 
 
 def test_the_least_loss_within_the_budget_is_chosen_and_the_next_best_named():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from helpers.shapes import generator, mask
 from torch import Tensor
 
 from sparseprune.kernels import ops
-from sparseprune.kernels.codes import dequantize, join_nibbles, pack_codes
+from sparseprune.kernels.codes import dequantize, join_nibbles, layout_for, pack_codes
 from sparseprune.kernels.packing import Packed, packing_code
 
 KINDS = [
@@ -21,7 +22,13 @@ KINDS = [
     ("bitquads", "int8"),
     ("bitquads", "int4"),
 ]
-"""Layout and encoding: dense codes, 2:4 ones, and those with zeros anywhere."""
+"""Layout on a CPU and encoding: dense codes, 2:4 ones, and those with zeros anywhere."""
+
+FORMATS = {"quads": ("dense", 0, 0), "octets": ("nm", 2, 4), "bitquads": ("bitmap", 0, 0)}
+"""What has such a layout: kind, n and m of a format."""
+
+GPU_KINDS = [kind for kind in KINDS if kind[0] != "bitquads"]
+"""Those that a GPU has kernels for, too."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,12 @@ class Codes:
     cols: int
     group: int
 
-    def pack(self, dtype: torch.dtype) -> Packed:
-        packing = packing_code(self.layout, dtype, self.encoding, self.group, self.scales.dtype)
-        return pack_codes(self.codes, self.mask, self.scales, self.minimums, self.cols, packing)
+    def pack(self, dtype: torch.dtype, put: Callable[[Tensor], Tensor] = lambda x: x) -> Packed:
+        """For the kernels in force, or of the device that `put` puts it on."""
+        codes, mask, scales, minimums = (None if part is None else put(part) for part in self.parts)
+        layout = layout_for(*FORMATS[self.layout], dtype, codes)
+        packing = packing_code(layout, dtype, self.encoding, self.group, scales.dtype)
+        return pack_codes(codes, mask, scales, minimums, self.cols, packing)
 
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
@@ -66,9 +76,12 @@ def random_codes(
     cols: int,
     group: int,
     scale_dtype: torch.dtype = torch.float16,
+    *,
+    whole: bool = False,
     sparsity: str = "50%",
 ) -> Codes:
-    """sparsity: of `bitquads`, as for `helpers.shapes.mask`; `octets` are 2:4, `quads` dense."""
+    """whole: scales and minimums are whole numbers, so that sums with whole inputs are exact in float32. sparsity: of
+    `bitquads`, as for `helpers.shapes.mask`; `octets` are 2:4, `quads` dense."""
     layout, encoding = kind
     seed = generator(rows, cols, group)
     kept = None
@@ -81,9 +94,39 @@ def random_codes(
     else:
         codes = join_nibbles(torch.randint(0, 16, (count,), dtype=torch.uint8, generator=seed))
     groups = -(-cols // group)
-    scales = (torch.randn(rows, groups, generator=seed) / 100).to(scale_dtype)
-    minimums = torch.randn(rows, groups, generator=seed).to(scale_dtype) if "minimum" in encoding else None
-    return Codes(encoding, layout, codes, kept, scales, minimums, cols, group)
+    if whole:
+        scales, minimums = (torch.randint(-limit, limit, (rows, groups), generator=seed) for limit in (4, 16))
+    else:
+        scales, minimums = (torch.randn(rows, groups, generator=seed) / size for size in (100, 1))
+    least = minimums.to(scale_dtype) if "minimum" in encoding else None
+    return Codes(encoding, layout, codes, kept, scales.to(scale_dtype), least, cols, group)
+
+
+def assert_gpu_codes_linear(
+    out: Tensor, x: Tensor, weight: Codes, bias: Tensor | None, what: str = ""
+) -> None:
+    """`out` is the linear over the inputs as they are: a GPU rounds none.
+
+    A float32 sum of n products in any order is within gamma(n) times the sum of magnitudes of the exact one [Higham, section
+    3.1]. n: the 32 columns that are summed before they are scaled, two roundings for each 32 that are scaled and added, and
+    8 for bias, splits and the minimum that 8 scales were added to.
+    """
+    expected, dense = x.double() @ weight.dense.t(), weight.dense.abs()
+    if weight.minimums is not None:  # codes less 8, and minimums with 8 scales more
+        spread = (weight.minimums.double().abs() + 16 * weight.scales.double().abs()).repeat_interleave(
+            weight.group, 1
+        )
+        dense = spread[:, : weight.cols]
+    offset = 0.0 if bias is None else bias.double()
+    n = 32 + 2 * -(-weight.cols // 32) + 8
+    unit = torch.finfo(torch.float32).eps / 2
+    sums = n * unit / (1 - n * unit) * (x.double().abs() @ dense.t() + abs(offset))
+    info = torch.finfo(x.dtype)
+    bound = sums + info.eps / 2 * ((expected + offset).abs() + sums) + info.smallest_normal * info.eps
+    bad = ~((out.cpu().double() - expected - offset).abs() <= bound)
+    assert not bool(bad.any()), (
+        f"{what}: {int(bad.sum())} outside the bound, first at {bad.nonzero()[0].tolist()}"
+    )
 
 
 def rounded_input(x: Tensor, group: int) -> Tensor:

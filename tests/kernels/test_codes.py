@@ -147,7 +147,7 @@ def test_empty_shapes(kind):
 )
 def test_packing_loses_nothing(kind, rows, cols, group, scales, sparsity):
     cols *= 4 if kind[0] == "octets" else 7
-    weight = random_codes(kind, rows, cols, group, scales, sparsity)
+    weight = random_codes(kind, rows, cols, group, scales, sparsity=sparsity)
     packed = weight.pack(torch.bfloat16)
     for got, part in zip(unpack_codes(packed), weight.parts, strict=True):
         assert (got is None) == (part is None)

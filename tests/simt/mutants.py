@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import importlib.util
 import json
 import os
@@ -67,6 +68,8 @@ OUTSIDE = "out of bounds"
 MISALIGNED = "misaligned"
 DEADLOCK = "deadlock"
 SHOWN = f"{WRONG}|{UNORDERED}|{OUTSIDE}"  # whichever comes first
+PRODUCT, DRAIN = "linear/product.cuh", "linear/product_drain.cuh"
+FRAGMENTS, PACK_CODES = "linear/fragments.cuh", "pack/fragments.cu"
 
 
 def sparse24(config: int) -> str:
@@ -85,39 +88,51 @@ def _linear(
     return Mutant(name, file, old, new, cases, says, unit)
 
 
+def _codes(
+    name: str, old: str, new: str, cases: str, says: str, weight: str = "4, false, false", config: int = 0
+) -> Mutant:
+    """weight: bits, whether 2:4, whether with minimums."""
+    unit = (
+        '#include "cuda/linear/fragments.cuh"\n'
+        "template int sparseprune::cuda::launch_fragments<sparseprune::bf16, sparseprune::cuda::FragmentsWeight"
+        f"<{weight}>, {config}>(const sparseprune::cuda::LinearCall&, const sparseprune::Geometry&);\n"
+    )
+    return Mutant(name, FRAGMENTS, old, new, cases, says, unit)
+
+
 MUTANTS: tuple[Mutant, ...] = (
     _linear("sparse24: no wait for the copies", "simt::cp_async_wait<C::kStages - 2>();", "", "n8", WAITING),
     _linear("sparse24: waits for a stage too few", "cp_async_wait<C::kStages - 2>", "cp_async_wait<C::kStages - 1>", "n8",
             WAITING),
-    _linear("sparse24: no commit", "simt::cp_async_commit(); sparse24_advance<C>(next), write_at = after(write_at); block +=",
-            "sparse24_advance<C>(next), write_at = after(write_at); block +=", "n8", SHOWN),
-    _linear("sparse24: no barrier of the warp", "simt::sync_warp();", "", "n8", UNORDERED),
-    _linear("sparse24: no barrier of the block", "else { simt::sync_block(); }", "", "n64", UNORDERED, 3),
+    _linear("sparse24: no commit", "simt::cp_async_commit(); sparse24_advance<C>(next), write_at = product_after<C>(write_at); block +=",
+            "sparse24_advance<C>(next), write_at = product_after<C>(write_at); block +=", "n8", SHOWN),
+    _linear("sparse24: no barrier of the warp", "simt::sync_warp();", "", "n8", UNORDERED, file=PRODUCT),
+    _linear("sparse24: no barrier of the block", "else { simt::sync_block(); }", "", "n64", UNORDERED, 3, PRODUCT),
     _linear("sparse24: the sums overwrite the last stage",
-            "simt::sync_block();  // the last stage, or the pass before, is read", "", "n64", UNORDERED, 3, file="linear/sparse24_drain.cuh"),
+            "simt::sync_block();  // the last stage, or the pass before, is read", "", "n64", UNORDERED, 3, file=DRAIN),
     _linear("sparse24: sums read before they are there", "simt::sync_block();  // all sums of the pass are there", "",
-            "n8", UNORDERED, file="linear/sparse24_drain.cuh"),
+            "n8", UNORDERED, file=DRAIN),
     _linear("sparse24: metadata of the next lane", "C::kMetadataBytes + lane * 8;", "C::kMetadataBytes + (lane + 1) % 32 * 8;",
-            "n8", WRONG, file="linear/sparse24_tile.cuh"),
+            "n8", WRONG),
     _linear("sparse24: metadata of the other step", "f.e[0][u] = words.x, f.e[1][u] = words.y;",
             "f.e[0][u] = words.y, f.e[1][u] = words.x;", "n8", WRONG),
     _linear("sparse24: the wrong selector", "mma_sp_m16n8k32<T, 1>", "mma_sp_m16n8k32<T, 0>", "n8", WRONG),
     _linear("sparse24: reads past the rows",
             "p.units = static_cast<int>(a.strips - p.strip < C::kBlockUnits ? a.strips - p.strip : C::kBlockUnits);",
-            "p.units = C::kBlockUnits;", "n64", OUTSIDE, 3, file="linear/sparse24_tile.cuh"),
+            "p.units = C::kBlockUnits;", "n64", OUTSIDE, 3, file=PRODUCT),
     _linear("sparse24: writes past the rows", "if (n >= p.x_rows || row >= a.rows) continue;", "if (n >= p.x_rows) continue;",
-            "n64", SHOWN, 3, file="linear/sparse24_drain.cuh"),
+            "n64", SHOWN, 3, file=DRAIN),
     _linear("sparse24: writes past the batch", "if (n >= p.x_rows || row >= a.rows) continue;", "if (row >= a.rows) continue;",
-            "n8", OUTSIDE, file="linear/sparse24_drain.cuh"),
-    _linear("sparse24: copies past the columns", "more && c.columns > 0 &&", "more &&", "n8", OUTSIDE),
-    _linear("sparse24: reads past the columns", "n < p.x_rows && col + e < a.cols ?", "n < p.x_rows ?", "n8", SHOWN),
-    _linear("sparse24: copies past the batch", "c.columns > 0 && p.thread / 8 + rows < p.copied_rows;", "c.columns > 0;", "n8",
-            OUTSIDE),
-    _linear("sparse24: what is not there is no zero", "simt::cp_async16(stage + sparse24_x_copy_byte<C>(p, rows),",
-            "if (there) simt::cp_async16(stage + sparse24_x_copy_byte<C>(p, rows),", "n8", UNWRITTEN),
-    _linear("sparse24: vectors at any address", "a.x_vectors = aligned(call.x) &&", "a.x_vectors =", "n8", MISALIGNED),
+            "n8", OUTSIDE, file=DRAIN),
+    _linear("sparse24: copies past the columns", "more && columns > 0 &&", "more &&", "n8", OUTSIDE, file=PRODUCT),
+    _linear("sparse24: reads past the columns", "n < p.x_rows && col + e < a.cols ?", "n < p.x_rows ?", "n8", SHOWN, file=PRODUCT),
+    _linear("sparse24: copies past the batch", "columns > 0 && p.thread / 8 + rows < p.copied_rows;", "columns > 0;", "n8",
+            OUTSIDE, file=PRODUCT),
+    _linear("sparse24: what is not there is no zero", "simt::cp_async16(stage + product_x_copy_byte<C>(p, rows),",
+            "if (there) simt::cp_async16(stage + product_x_copy_byte<C>(p, rows),", "n8", UNWRITTEN, file=PRODUCT),
+    _linear("sparse24: vectors at any address", "a.x_vectors = aligned(call.x) &&", "a.x_vectors =", "n8", MISALIGNED, file=PRODUCT),
     _linear("sparse24: splits overlap", "(a.blocks * (split + 1) / splits);", "(a.blocks * (split + 1) / splits + 1);", "n8",
-            SHOWN),
+            SHOWN, file=PRODUCT),
     Mutant("splits: the first is left out", "linear/splits.cu", "for (int s = 0; s < splits; ++s)", "for (int s = 1; s < splits; ++s)",
            "n8", WRONG),
     Mutant("splits: four outputs at any address", "linear/splits.cu", "rows % 4 == 0 && aligned(partial)", "aligned(partial)", "n8", MISALIGNED),
@@ -131,6 +146,40 @@ MUTANTS: tuple[Mutant, ...] = (
             file="linear/bitmap8.cuh"),
     _linear("bitmap8: places one pair on", "step.place = before + (counts >> me.shift & me.mask);",
             "step.place = before + (counts >> 2 & 0x07070707u);", "bitmap8", WRONG, file="bitmap8.cuh"),
+    _codes("codes: no wait for the copies", "simt::cp_async_wait<C::kStages - 2>();", "", "int4", WAITING),
+    _codes("codes: waits for a stage too few", "cp_async_wait<C::kStages - 2>", "cp_async_wait<C::kStages - 1>", "int4", WAITING),
+    _codes("codes: no commit", "simt::cp_async_commit();", "", "int4", SHOWN),
+    _codes("codes: no barrier of the warp", "product_sync<C>();", "", "int4", UNORDERED),
+    _codes("codes: no barrier of the block", "product_sync<C>();", "", "int4 n64", UNORDERED, config=2),
+    _codes("codes: fills the stage that is read", "fragments_fetch<W, C>(a, p, next, stages + write_at); write_at = product_after<C>(write_at); if (block",
+           "fragments_fetch<W, C>(a, p, next, stages + read_at); write_at = product_after<C>(write_at); if (block", "int4", SHOWN),
+    _codes("codes: copies past the unit", "if (part + i * C::kRound < a.unit_bytes)", "", "int4", SHOWN),
+    _codes("codes: reads past the strips", "unit = own < p.units ? own : p.units - 1;", "unit = own;", "int4 n64", OUTSIDE, config=2),
+    _codes("codes: another row's scale", "+ lane / 4 * 8);", "+ lane % 8 * 8);", "int4", WRONG),
+    _codes("codes: one scale for both groups", "(args.two_sets ? slab + s : 0)", "0", "int4", WRONG),
+    _codes("codes: scales of the other type", "s[i] = is_f16 ?", "s[i] = !is_f16 ?", "int4", WRONG),
+    _codes("codes: one less", "kBase + 0x00080008u", "kBase + 0x00090009u", "int4", WRONG),
+    _codes("codes: the same columns of x", "(p.b_byte ^ half * 64)", "p.b_byte", "int4", WRONG),
+    _codes("codes: bytes of the wrong half", "0x7632u", "0x7610u", "int8", WRONG, "8, false, false"),
+    _codes("codes: the next byte", "static_cast<unsigned>(e % 4)", "static_cast<unsigned>((e + 1) % 4)", "int8", WRONG, "8, false, false"),
+    _codes("codes: minimums without 8 scales", "f.minimums[i] += 8 * f.scales[s][i];", ";", "minimum", WRONG, "4, false, true"),
+    _codes("codes: the sum of another batch row", "* part.x[i];", "* part.x[0];", "minimum", WRONG, "4, false, true"),
+    _codes("codes: scales for minimums", "set + fragments::kSetBytes,", "set,", "minimum", WRONG, "4, false, true"),
+    _codes("codes 2:4: places of the other step", "f.places[0] = words.x, f.places[1] = words.y;",
+           "f.places[0] = words.y, f.places[1] = words.x;", "int4 2:4", WRONG, "4, true, false"),
+    _codes("codes 2:4: the wrong selector", "mma_sp_m16n8k32<T, 1>", "mma_sp_m16n8k32<T, 0>", "int4 2:4", WRONG, "4, true, false"),
+    _codes("codes 2:4: two groups, one scale", "if (step == 0 && args.two_sets)", "if (step > 0 && args.two_sets)", "int4 2:4", WRONG,
+           "4, true, false"),
+    _codes("codes 2:4: the first group twice", "part = {};", "", "int4 2:4", WRONG, "4, true, false"),
+    Mutant("pack codes: a unit too many", PACK_CODES, "u < c.all;", "u <= c.all;", "codes", OUTSIDE),
+    Mutant("pack codes: reads past the columns", PACK_CODES, "row < c.rows && col < c.stored;", "row < c.rows;", "codes", SHOWN),
+    Mutant("pack codes: reads past the groups", PACK_CODES, "row < c.rows && group < c.groups;", "row < c.rows;", "codes", OUTSIDE),
+    Mutant("pack codes: places of the next row", PACK_CODES, "(row0 + row) * c.stride", "(row0 + (row ^ 1)) * c.stride", "codes", SHOWN),
+    Mutant("unpack codes: a nibble too many", PACK_CODES, "if (at < count) byte |=", "byte |=", "codes", SHOWN),
+    Mutant("unpack codes: one set of scales", PACK_CODES, "c.unit.sets == 2 ? static_cast<int>(col % kCols) / (kCols / 2) : 0;", "0;", "codes",
+           WRONG),
+    Mutant("lookup: reads past the rows", PACK_CODES, "row >= 0 && row < c.rows;", "row >= 0;", "codes", OUTSIDE),
+    Mutant("lookup: the first group's scale", PACK_CODES, "c.unit.sets == 2 ? lane_id() / 16 : 0;", "0;", "codes", WRONG),
     Mutant("words: a stage read before it is written", "words.cuh", "  sync_warp();\n  const V v = load<V>", "  const V v = load<V>",
            "masks", UNORDERED, '#include "cuda/masks/masks.cu"\n'),
     Mutant("words: reads past the row's end", "words.cuh", "if (i < left) word = load<T>(p + i);", "word = load<T>(p + i);",
@@ -163,6 +212,12 @@ CONTROLS = (
     _linear("control: sparse24, few batch rows", "", "", "n8", ""),
     _linear("control: sparse24, many batch rows", "", "", "n64", "", 3),
     _linear("control: bitmap8", "", "", "bitmap8", "", file="linear/bitmap8.cuh"),
+    _codes("control: codes int4", "", "", "int4", ""),
+    _codes("control: codes int4, many batch rows", "", "", "int4 n64", "", config=2),
+    _codes("control: codes int8", "", "", "int8", "", "8, false, false"),
+    _codes("control: codes with minimums", "", "", "minimum", "", "4, false, true"),
+    _codes("control: codes 2:4", "", "", "int4 2:4", "", "4, true, false"),
+    Mutant("control: pack codes", PACK_CODES, "", "", "codes", ""),
     Mutant("control: bitmap8 f32", "linear/bitmap8_f32.cu", "", "", "f32", ""),
     Mutant("control: masks", "masks/masks.cu", "", "", "masks", ""),
     Mutant("control: conversions", "convert/convert.cu", "", "", "conversions", ""),
@@ -176,11 +231,54 @@ def cases(name: str) -> Callable[[], None]:
     """The cases of a name; they run on CPU tensors under `backends.emulated`. Imports what a process that compiles must not."""
     import torch
     from helpers import reference
+    from helpers.codes import random_codes
     from helpers.compare import assert_same_bits, product
     from helpers.shapes import arranged, generator, mask, raw, whole
 
     from sparseprune.kernels import cuda, ops
+    from sparseprune.kernels.codes import dequantize, lookup, unpack_codes
     from sparseprune.kernels.packing import packing_code
+
+    def codes_linear(
+        kind: tuple[str, str], config: int, shapes: Sequence[tuple[int, int, int, int, int, str]]
+    ) -> None:
+        for turn, (rows, cols, group, batch, splits, arrangement) in enumerate(shapes):
+            random = generator(rows, cols, batch)
+            weight = random_codes(
+                kind, rows, cols, group, (torch.float16, torch.bfloat16)[turn % 2], whole=True
+            )
+            packed = weight.pack(torch.bfloat16)
+            x = arranged(whole(batch, cols, limit=8, seed=random).bfloat16(), arrangement)
+            out = cuda.linear(x, packed.blob, None, *packed[1:], (config, splits))
+            what = f"{rows}x{cols}, groups of {group}, batch {batch}, splits {splits}, {arrangement} input"
+            assert_same_bits(out, (x.double() @ weight.dense.t()).bfloat16(), what)
+
+    def codes_n8(kind: tuple[str, str]) -> None:
+        codes_linear(kind, 0, [
+            (32, 2816, 64, 8, 1, "contiguous"), (40, 1100, 32, 3, 1, "contiguous"), (17, 196, 128, 1, 1, "offset"),
+            (33, 700, 32, 9, 2, "wide rows"), (64, 3072, 128, 8, 1, "contiguous"),
+        ])  # fmt: skip
+
+    def codes_n64() -> None:
+        codes_linear(
+            ("quads", "int4"), 2, [(128, 640, 64, 64, 1, "contiguous"), (40, 576, 32, 70, 2, "contiguous")]
+        )
+
+    def codes() -> None:
+        for layout, encoding in [("quads", "int4_minimum"), ("octets", "int4"), ("octets", "int8")]:
+            for rows, cols, group in [(33, 28, 32), (5, 92, 32), (64, 132, 64), (31, 196, 128)]:
+                cols -= layout == "quads"
+                weight = random_codes((layout, encoding), rows, cols, group)
+                packed = weight.pack(torch.bfloat16)
+                what = f"{encoding} {rows}x{cols}, groups of {group}"
+                for got, part in zip(unpack_codes(packed), weight.parts, strict=True):
+                    if got is not None and part is not None:
+                        assert_same_bits(got, part, what)
+                if layout == "quads":
+                    dense = dequantize(encoding, *weight.parts, cols, group).bfloat16()
+                    every = torch.arange(rows)
+                    assert_same_bits(lookup(packed, every), dense, f"lookup in {what}")
+                    assert bool(lookup(packed, torch.tensor([rows + 64])).isnan().all())
 
     def linear(
         layout: str,
@@ -272,9 +370,24 @@ def cases(name: str) -> Callable[[], None]:
                 ops.bitmap_to_dense(values, bits, x.shape[1]), restored, f"bitmap_to_dense {what}"
             )
 
-    return {"n8": n8, "n64": n64, "bitmap8": bitmap8, "f32": f32, "masks": masks, "conversions": conversions}[
-        name
-    ]
+    kinds = {
+        "int4": ("quads", "int4"),
+        "int8": ("quads", "int8"),
+        "minimum": ("quads", "int4_minimum"),
+        "int4 2:4": ("octets", "int4"),
+    }
+    found: dict[str, Callable[[], None]] = {
+        "n8": n8,
+        "n64": n64,
+        "bitmap8": bitmap8,
+        "f32": f32,
+        "masks": masks,
+        "conversions": conversions,
+        "int4 n64": codes_n64,
+        "codes": codes,
+        **{of: functools.partial(codes_n8, kind) for of, kind in kinds.items()},
+    }
+    return found[name]
 
 
 # --- building ---------------------------------------------------------------------------------------------------------

@@ -179,6 +179,16 @@ inline int popc(std::uint64_t v) {
   return std::popcount(v);
 }
 
+// fma.rn.bf16x2 and fma.rn.f16x2.
+template <typename T>
+std::uint32_t fma2(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  const auto one = [&](int shift) {
+    const auto at = [&](std::uint32_t v) { return static_cast<std::uint16_t>(v >> shift); };
+    return static_cast<std::uint32_t>(half_fma(detail::half_of<T>(), at(a), at(b), at(c))) << shift;
+  };
+  return one(0) | one(16);
+}
+
 // dp4a.u32.u32 and prmt's default mode, written from the PTX ISA.
 inline std::uint32_t dot4(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   for (int i = 0; i < 32; i += 8) c += (a >> i & 255u) * (b >> i & 255u);

@@ -30,7 +30,7 @@ struct Geometry {
   std::int64_t offsets;  // int64 [units + 1]: index of each unit's first value; sparse24 needs none and has none
   std::int64_t index;    // where values belong: each layout's own
   std::int64_t values;
-  std::int64_t scales, minimums;  // [units, groups of columns, rows of a unit]; 0 where there are none
+  std::int64_t scales, minimums;  // [units, groups of columns, rows of a unit]; 0 where there are none, or within units
   std::int64_t total;
 };
 

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/layouts/bitmap8.h"
+#include "core/layouts/fragments.h"
 #include "core/layouts/sparse24.h"
 #include "cuda/launchers.h"
 
@@ -21,13 +22,10 @@ void require(bool ok, const std::string& rule, std::int64_t value) {
 void require_plan(const LinearCall& call, const Geometry& g) {
   const LinearPlan& plan = call.plan;
   const int configs = linear_configs(call.packing);
-  if (configs == 0) {
-    throw std::invalid_argument("packed: holds " + describe(call.packing) +
-                                ", which has no kernel on a GPU; unpack the weight");
-  }
   require(plan.config >= 0 && plan.config < configs, "config: must be in [0, " + std::to_string(configs) + ")", plan.config);
   require(call.cols <= kMaxCols, "input: must have at most 2^30 columns", call.cols);
-  const std::int64_t blocks = g.kpad / (call.packing.layout == Layout::sparse24 ? sparse24::kCols : bitmap8::kCols);
+  static_assert(sparse24::kCols == 64 && bitmap8::kCols == 64 && fragments::kCols == 64);
+  const std::int64_t blocks = g.kpad / 64;
   const std::int64_t most = blocks < kMaxSplits ? blocks : kMaxSplits;
   require(plan.splits >= 1 && plan.splits <= most,
           "splits: must be in [1, " + std::to_string(most) + "] for " + std::to_string(call.cols) + " columns", plan.splits);
@@ -42,6 +40,7 @@ void require_plan(const LinearCall& call, const Geometry& g) {
 
 int run(const LinearCall& call, const Geometry& g) {
   if (call.packing.layout == Layout::sparse24) return linear_sparse24(call, g);
+  if (is_of_codes(call.packing.layout)) return linear_fragments(call, g);
   return call.packing.dtype == DType::f32 ? linear_bitmap8_f32(call, g) : linear_bitmap8(call, g);
 }
 

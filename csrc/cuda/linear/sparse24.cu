@@ -8,7 +8,7 @@
 
 namespace sparseprune::cuda {
 
-// linear_sparse24.cuh; instantiated in linear_sparse24_small.cu, _medium.cu and _large.cu
+// sparse24.cuh; instantiated in sparse24_small.cu, _medium.cu and _large.cu
 template <typename T, int CONFIG>
 int launch_sparse24(const LinearCall& call, const Geometry& g);
 

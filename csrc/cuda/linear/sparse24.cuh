@@ -22,24 +22,70 @@
 //                 sums meet in shared memory, which also turns rows, the registers' order, to the order of out.
 //
 // Constants       Shared memory is read 16 bytes a lane and without conflicts: values lie in the order of the lanes;
-//                 row n of x keeps its eight 16-byte parts at place part ^ (n % 8), so that the 8 rows of an ldmatrix matrix
-//                 meet 8 different groups of banks (this is also wgmma's 128-byte swizzle). linear_sparse24.h has the tiles.
+//                 x has the swizzle that product.cuh draws. sparse24.h has the tiles.
 //
-// Where more will go. wgmma.sp (sm_90a; mma.sync reaches 60 % of its chips): linear_sparse24_sm90.cu, for tiles from 128 x
+// Where more will go. wgmma.sp (sm_90a; mma.sync reaches 60 % of its chips): sparse24_sm90.cu, for tiles from 128 x
 // 128 on, from the same blobs: x lies in shared memory as the instruction wants it, and warp w of a warpgroup takes its A
 // registers of m64nNk32 from tile w % 2 of unit w / 2, and its metadata, by odd warps two lanes further on: one selector
-// serves all four. int8: another T here and mma.sp.m16n8k64 in simt.h, units of 32 x 128 in core/layouts/sparse24.h, the
-// scales of groups in a section of their own.
+// serves all four.
 #pragma once
 
-#include <initializer_list>
 #include <type_traits>
 #include <utility>
 
-#include "cuda/linear/sparse24_drain.cuh"
-#include "cuda/linear/sparse24_tile.cuh"
+#include "cuda/linear/product.cuh"
+#include "cuda/linear/product_drain.cuh"
+#include "cuda/linear/sparse24.h"
 
 namespace sparseprune::cuda {
+
+struct Sparse24Args : ProductArgs {
+  simt::Global<const std::uint8_t> values, metadata;
+  std::int64_t strip_bytes;  // values of a strip
+};
+
+struct Sparse24Weight {
+  static constexpr int kUnitBytes = kSparse24UnitBytes;
+  static constexpr const auto& kConfigs = kSparse24Configs;
+};
+
+template <int CONFIG>
+struct Sparse24Tile : ProductTile<Sparse24Weight, CONFIG> {
+  using Tile = ProductTile<Sparse24Weight, CONFIG>;
+  static constexpr int kValueBytes = sparse24::kValues * 2, kMetadataBytes = sparse24::kWords * 4;  // in a unit
+  static constexpr int kMetadata = Tile::kBlockUnits * kValueBytes;  // in a stage: behind the values
+
+  // Copies of 16 bytes by each thread of a group: values, metadata (one, by the first threads), x.
+  static constexpr int kValueCopies = Tile::kBlockUnits * kValueBytes / 16 / Tile::kGroup;
+  static constexpr int kMetadataThreadsOfUnit = kMetadataBytes / 16,
+                       kMetadataThreads = Tile::kBlockUnits * kMetadataThreadsOfUnit;
+  static constexpr int kCopies = kValueCopies + 1 + Tile::kXCopies;
+
+  // A round is 2 x kTilesN slots: a step of 32 columns and a tile of 8 batch rows each. Copies are spread over the first
+  // ones, so that tensor cores need not wait for their issue; with two stages over fewer, for they must land by the round's
+  // end.
+  static constexpr int kSlots = 2 * Tile::kTilesN;
+  static constexpr int kCopySlots = Tile::kStages > 2 || Tile::kTilesN == 1 ? Tile::kTilesN : Tile::kTilesN / 2;
+
+  static_assert(kUnitRows == sparse24::kRows && kUnitCols == sparse24::kCols);
+  static_assert(kValueCopies * Tile::kGroup * 16 == kMetadata, "all threads of a group copy as many values");
+  static_assert(kMetadataThreads <= Tile::kGroup, "the metadata is one copy or none for each thread");
+  // A round of copies of values is a part of a unit, or some units; then offsets do not carry.
+  static_assert(kValueBytes % (Tile::kGroup * 16) == 0 || Tile::kGroup * 16 % kValueBytes == 0, "groups are powers of two");
+};
+
+struct Sparse24Place : ProductPlace {
+  int a_byte, e_byte;  // within a stage: the first of this lane's values and metadata
+};
+
+template <typename C>
+SP_DEVICE Sparse24Place sparse24_place(const Sparse24Args& a) {
+  const int lane = static_cast<int>(simt::lane());
+  Sparse24Place p{product_place<C>(a), 0, 0};
+  p.a_byte = p.warp_m * C::kUnits * C::kValueBytes + lane * 16;
+  p.e_byte = C::kMetadata + p.warp_m * C::kUnits * C::kMetadataBytes + lane * 8;
+  return p;
+}
 
 // What a thread copies next; each copy's place in memory is a constant away, or a multiple of a stride.
 struct Sparse24Cursor {
@@ -58,7 +104,7 @@ SP_DEVICE Sparse24Cursor sparse24_cursor(const Sparse24Args& a, const Sparse24Pl
   c.values = a.values + ((p.strip * a.blocks + block) * C::kValueBytes + p.thread * 16 / C::kValueBytes * a.strip_bytes +
                          p.thread * 16 % C::kValueBytes);
   c.metadata = a.metadata + (metadata * C::kMetadataBytes + p.thread % C::kMetadataThreadsOfUnit * 16);
-  c.x = a.copied_x + ((p.n + p.thread / 8) * a.copied_stride + std::int64_t{block} * sparse24::kCols + part * 8);
+  c.x = product_x(a, p, block);
   c.block = block;
   c.columns = a.cols - block * sparse24::kCols - part * 8;
   return c;
@@ -71,12 +117,6 @@ SP_DEVICE void sparse24_advance(Sparse24Cursor& c) {
   c.x += C::kWarpsK * sparse24::kCols;
   c.block += C::kWarpsK;
   c.columns -= C::kWarpsK * sparse24::kCols;
-}
-
-// Place in a stage of a thread's part of row thread / 8 + `rows` of x. The swizzle of rows 4 further on is one bit away.
-template <typename C>
-SP_DEVICE int sparse24_x_copy_byte(const Sparse24Place& p, int rows) {
-  return (p.x_byte ^ rows % 8 * 16) + rows * C::kRowBytes;
 }
 
 // Copy i of kCopies of this thread's part in bringing a block of columns to a stage. What there is not becomes zeros:
@@ -94,28 +134,7 @@ SP_DEVICE void sparse24_copy(const Sparse24Args& a, const Sparse24Place& p, cons
   } else if (i == C::kValueCopies) {
     if (p.thread < C::kMetadataThreads) simt::cp_async16(stage + (C::kMetadata + p.thread * 16), c.metadata, more ? 16 : 0);
   } else {
-    const int rows = (i - C::kValueCopies - 1) * C::kXRows;
-    const bool there = more && c.columns > 0 && p.thread / 8 + rows < p.copied_rows;
-    const auto from = c.x + rows * a.copied_stride;
-    simt::cp_async16(stage + sparse24_x_copy_byte<C>(p, rows), from, there ? 16 : 0);
-  }
-}
-
-// In place of the zeros that were copied, x, where its rows do not consist of whole, aligned 16 bytes. After the wait: each
-// thread overwrites its own copies. Slow, and here so that the loop of all other calls has no branch.
-template <typename C>
-SP_DEVICE void sparse24_gather_x(const Sparse24Args& a, const Sparse24Place& p, simt::Shared<std::uint8_t> stage,
-                                 int block) {
-  const std::int64_t col = std::int64_t{block} * sparse24::kCols + p.thread % 8 * 8;
-  SP_ROLL
-  for (int rows = 0; rows < C::kTileN; rows += C::kXRows) {
-    const int n = p.thread / 8 + rows;
-    const auto from = a.x + ((p.n + n) * a.stride + col);
-    std::uint32_t v[8];
-    SP_UNROLL
-    for (int e = 0; e < 8; ++e) v[e] = n < p.x_rows && col + e < a.cols ? simt::load<std::uint16_t>(from + e) : 0;
-    simt::store(stage + sparse24_x_copy_byte<C>(p, rows),
-                simt::u32x4{v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16});
+    product_copy_x<C>(a, p, c.x, c.columns, stage, more, i - C::kValueCopies - 1);
   }
 }
 
@@ -161,7 +180,7 @@ SP_DEVICE void sparse24_load_first(const Sparse24Place& p, simt::Shared<std::uin
 
 template <typename T, typename C>
 SP_DEVICE void sparse24_multiply(int slot, const Sparse24Fragments<C>& f, const std::uint32_t (&e)[C::kUnits],
-                                 Sparse24Sums<C>& acc) {
+                                 ProductSums<C>& acc) {
   const int step = slot / C::kTilesN, j = slot % C::kTilesN;
   SP_UNROLL
   for (int u = 0; u < C::kUnits; ++u) {
@@ -174,7 +193,7 @@ SP_DEVICE void sparse24_multiply(int slot, const Sparse24Fragments<C>& f, const 
 template <typename T, typename C, int SLOT>
 SP_DEVICE void sparse24_slot(const Sparse24Args& a, const Sparse24Place& p, simt::Shared<std::uint8_t> read,
                              simt::Shared<std::uint8_t> write, const Sparse24Cursor& next, bool more,
-                             Sparse24Fragments<C>& f, Sparse24Sums<C>& acc) {
+                             Sparse24Fragments<C>& f, ProductSums<C>& acc) {
   SP_UNROLL
   for (int i = 0; i < C::kCopies; ++i) {
     if (i * C::kCopySlots / C::kCopies == SLOT) sparse24_copy<C>(a, p, next, write, more, i);
@@ -188,7 +207,7 @@ SP_DEVICE void sparse24_slot(const Sparse24Args& a, const Sparse24Place& p, simt
 template <typename T, typename C, int... SLOT>
 SP_DEVICE void sparse24_slots(std::integer_sequence<int, SLOT...>, const Sparse24Args& a, const Sparse24Place& p,
                               simt::Shared<std::uint8_t> read, simt::Shared<std::uint8_t> write, const Sparse24Cursor& next,
-                              bool more, Sparse24Fragments<C>& f, Sparse24Sums<C>& acc) {
+                              bool more, Sparse24Fragments<C>& f, ProductSums<C>& acc) {
   (sparse24_slot<T, C, SLOT>(a, p, read, write, next, more, f, acc), ...);
 }
 
@@ -197,102 +216,59 @@ SP_KERNEL SP_THREADS(Sparse24Tile<CONFIG>::kThreads, 1) linear_sparse24_kernel(S
   using C = Sparse24Tile<CONFIG>;
   const Sparse24Place p = sparse24_place<C>(a);
   const auto stages = simt::shared_memory<std::uint8_t>(static_cast<unsigned>(p.k_group * C::kStages * C::kStageBytes));
-  const std::int64_t split = simt::block_y(), splits = simt::grid_y();
-  const int first = static_cast<int>(a.blocks * split / splits), end = static_cast<int>(a.blocks * (split + 1) / splits);
-  // Groups that meet at a barrier have equally many rounds, the last one perhaps without a block of columns for some.
-  constexpr bool kAlone = C::kGroup == 32 || C::kWarpsK == 1;
-  const int rounds = (end - first - (kAlone ? p.k_group : 0) + C::kWarpsK - 1) / C::kWarpsK;
-
-  Sparse24Sums<C> acc = {};
+  ProductSums<C> acc = {};
   Sparse24Fragments<C> f;
-  Sparse24Cursor next = sparse24_cursor<C>(a, p, first + p.k_group);
+  Sparse24Cursor next = sparse24_cursor<C>(a, p, p.first);
   int block = next.block, read_at = 0, write_at = 0;  // the group's that is multiplied; stages of this one and of `next`
-  const auto after = [](int at) { return at == (C::kStages - 1) * C::kStageBytes ? 0 : at + C::kStageBytes; };
   // The one barrier of a round: the copies of the stage to be read next have landed, the others' too; and all have read the
   // stage before it, which the next round overwrites.
   const auto arrive = [&] {
     simt::cp_async_wait<C::kStages - 2>();
-    if (!a.x_vectors && block < end) sparse24_gather_x<C>(a, p, stages + read_at, block);
-    if constexpr (C::kGroup == 32) {
-      simt::sync_warp();
-    } else {
-      simt::sync_block();
-    }
+    if (!a.x_vectors && block < p.end) product_gather_x<C>(a, p, stages + read_at, block);
+    product_sync<C>();
   };
 
   for (int s = 0; s < C::kStages - 1; ++s) {
-    if (next.block < end) {
+    if (next.block < p.end) {
       SP_UNROLL
       for (int i = 0; i < C::kCopies; ++i) sparse24_copy<C>(a, p, next, stages + write_at, true, i);
     }
     simt::cp_async_commit();  // also without a copy: waiting counts groups
-    sparse24_advance<C>(next), write_at = after(write_at);
+    sparse24_advance<C>(next), write_at = product_after<C>(write_at);
   }
   arrive();
-  if (block < end) sparse24_load_first<C>(p, stages, f);
-  for (int round = 0; round < rounds; ++round) {
-    const bool mine = kAlone || block < end;
+  if (block < p.end) sparse24_load_first<C>(p, stages, f);
+  for (int round = 0; round < p.rounds; ++round) {
+    const bool mine = C::kAlone || block < p.end;
     if (mine) {
       sparse24_slots<T, C>(std::make_integer_sequence<int, C::kSlots - 1>{}, a, p, stages + read_at, stages + write_at, next,
-                           next.block < end, f, acc);
+                           next.block < p.end, f, acc);
     }
     simt::cp_async_commit();
-    sparse24_advance<C>(next), write_at = after(write_at);
-    block += C::kWarpsK, read_at = after(read_at);
+    sparse24_advance<C>(next), write_at = product_after<C>(write_at);
+    block += C::kWarpsK, read_at = product_after<C>(read_at);
     // The last slot is multiplied after the barrier, while the next stage's first fragments are on their way.
     std::uint32_t e[C::kUnits];
     SP_UNROLL
     for (int u = 0; u < C::kUnits; ++u) e[u] = f.e[1][u];
     arrive();
-    if (block < end) sparse24_load_first<C>(p, stages + read_at, f);
+    if (block < p.end) sparse24_load_first<C>(p, stages + read_at, f);
     if (mine) sparse24_multiply<T, C>(C::kSlots - 1, f, e, acc);
   }
   simt::cp_async_wait<0>();
-  sparse24_drain<T, C>(a, p, acc);
+  product_drain<T, C>(a, p, acc);
 }
-
-// For reports: linear_sparse24_bf16_n8_m32_k8, put together by the compiler.
-template <typename T, int CONFIG>
-struct Sparse24Name {
-  char text[64] = {};
-  constexpr Sparse24Name() {
-    int size = 0;
-    for (const char* part :
-         {"linear_sparse24_", std::is_same_v<T, bf16> ? "bf16_" : "f16_", kSparse24Configs[CONFIG].name}) {
-      for (; *part; ++part) text[size++] = *part;
-    }
-  }
-};
 
 template <typename T, int CONFIG>
 int launch_sparse24(const LinearCall& call, const Geometry& g) {
   using C = Sparse24Tile<CONFIG>;
-  const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
-  const bool one = call.plan.splits == 1;
-  const std::int64_t tiles_m = ceil_div(call.rows, C::kTileM), tiles_n = ceil_div(call.batch, C::kTileN);
-  Sparse24Args a{};
+  auto a = product_args<C, Sparse24Args>(call);
   a.values = call.packed + g.values;
   a.metadata = call.packed + g.index;
-  a.x = static_cast<const std::uint16_t*>(call.x);
-  a.bias = static_cast<const std::uint16_t*>(one ? call.bias : nullptr);
-  a.out = static_cast<std::uint16_t*>(one ? call.out : nullptr);
-  a.partial = static_cast<float*>(one ? nullptr : call.workspace);
-  a.rows = call.rows, a.batch = call.batch, a.stride = call.stride;
-  a.strips = ceil_div(call.rows, sparse24::kRows);
-  a.strip_bytes = g.kpad / sparse24::kCols * C::kValueBytes;
-  a.cols = static_cast<int>(call.cols);
-  a.blocks = static_cast<int>(ceil_div(call.cols, sparse24::kCols));  // 0 without columns: the sums are then zero
-  a.tiles_m = static_cast<unsigned>(tiles_m), a.tiles_n = static_cast<unsigned>(tiles_n);
-  a.x_vectors = aligned(call.x) && call.cols % 8 == 0 && (call.stride % 8 == 0 || call.batch == 1);
-  // Where nothing of x is copied, copies of no bytes still name an aligned address.
-  a.copied_x = a.x_vectors ? a.x : reinterpret_cast<const std::uint16_t*>(call.packed + g.values);
-  a.copied_stride = a.x_vectors ? a.stride : 0;
-  a.out_vectors = call.rows % 8 == 0 && (one ? aligned(call.out) && aligned(call.bias) : aligned(call.workspace));
-  static constexpr Sparse24Name<T, CONFIG> name;
-  // A tile is 256 outputs at least, so that 2^31 of them would be a terabyte.
-  return simt::launch({name.text, a.tiles_m * a.tiles_n, static_cast<unsigned>(call.plan.splits), 1,
-                       static_cast<unsigned>(C::kThreads), static_cast<unsigned>(C::kShared), call.stream},
-                      linear_sparse24_kernel<T, CONFIG>, a);
+  a.strip_bytes = g.kpad / kUnitCols * C::kValueBytes;
+  static constexpr ProductName name(
+      {"linear_sparse24_", std::is_same_v<T, bf16> ? "bf16_" : "f16_", kSparse24Configs[CONFIG].name});
+  return simt::launch(product_grid<C>(name.text, a, call), linear_sparse24_kernel<T, CONFIG>, a);
 }
 
 }  // namespace sparseprune::cuda

@@ -3,42 +3,17 @@
 #pragma once
 
 #include "core/layouts/sparse24.h"
+#include "cuda/linear/product.h"
 
 namespace sparseprune::cuda {
 
-// What a block may ask for on sm_86, 89 and 120, the least of all that are built for.
-constexpr int kMaxShared = 99 * 1024;
-
-// A K group, warps_m x warps_n warps, takes every warps_k-th block of 64 columns.
-struct Sparse24Config {
-  const char* name;
-  int warps_m, warps_n, warps_k;
-  int units, n_tiles;  // per warp: units of 32 rows, tiles of 8 batch rows
-  int stages;          // blocks of columns in shared memory for each K group: one is multiplied, the others arrive
-
-  constexpr int tile_m() const {
-    return sparse24::kRows * warps_m * units;
-  }
-  constexpr int tile_n() const {
-    return 8 * warps_n * n_tiles;
-  }
-  constexpr int threads() const {
-    return 32 * warps_m * warps_n * warps_k;
-  }
-  // Values, metadata and activations of one block of columns.
-  constexpr int stage_bytes() const {
-    return warps_m * units * (sparse24::kValues * 2 + sparse24::kWords * 4) + tile_n() * sparse24::kCols * 2;
-  }
-  constexpr int shared_bytes() const {
-    return stages * warps_k * stage_bytes();
-  }
-};
+constexpr int kSparse24UnitBytes = sparse24::kValues * 2 + sparse24::kWords * 4;  // values, metadata
 
 // Up to 64 batch rows memory is the limit. An A100 moves 10 bytes a clock and SM and answers after some 800 clocks, an H100
 // 15 after some 1100: 8 to 17 KB must be under way in each SM, and the stages that arrive hold 23 KB of weights or more.
 // From 128 on the tensor cores are the limit: warps of 64 x 64, the most that 128 accumulators a thread allow, read 200
 // bytes of shared memory an mma, of the 256 that an A100 moves meanwhile.
-constexpr Sparse24Config kSparse24Configs[] = {
+constexpr ProductConfig kSparse24Configs[] = {
     {"n8_m32_k8", 1, 1, 8, 1, 1, 3},   // 8 warps that wait for each other only at the sum
     {"n16_m32_k4", 1, 1, 4, 1, 2, 4},  // as many bytes of x in a stage as of weights
     {"n32_m64_k2", 2, 1, 2, 1, 4, 4},  // two warps share them from here on

@@ -17,6 +17,7 @@
 // Constants 16 loads of 8 bytes under way a lane, 4 KB a warp: 8 warps hide the latency of HBM3 (masks.cu), and 3 blocks
 //           of 8 fit beside the 80 registers that they take.
 #include "core/layouts/sparse24.h"
+#include "cuda/chunks.cuh"
 #include "cuda/words.cuh"
 
 namespace sparseprune::cuda {
@@ -26,25 +27,6 @@ using namespace sparse24;
 
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 constexpr int kSteps = 2, kHalves = 2, kRowsOfLane = 4;
-
-// The nibble of a chunk by which of its places are kept: filled up to two at the lowest free places, and of more the two
-// lowest; 4 bits each.
-constexpr std::uint64_t make_nibbles() {
-  std::uint64_t table = 0;
-  for (unsigned kept = 0; kept < 16; ++kept) {
-    unsigned places = kept;
-    if (places == 0) places = 3;
-    if ((places & (places - 1)) == 0) places |= places + 1;
-    unsigned lower = 0;
-    while ((places >> lower & 1u) == 0) ++lower;
-    unsigned higher = lower + 1;
-    while ((places >> higher & 1u) == 0) ++higher;
-    table |= std::uint64_t{lower | higher << 2} << (4 * kept);
-  }
-  return table;
-}
-constexpr std::uint64_t kNibbles = make_nibbles();
-static_assert(kNibbles == 0x498e'4dcc'4988'4444ull);
 
 struct Units {
   std::int64_t rows, groups, stride;  // groups: chunks of a row

@@ -182,6 +182,14 @@ void test_numbers() {
   expect_equal(dot4(0xff020304, 0xff05000a, 7), 255u * 255 + 10 + 40 + 7, "dot4");
   expect_equal(byte_perm(0x03020100, 0x07060504, 0x5140), 0x05010400u, "byte_perm");
   expect_equal(byte_perm(0x00807f01, 0x80000000, 0x1234fa98), 0xffff0000u, "byte_perm, signs");
+  expect_equal(fma2<bf16>(0x430f4300, 0x3f803f80, 0xc308c308), 0x40e0c100u, "143 - 136 and 128 - 136");
+  expect_equal(fma2<f16>(0x64086400, 0x3c003c00, 0xe408e408), 0x0000c800u, "1032 - 1032 and 1024 - 1032");
+  // Rounded once: (1 + u)^2 - (1 + 2u) is u^2; 1.5 (1 + u) is half way between two, from which 2^-100 takes it, and of
+  // which a sum in double does not know; half a unit and u^2 are more than half.
+  expect_equal(fma2<bf16>(0x3f813f81, 0x3f813f81, 0xbf82bf82), 0x38803880u, "u^2 in bf16");
+  expect_equal(fma2<f16>(0x3c013c01, 0x3c013c01, 0xbc02bc02), 0x00100010u, "u^2 in f16");
+  expect_equal(fma2<bf16>(0x3fc03f81, 0x3f813f81, 0x8d803b80), 0x3fc13f83u, "near half way");
+  expect_equal(fma2<bf16>(0x3fc07f80, 0x3f813f80, 0x0000ff80) & 0xffff7fff, 0x3fc27fffu, "to even, and inf - inf");
 }
 
 void test_machine() {

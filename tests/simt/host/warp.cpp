@@ -197,6 +197,24 @@ std::uint16_t half_from_float(Half type, float f) {
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// A product of two halves is exact in double. Its sum with c is rounded to odd at 53 bits, then at 24, so that the last
+// rounding sees which side of the middle the exact sum is on [Boldo and Melquiond, Emulation of FMA and correctly rounded
+// sums, IEEE Trans. Computers 57(4), 2008].
+std::uint16_t half_fma(Half type, std::uint16_t a, std::uint16_t b, std::uint16_t c) {
+  const double product = static_cast<double>(half_to_float(type, a)) * half_to_float(type, b);
+  const double addend = half_to_float(type, c);
+  double sum = product + addend;
+  const double part = sum - product, error = (product - (sum - part)) + (addend - part);  // 2Sum
+  if (error != 0 && std::isfinite(sum) && (std::bit_cast<std::uint64_t>(sum) & 1) == 0) {
+    sum = std::nextafter(sum, error > 0 ? HUGE_VAL : -HUGE_VAL);
+  }
+  auto narrow = static_cast<float>(sum);
+  if (std::isfinite(narrow) && narrow != sum && (std::bit_cast<std::uint32_t>(narrow) & 1) == 0) {
+    narrow = std::nextafter(narrow, sum > narrow ? HUGE_VALF : -HUGE_VALF);
+  }
+  return half_from_float(type, narrow);
+}
+
 void warp_mma_sp_m16n8k32(Half type, int selector, float* c, const std::uint32_t* a, const std::uint32_t* b, std::uint32_t e,
                           const Location& at) {
   constexpr Complete table[2][2] = {{complete_mma_sp<Half::bf16, 0>, complete_mma_sp<Half::bf16, 1>},

@@ -12,6 +12,7 @@ enum class Half : std::uint8_t { bf16, f16 };
 
 float half_to_float(Half type, std::uint16_t bits);
 std::uint16_t half_from_float(Half type, float f);  // to nearest even; NaN is 0x7fff, as cvt.rn gives it
+std::uint16_t half_fma(Half type, std::uint16_t a, std::uint16_t b, std::uint16_t c);  // rounded once
 
 // c: 4, a: 4, b: 4 and 2.
 void warp_mma_sp_m16n8k32(Half type, int selector, float* c, const std::uint32_t* a, const std::uint32_t* b, std::uint32_t e,

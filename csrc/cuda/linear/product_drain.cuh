@@ -1,16 +1,16 @@
-// linear_sparse24.cuh: from the registers' sums to out, or to one split's part of them.
+// From the registers' sums to out, or to one split's part of them.
 #pragma once
 
 #include <cstring>
 
-#include "cuda/linear/sparse24_tile.cuh"
+#include "cuda/linear/product.cuh"
 
 namespace sparseprune::cuda {
 
 // V sums of neighbouring rows, of all K groups, added up in the groups' order: the result does not depend on which warp was
 // first. `part` counts eights of rows where V is 8.
 template <typename C, int V>
-SP_DEVICE void sparse24_read_sums(simt::Shared<float> from, int part, float (&sum)[V]) {
+SP_DEVICE void product_read_sums(simt::Shared<float> from, int part, float (&sum)[V]) {
   constexpr int kQuads = V == 1 ? 1 : V / 4, kWidth = V / kQuads;
   // Lanes 4 to 7 of each 8 read the second half of their 32 bytes first, or they would meet lanes 0 to 3 in their banks.
   const int swap = V == 8 ? part / 4 % 2 : 0;
@@ -41,16 +41,16 @@ SP_DEVICE void sparse24_read_sums(simt::Shared<float> from, int part, float (&su
 // Out of a pass, V neighbouring rows a thread, so that a warp's accesses are one piece of memory; V > 1 where that is
 // aligned.
 template <typename T, typename C, int V, bool PARTIAL>
-SP_DEVICE void sparse24_write_pass(const Sparse24Args& a, const Sparse24Place& p, simt::Shared<float> tile, int pass) {
+SP_DEVICE void product_write_pass(const ProductArgs& a, const ProductPlace& p, simt::Shared<float> tile, int pass) {
   constexpr int kParts = C::kTileM / V, kWarpRows = C::kPassTiles * 8;
   SP_ROLL
   for (int i = static_cast<int>(simt::thread_x()); i < C::kPassRows * kParts; i += C::kThreads) {
     const int local = i / kParts, part = i % kParts;
     const int n = (local / kWarpRows * C::kTilesN + pass * C::kPassTiles) * 8 + local % kWarpRows;
-    const std::int64_t row = p.strip * sparse24::kRows + part * V, at = (p.n + n) * a.rows + row;
+    const std::int64_t row = p.strip * kUnitRows + part * V, at = (p.n + n) * a.rows + row;
     if (n >= p.x_rows || row >= a.rows) continue;
     float sum[V];
-    sparse24_read_sums<C, V>(tile + (local * C::kPitch + part * V), part, sum);
+    product_read_sums<C, V>(tile + (local * C::kPitch + part * V), part, sum);
     if constexpr (PARTIAL) {
       const auto to = a.partial + (static_cast<std::int64_t>(simt::block_y()) * a.batch * a.rows + at);
       if constexpr (V == 1) {
@@ -86,7 +86,7 @@ SP_DEVICE void sparse24_write_pass(const Sparse24Args& a, const Sparse24Place& p
 }
 
 template <typename T, typename C>
-SP_DEVICE void sparse24_drain(const Sparse24Args& a, const Sparse24Place& p, const Sparse24Sums<C>& acc) {
+SP_DEVICE void product_drain(const ProductArgs& a, const ProductPlace& p, const ProductSums<C>& acc) {
   const int lane = static_cast<int>(simt::lane());
   const auto tile = simt::shared_memory<float>(0);  // [k group][batch row of the pass][row]
   SP_UNROLL
@@ -100,7 +100,7 @@ SP_DEVICE void sparse24_drain(const Sparse24Args& a, const Sparse24Place& p, con
         SP_UNROLL
         for (int h = 0; h < 2; ++h) {
           const auto& c = acc[u][h][pass * C::kPassTiles + j];
-          const auto to = tile + ((p.k_group * C::kPassRows + n) * C::kPitch + (p.warp_m * C::kUnits + u) * sparse24::kRows +
+          const auto to = tile + ((p.k_group * C::kPassRows + n) * C::kPitch + (p.warp_m * C::kUnits + u) * kUnitRows +
                                   h * 16 + lane / 4);
           simt::store(to, c[0]);
           simt::store(to + C::kPitch, c[1]);
@@ -111,13 +111,13 @@ SP_DEVICE void sparse24_drain(const Sparse24Args& a, const Sparse24Place& p, con
     }
     simt::sync_block();  // all sums of the pass are there
     if (a.partial && a.out_vectors) {
-      sparse24_write_pass<T, C, 4, true>(a, p, tile, pass);
+      product_write_pass<T, C, 4, true>(a, p, tile, pass);
     } else if (a.partial) {
-      sparse24_write_pass<T, C, 1, true>(a, p, tile, pass);
+      product_write_pass<T, C, 1, true>(a, p, tile, pass);
     } else if (a.out_vectors) {
-      sparse24_write_pass<T, C, 8, false>(a, p, tile, pass);
+      product_write_pass<T, C, 8, false>(a, p, tile, pass);
     } else {
-      sparse24_write_pass<T, C, 1, false>(a, p, tile, pass);
+      product_write_pass<T, C, 1, false>(a, p, tile, pass);
     }
   }
 }

@@ -1,0 +1,4 @@
+// 2:4 int8.
+#include "cuda/linear/fragments.cuh"
+
+template int sparseprune::cuda::linear_fragments_of<8, true, false>(const LinearCall&, const Geometry&);

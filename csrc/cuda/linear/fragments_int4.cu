@@ -1,0 +1,4 @@
+// Dense int4.
+#include "cuda/linear/fragments.cuh"
+
+template int sparseprune::cuda::linear_fragments_of<4, false, false>(const LinearCall&, const Geometry&);
