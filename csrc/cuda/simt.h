@@ -25,6 +25,7 @@
 //   shuffle(v, lane), shuffle_xor(v, mask), shuffle_up(v, delta), ballot(p)    all 32 lanes take part
 //   atomic_min(p, v), atomic_add(p, v)  global memory, relaxed
 //   popc(u32), popc(u64), to_float(T), from_float<T>(f)    f to nearest even, NaN stays NaN
+//   and_or(a, b, c)                 (a & b) | c in one instruction, which two constants would otherwise make two
 //   fma2<T>(a, b, c)                a * b + c of the two T in each word, each rounded once, to nearest even
 //   dot4(a, b, c)                   c plus the sum of the products of the four bytes of a and b, unsigned (dp4a)
 //   byte_perm(a, b, s)              PTX prmt: byte i of the result is byte (s >> 4i) & 7 of a (0 to 3) and b (4 to 7), or,
@@ -308,6 +309,12 @@ SP_DEVICE std::uint32_t byte_perm(std::uint32_t a, std::uint32_t b, std::uint32_
 
 SP_DEVICE std::uint32_t dot4(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   return __dp4a(a, b, c);
+}
+
+SP_DEVICE std::uint32_t and_or(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  std::uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 
 template <typename T>

@@ -179,6 +179,11 @@ inline int popc(std::uint64_t v) {
   return std::popcount(v);
 }
 
+// lop3 with the table 0xea.
+inline std::uint32_t and_or(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  return (a & b) | c;
+}
+
 // fma.rn.bf16x2 and fma.rn.f16x2.
 template <typename T>
 std::uint32_t fma2(std::uint32_t a, std::uint32_t b, std::uint32_t c) {

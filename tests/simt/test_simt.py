@@ -146,7 +146,14 @@ def test_traffic_is_told_by_line(emulator: ModuleType) -> None:
 
 def test_kernels_waste_no_traffic() -> None:
     """No bank conflicts, and whole sectors, where a kernel must run as fast as memory."""
-    streams = ("linear_sparse24", "linear_bitmap8_bf16", "mask_", "bits_to_bytes", "bytes_to_bits")
+    streams = (
+        "linear_sparse24",
+        "linear_fragments",
+        "linear_bitmap8_bf16",
+        "mask_",
+        "bits_to_bytes",
+        "bytes_to_bits",
+    )
     seen = set()
     for use in traffic.measure():
         if use.kernel.startswith(streams):

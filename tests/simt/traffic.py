@@ -20,8 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers import backends  # noqa: E402
+from helpers.codes import KINDS, random_codes  # noqa: E402
 
 from sparseprune.kernels import ops  # noqa: E402
+from sparseprune.kernels.packing import Packed  # noqa: E402
 
 ROWS, COLS = 256, 2048
 BATCHES = (1, 16, 40, 300)
@@ -61,9 +63,15 @@ def run_all() -> None:
         for layout, (values, kept) in weights.items():
             packed = ops.pack(values, kept, COLS, layout)
             ops.unpack(packed)
-            for batch in BATCHES:
-                x = torch.randn(batch, COLS, generator=generator).to(dtype)
-                ops.linear(x, packed)
+            run_linears(packed, generator)
+    for kind in KINDS:
+        for group in (32, 64):
+            run_linears(random_codes(kind, ROWS, COLS, group).pack(torch.bfloat16), torch.Generator())
+
+
+def run_linears(packed: Packed, generator: torch.Generator) -> None:
+    for batch in BATCHES:
+        ops.linear(torch.randn(batch, COLS, generator=generator).to(packed.dtype), packed)
 
 
 def uses(report: list[dict[str, Any]]) -> Iterator[Use]:

@@ -26,11 +26,11 @@
 //                 so that unscaled sums of 8 batch rows only are held beside all the scaled ones. Groups of 64 and 128 columns
 //                 are scaled slab by slab, too: with the same scale. 2:4 in groups of 32 is scaled after each step.
 //
-// Constants       int4: from a word of 8 codes (w >> 4r & 0x000f000f) | magic is 128 + q (bfloat16; 1024 + q in float16) for
-//                 a register of the fragment, less 136 by one fma of two: 11 instructions for 8 weights. int8: float16 by
-//                 the same trick from bytes, 1 a weight; bfloat16 has too few bits for it and goes by way of float32, 2.5 a
-//                 weight. At the bandwidth of an H100 an SM gets 30 weights of 4 bits a clock, and issues 4 instructions for
-//                 each; of 8 bits half as many.
+// Constants       int4: from a word of 8 codes (w >> 4r & 0x000f000f) | base is 128 + q (bfloat16; 1024 + q in float16) for
+//                 a register of the fragment, less 136 by one fma of two: 11 instructions for 8 weights (float16: 9). int8:
+//                 float16 by the same trick from bytes, 1 a weight; bfloat16 has too few bits for it and goes by way of
+//                 float32, 2.5 a weight. An H100 has time for 290 instructions while a
+//                 unit of dense int4 arrives, of which 8 batch rows take 195 (bfloat16, counted in the code for sm_80).
 //                 The sum of x over a group, for minimums, is one mma more a step, of an A of ones: all rows of it are the
 //                 same sum, which is then where the multiply-adds want it.
 #pragma once
@@ -117,26 +117,36 @@ SP_DEVICE void fragments_fetch(const FragmentsArgs& a, const FragmentsPlace& p, 
   c.columns -= C::kWarpsK * kUnitCols;
 }
 
-// Whole numbers of 16 bits: 1, and the least power of two whose last place is 1.
+// Pairs of 16 bits: 1, and the least power of two of which the last place is 1.
 template <typename T>
-struct Magic {
-  static constexpr std::uint32_t kOne = 0x3c003c00u, kBase = 0x64006400u, kSign = 0x80008000u;  // f16: 1024
+struct Pair {
+  static constexpr std::uint32_t kOne = 0x3c003c00u, kBase = 0x64006400u;  // f16: 1024
 };
 template <>
-struct Magic<bf16> {
-  static constexpr std::uint32_t kOne = 0x3f803f80u, kBase = 0x43004300u, kSign = 0x80008000u;  // 128
+struct Pair<bf16> {
+  static constexpr std::uint32_t kOne = 0x3f803f80u, kBase = 0x43004300u;  // 128
 };
+constexpr std::uint32_t kMinus = 0x80008000u;
 
 // The 4 registers of a fragment from its codes, as whole numbers: code - 8, or code + 128 - 128.
 template <typename T, int BITS>
 SP_DEVICE void fragments_expand(const std::uint32_t* w, std::uint32_t (&a)[4]) {
-  constexpr std::uint32_t kBase = Magic<T>::kBase, kOne = Magic<T>::kOne;
-  if constexpr (BITS == 4) {
-    constexpr std::uint32_t kLess = (kBase + 0x00080008u) | Magic<T>::kSign;
+  constexpr std::uint32_t kBase = Pair<T>::kBase, kOne = Pair<T>::kOne;
+  if constexpr (BITS == 4 && std::is_same_v<T, f16>) {
+    // There is room for a code in the next four places, too: 1024 + 16 q, of which a sixteenth less 72 is q - 8.
+    constexpr std::uint32_t kLess = (kBase + 0x00080008u) | kMinus, kSixteenth = 0x2c002c00u, kLess72 = 0xd480d480u;
     SP_UNROLL
-    for (int r = 0; r < 4; ++r) a[r] = simt::fma2<T>((w[0] >> 4 * r & 0x000f000fu) | kBase, kOne, kLess);
+    for (int r = 0; r < 4; r += 2) {
+      const std::uint32_t v = w[0] >> 4 * r;
+      a[r] = simt::fma2<T>(simt::and_or(v, 0x000f000fu, kBase), kOne, kLess);
+      a[r + 1] = simt::fma2<T>(simt::and_or(v, 0x00f000f0u, kBase), kSixteenth, kLess72);
+    }
+  } else if constexpr (BITS == 4) {
+    constexpr std::uint32_t kLess = (kBase + 0x00080008u) | kMinus;
+    SP_UNROLL
+    for (int r = 0; r < 4; ++r) a[r] = simt::fma2<T>(simt::and_or(w[0] >> 4 * r, 0x000f000fu, kBase), kOne, kLess);
   } else if constexpr (std::is_same_v<T, f16>) {
-    constexpr std::uint32_t kLess = (kBase + 0x00800080u) | Magic<T>::kSign;
+    constexpr std::uint32_t kLess = (kBase + 0x00800080u) | kMinus;
     SP_UNROLL
     for (int r = 0; r < 4; ++r) {
       a[r] = simt::fma2<T>(simt::byte_perm(w[r / 2], kBase, r % 2 == 0 ? 0x5150u : 0x5352u), kOne, kLess);
@@ -168,16 +178,13 @@ SP_DEVICE void fragments_scales(simt::Shared<const std::uint8_t> p, bool is_f16,
   }
 }
 
-// A warp's operand A of a slab [step][tile of 16 rows], and what its sums are multiplied with.
-template <typename W>
+// A warp's operand A of a slab, [step][tile of 16 rows], and of 2:4 its metadata.
 struct FragmentsSlab {
   std::uint32_t a[kSlabSteps][2][4], places[kSlabSteps];
-  float scales[W::kSlabSets][4], minimums[4];
 };
 
 template <typename T, typename W>
-SP_DEVICE void fragments_load(const FragmentsArgs& args, simt::Shared<const std::uint8_t> unit, int slab,
-                              FragmentsSlab<W>& f) {
+SP_DEVICE void fragments_load(simt::Shared<const std::uint8_t> unit, int slab, FragmentsSlab& f) {
   const int lane = static_cast<int>(simt::lane());
   std::uint32_t w[4 * W::kFragmentWords];  // [step][tile][word]
   SP_UNROLL
@@ -191,10 +198,22 @@ SP_DEVICE void fragments_load(const FragmentsArgs& args, simt::Shared<const std:
     const auto words = simt::load<simt::u32x2>(unit + (W::kPlacesBegin + lane * 8));
     f.places[0] = words.x, f.places[1] = words.y;
   }
+}
+
+// What the sums of a slab are multiplied with, of rows g, g + 8, g + 16 and g + 24.
+template <typename W>
+struct FragmentsScales {
+  float scales[W::kSlabSets][4], minimums[4];
+};
+
+template <typename W>
+SP_DEVICE void fragments_load_scales(const FragmentsArgs& args, simt::Shared<const std::uint8_t> unit, int slab,
+                                     FragmentsScales<W>& f) {
   SP_UNROLL
   for (int s = 0; s < W::kSlabSets; ++s) {
     // Where there is one set, all need the first.
-    const auto set = unit + (W::kSetsBegin + (args.two_sets ? slab + s : 0) * W::kSetBytes + lane / 4 * 8);
+    const int index = args.two_sets ? slab + s : 0;
+    const auto set = unit + (W::kSetsBegin + index * W::kSetBytes + static_cast<int>(simt::lane()) / 4 * 8);
     fragments_scales(set, args.f16_scales, f.scales[s]);
     if constexpr (W::kMinimums) {
       fragments_scales(set + fragments::kSetBytes, args.f16_scales, f.minimums);
@@ -210,7 +229,7 @@ struct FragmentsPart {
 };
 
 template <typename W, typename C>
-SP_DEVICE void fragments_add(const FragmentsPart& part, const FragmentsSlab<W>& f, int set, int j, ProductSums<C>& acc) {
+SP_DEVICE void fragments_add(const FragmentsPart& part, const FragmentsScales<W>& f, int set, int j, ProductSums<C>& acc) {
   SP_UNROLL
   for (int h = 0; h < 2; ++h) {
     SP_UNROLL
@@ -223,42 +242,53 @@ SP_DEVICE void fragments_add(const FragmentsPart& part, const FragmentsSlab<W>& 
 }
 
 template <typename T, typename W, typename C>
+SP_DEVICE void fragments_slab(const FragmentsArgs& args, const FragmentsPlace& p, simt::Shared<std::uint8_t> stage, int slab,
+                              FragmentsScales<W>& scales, ProductSums<C>& acc) {
+  FragmentsSlab f;
+  fragments_load<T, W>(stage + p.a_byte, slab, f);
+  if (slab == 0 || args.two_sets) fragments_load_scales<W>(args, stage + p.a_byte, slab, scales);
+  SP_UNROLL
+  for (int j = 0; j < C::kTilesN; ++j) {
+    // 32 columns of x; those 32 further on are 4 parts on, which the swizzle leaves one bit away.
+    const auto load_b = [&](int half, std::uint32_t (&b)[4]) {
+      simt::ldmatrix_x4(b, stage + ((p.b_byte ^ half * 64) + j * 8 * C::kRowBytes));
+    };
+    FragmentsPart part{};
+    std::uint32_t b[4];
+    if constexpr (!W::kTwoFour) load_b(slab, b);
+    SP_UNROLL
+    for (int step = 0; step < kSlabSteps; ++step) {
+      if constexpr (W::kTwoFour) {
+        load_b(step, b);
+        simt::mma_sp_m16n8k32<T, 0>(part.codes[0], f.a[step][0], b, f.places[step]);
+        simt::mma_sp_m16n8k32<T, 1>(part.codes[1], f.a[step][1], b, f.places[step]);
+        if (step == 0 && args.two_sets) {
+          fragments_add<W, C>(part, scales, 0, j, acc);
+          part = {};
+        }
+      } else {
+        simt::mma_m16n8k16<T>(part.codes[0], f.a[step][0], {b[2 * step], b[2 * step + 1]});
+        simt::mma_m16n8k16<T>(part.codes[1], f.a[step][1], {b[2 * step], b[2 * step + 1]});
+      }
+      if constexpr (W::kMinimums) {
+        constexpr std::uint32_t one = Pair<T>::kOne;
+        simt::mma_m16n8k16<T>(part.x, {one, one, one, one}, {b[2 * step], b[2 * step + 1]});
+      }
+    }
+    fragments_add<W, C>(part, scales, W::kSlabSets - 1, j, acc);
+  }
+}
+
+template <typename T, typename W, typename C>
 SP_DEVICE void fragments_multiply(const FragmentsArgs& args, const FragmentsPlace& p, simt::Shared<std::uint8_t> stage,
                                   ProductSums<C>& acc) {
-  SP_ROLL
-  for (int slab = 0; slab < W::kSlabs; ++slab) {
-    FragmentsSlab<W> f;
-    fragments_load<T, W>(args, stage + p.a_byte, slab, f);
+  FragmentsScales<W> scales;
+  if constexpr (C::kTilesN == 1) {
     SP_UNROLL
-    for (int j = 0; j < C::kTilesN; ++j) {
-      // 32 columns of x; those 32 further on are 4 parts on, which the swizzle leaves one bit away.
-      const auto load_b = [&](int half, std::uint32_t (&b)[4]) {
-        simt::ldmatrix_x4(b, stage + ((p.b_byte ^ half * 64) + j * 8 * C::kRowBytes));
-      };
-      FragmentsPart part{};
-      std::uint32_t b[4];
-      if constexpr (!W::kTwoFour) load_b(slab, b);
-      SP_UNROLL
-      for (int step = 0; step < kSlabSteps; ++step) {
-        if constexpr (W::kTwoFour) {
-          load_b(step, b);
-          simt::mma_sp_m16n8k32<T, 0>(part.codes[0], f.a[step][0], b, f.places[step]);
-          simt::mma_sp_m16n8k32<T, 1>(part.codes[1], f.a[step][1], b, f.places[step]);
-          if (step == 0 && args.two_sets) {
-            fragments_add<W, C>(part, f, 0, j, acc);
-            part = {};
-          }
-        } else {
-          simt::mma_m16n8k16<T>(part.codes[0], f.a[step][0], {b[2 * step], b[2 * step + 1]});
-          simt::mma_m16n8k16<T>(part.codes[1], f.a[step][1], {b[2 * step], b[2 * step + 1]});
-        }
-        if constexpr (W::kMinimums) {
-          constexpr std::uint32_t one = Magic<T>::kOne;
-          simt::mma_m16n8k16<T>(part.x, {one, one, one, one}, {b[2 * step], b[2 * step + 1]});
-        }
-      }
-      fragments_add<W, C>(part, f, W::kSlabSets - 1, j, acc);
-    }
+    for (int slab = 0; slab < W::kSlabs; ++slab) fragments_slab<T, W, C>(args, p, stage, slab, scales, acc);
+  } else {
+    SP_ROLL  // or what is meant for both at once would not fit the registers
+        for (int slab = 0; slab < W::kSlabs; ++slab) fragments_slab<T, W, C>(args, p, stage, slab, scales, acc);
   }
 }
 

@@ -41,7 +41,7 @@ UnitWork fragments_work(const Packing& packing) {
   unit.sets = 2;
   work.stage_bytes = unit.bytes();
   const double each = unit.bits == 4 ? 1.4 : packing.dtype == DType::bf16 ? 2.5 : 1;  // fragments.cuh
-  work.expand = unit.cols() * each + 10;  // 32 rows, a lane each
+  work.expand = unit.cols() * each + 10;                                              // 32 rows, a lane each
   work.multiply = unit.two_four ? 4 : unit.minimums ? 16 : 8;
   if (unit.minimums) work.products += 2;  // the sums of x, for both tiles of 16 rows
   return work;

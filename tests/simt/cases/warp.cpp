@@ -182,6 +182,7 @@ void test_numbers() {
   expect_equal(dot4(0xff020304, 0xff05000a, 7), 255u * 255 + 10 + 40 + 7, "dot4");
   expect_equal(byte_perm(0x03020100, 0x07060504, 0x5140), 0x05010400u, "byte_perm");
   expect_equal(byte_perm(0x00807f01, 0x80000000, 0x1234fa98), 0xffff0000u, "byte_perm, signs");
+  expect_equal(and_or(0x12345678, 0x000f000f, 0x43004300), 0x43044308u, "and_or");
   expect_equal(fma2<bf16>(0x430f4300, 0x3f803f80, 0xc308c308), 0x40e0c100u, "143 - 136 and 128 - 136");
   expect_equal(fma2<f16>(0x64086400, 0x3c003c00, 0xe408e408), 0x0000c800u, "1032 - 1032 and 1024 - 1032");
   // Rounded once: (1 + u)^2 - (1 + 2u) is u^2; 1.5 (1 + u) is half way between two, from which 2^-100 takes it, and of
