@@ -129,3 +129,15 @@ def bitmap8_linear(rows: int, cols: int, batch: int, kept: float, item: int = 2)
     weight = rows * cols // 8 + int(rows * cols * kept) * item + rows * cols // (16 * 64) * 8
     operations = 2 * rows * cols * batch
     return Work(weight + item * batch * (rows + cols), operations, "dense" if item == 2 else "vector")
+
+
+def codes_linear(rows: int, cols: int, batch: int, bits: int, two_four: bool = False) -> Work:
+    """Codes of 8 or 4 bits in groups of 64 with scales of 16, activations of 16; 2:4 keeps half of the codes and two bits of
+    metadata for each."""
+    weight = rows * cols * bits // 8
+    if two_four:
+        weight = weight // 2 + rows * cols // 8
+    weight += rows * cols // 64 * 2
+    return Work(
+        weight + 2 * batch * (rows + cols), 2 * rows * cols * batch, "sparse" if two_four else "dense"
+    )

@@ -27,6 +27,8 @@ def needs(name: str) -> tuple[str, ...]:
     """The instructions that a kernel is built on."""
     if name.startswith("linear_sparse24 "):
         return ("HMMA.SP", "LDGSTS.128", "LDSM")
+    if name.startswith("linear_fragments "):
+        return ("HMMA.SP" if "2:4" in name else "HMMA", "LDGSTS.128", "LDSM")
     if name.startswith("linear_bitmap8 "):
         return ("LDGSTS.128",) if name.endswith("float32") else ("HMMA", "LDGSTS.128", "LDSM")
     return ()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import chips
@@ -44,7 +46,25 @@ def time_text(seconds: float) -> str:
     return f"{seconds * 1e6:.1f}" if seconds < 1e-4 else f"{seconds * 1e6:.0f}"
 
 
-def linear_table(card: chips.Card, launches: list[Launch]) -> str:
+Floors = dict[str, tuple[str, str, Callable[[int, int, int], chips.Work]]]
+"""By heading: the operation, what its configurations' names begin with, and the work of (rows, cols, batch)."""
+
+PLAIN: Floors = {
+    "2:4": ("linear_sparse24", "n", chips.sparse24_linear),
+    "bitmap": ("linear_bitmap8", "n", functools.partial(chips.bitmap8_linear, kept=0.5)),
+}
+CODES: Floors = {
+    f"{form}int{bits}": (
+        "linear_fragments",
+        f"{form}int{bits} n",
+        functools.partial(chips.codes_linear, bits=bits, two_four=bool(form)),
+    )
+    for bits in (4, 8)
+    for form in ("", "2:4 ")
+}
+
+
+def linear_table(card: chips.Card, launches: list[Launch], floors: Floors) -> str:
     """Floors of the linears at the shapes that were planned for this card, against dense on the same card."""
     rows = []
     planned = [
@@ -56,11 +76,13 @@ def linear_table(card: chips.Card, launches: list[Launch]) -> str:
     for out, cols, batch in shapes:
         dense = chips.floor_seconds(card, chips.dense_linear(out, cols, batch))
         row = [f"{out} x {cols}", str(batch), time_text(dense)]
-        for op, work in (
-            ("linear_sparse24", chips.sparse24_linear(out, cols, batch)),
-            ("linear_bitmap8", chips.bitmap8_linear(out, cols, batch, 0.5)),
-        ):
-            calls = [x for x in planned if (x.op, x.rows, x.cols, x.batch) == (op, out, cols, batch)]
+        for op, begins, work_of in floors.values():
+            work = work_of(out, cols, batch)
+            calls = [
+                x
+                for x in planned
+                if (x.op, x.rows, x.cols, x.batch) == (op, out, cols, batch) and x.config.startswith(begins)
+            ]
             main = max(calls, key=lambda launch: launch.threads * launch.shared)
             floor = chips.floor_seconds(card, work)
             blocks = main.grid[0] * main.grid[1] * main.grid[2]
@@ -68,21 +90,13 @@ def linear_table(card: chips.Card, launches: list[Launch]) -> str:
                 time_text(floor),
                 f"{dense / floor:.2f}",
                 chips.bound(card, work),
-                f"{main.config}, {main.splits}",
+                f"{main.config.rpartition(' ')[2]}, {main.splits}",
                 str(blocks),
             ]
         rows.append(row)
     each = ["floor, us", "x dense", "bound by", "plan, splits", "blocks"]
-    return table(
-        [
-            "layer",
-            "batch",
-            "dense, us",
-            *(f"2:4 {name}" for name in each),
-            *(f"bitmap {name}" for name in each),
-        ],
-        rows,
-    )
+    head = ["layer", "batch", "dense, us", *(f"{form} {name}" for form in floors for name in each)]
+    return table(head, rows)
 
 
 def conversion_table() -> str:
@@ -136,7 +150,10 @@ def page(
     build: Build, kernels: Kernels, launches: list[Launch], names: dict[str, str], wrong: list[str]
 ) -> str:
     instances = len({mangled for _, mangled in kernels})
-    cards = "\n\n".join(f"### {card.name}\n\n{linear_table(card, launches)}" for card in chips.CARDS)
+    cards = "\n\n".join(
+        f"### {card.name}\n\n{linear_table(card, launches, PLAIN)}\n\n{linear_table(card, launches, CODES)}"
+        for card in chips.CARDS
+    )
     verdict = "".join(f"\n  - {line}" for line in wrong) or " none."
     return f"""# CUDA kernels: what is known without a GPU
 
@@ -168,7 +185,8 @@ that are not in it. 2:4 counts at the sparse peak, the bitmap at the dense one: 
 can win only where memory is the limit. On the H100 the peak is that of `wgmma`; `mma.sp`, which these kernels use, does not
 reach it, so large batches there stay above the floor.
 
-The bitmap's columns are for half of the weights pruned. `plan` names the kernel that `plan_linear` chooses for the card.
+The bitmap's columns are for half of the weights pruned, codes are in groups of 64. `plan` names the kernel that `plan_linear`
+chooses for the card.
 
 {cards}
 

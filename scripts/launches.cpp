@@ -144,12 +144,25 @@ void conversions(DType dtype, std::int64_t rows, std::int64_t cols, std::size_t 
   end(bitmap8_unpack(m, index, counts, somewhere<void>(), rows * cols, out, bits, nullptr));
 }
 
+const char* op_of(Layout layout) {
+  if (is_of_codes(layout)) return "linear_fragments";
+  return layout == Layout::sparse24 ? "linear_sparse24" : "linear_bitmap8";
+}
+// Of codes with what they are, which is part of the kernel: "2:4 int4 n8_m32_k8".
+std::string config_of(const Packing& packing, int config) {
+  const char* const values = packing.encoding == Encoding::int8           ? "int8 "
+                             : packing.encoding == Encoding::int4         ? "int4 "
+                             : packing.encoding == Encoding::int4_minimum ? "int4_minimum "
+                                                                          : "";
+  const char* const form = packing.layout == Layout::fragments24 ? "2:4 " : "";
+  return form + std::string(values) + linear_config_name(packing, config);
+}
+
 void product(const Packing& packing, std::int64_t rows, std::int64_t cols, std::int64_t batch, const LinearPlan& plan,
              std::size_t offset, int multiprocessors) {
   const PackedHeader header = make_header(Home::cuda, rows, cols, packing, 0, round_up(rows * cols / 2, 32));
-  const char* const op = packing.layout == Layout::sparse24 ? "linear_sparse24" : "linear_bitmap8";
-  begin(op, packing.dtype, rows, cols,
-        ", \"batch\": " + std::to_string(batch) + ", \"config\": \"" + linear_config_name(packing, plan.config) +
+  begin(op_of(packing.layout), packing.dtype, rows, cols,
+        ", \"batch\": " + std::to_string(batch) + ", \"config\": \"" + config_of(packing, plan.config) +
             "\", \"splits\": " + std::to_string(plan.splits) + ", \"multiprocessors\": " + std::to_string(multiprocessors));
   LinearCall c{};
   c.packing = packing, c.rows = rows, c.cols = cols, c.batch = batch;
@@ -159,15 +172,16 @@ void product(const Packing& packing, std::int64_t rows, std::int64_t cols, std::
   end(linear(c));
 }
 
-void products(Layout layout, DType dtype) {
-  const Packing packing{layout, dtype, Encoding::plain, 0};
+void products(const Packing& packing) {
+  const std::size_t item = size_of(packing.dtype);
+  const std::int64_t odd_cols = is_two_four(packing.layout) ? 252 : 253;
   // Every kernel there is: each configuration, alone and in splits, with and without aligned activations.
   for (int config = 0; config < linear_configs(packing); ++config) {
     for (const int splits : {1, 4}) {
       const std::int64_t workspace = splits > 1 ? splits * 8 * 4096 * 4 : 0;
       product(packing, 4096, 4096, 8, {config, splits, workspace}, 0, 0);
-      product(packing, 4096, 4096, 8, {config, splits, workspace}, size_of(dtype), 0);
-      product(packing, 4095, 253, 7, {config, splits, workspace}, 0, 0);
+      product(packing, 4096, 4096, 8, {config, splits, workspace}, item, 0);
+      product(packing, 4095, odd_cols, 7, {config, splits, workspace}, 0, 0);
     }
   }
   // What is chosen for the layers of a 7B LLaMA, on an A100, an RTX 4090 and an H100.
@@ -182,6 +196,22 @@ void products(Layout layout, DType dtype) {
   }
 }
 
+void codes(const Packing& packing, std::int64_t rows, std::int64_t cols) {
+  const auto units = somewhere<std::uint8_t>(), values = somewhere<std::uint8_t>();
+  const auto scales = somewhere<std::uint16_t>();
+  const auto mask = is_two_four(packing.layout) ? somewhere<std::uint8_t>() : nullptr;
+  const auto minimums = has_minimums(packing.encoding) ? scales : nullptr;
+  begin("fragments_pack", packing.dtype, rows, cols);
+  end(fragments_pack(packing, rows, cols, values, mask, scales, minimums, units, nullptr));
+  begin("fragments_unpack", packing.dtype, rows, cols);
+  end(fragments_unpack(packing, rows, cols, units, values, mask, scales, minimums, nullptr));
+  if (packing.layout == Layout::fragments) {
+    begin("fragments_lookup", packing.dtype, rows, cols);
+    end(fragments_lookup(packing, rows, cols, units, somewhere<std::int64_t>(), 512, somewhere<void>(), nullptr));
+  }
+  products(packing);
+}
+
 }  // namespace
 
 int main() {
@@ -189,8 +219,13 @@ int main() {
     conversions(dtype, 4096, 4096, 0);
     conversions(dtype, 4095, 4092, size_of(dtype));
     conversions(dtype, 33, 61, size_of(dtype));
-    if (size_of(dtype) == 2) products(Layout::sparse24, dtype);
-    products(Layout::bitmap8, dtype);
+    products({Layout::bitmap8, dtype, Encoding::plain});
+    if (dtype == DType::f32) continue;
+    products({Layout::sparse24, dtype, Encoding::plain});
+    for (const Encoding encoding : {Encoding::int8, Encoding::int4, Encoding::int4_minimum}) {
+      codes({Layout::fragments, dtype, encoding, 64, DType::f16}, 4096, 4096);
+      if (!has_minimums(encoding)) codes({Layout::fragments24, dtype, encoding, 64, DType::f16}, 4096, 4096);
+    }
   }
   return failures == 0 ? 0 : 1;
 }

@@ -21,7 +21,7 @@ TWINS = "emulated"
 
 STANDINS = Path(__file__).with_name("standins")
 
-TESTS = ("cuda/test_linear_cuda.py", "cuda/test_cuda.py", "kernels/test_linear.py", "kernels/test_ops.py",
+TESTS = ("cuda/test_linear_cuda.py", "cuda/test_codes_cuda.py", "cuda/test_cuda.py", "kernels/test_linear.py", "kernels/test_ops.py",
          "weights/test_nn.py", "io/test_checkpoint.py", "kernels/test_bad_input.py", "kernels/test_library.py")  # fmt: skip
 """Those that run on a card where there is one, in the order of their value."""
 

@@ -286,13 +286,17 @@ class Bench:
 
 
 class Layers:
-    """One weight as dense layers, as ours, and as torch's two kinds of 2:4, a number of copies of each."""
+    """One weight (of codes, what they stand for) as dense layers, as ours, and as torch's two kinds of 2:4, a number of copies
+    of each."""
 
     def __init__(
         self, shape: tuple[int, int], form: str, dtype: torch.dtype, device: str, copies: Callable[[int], int]
     ) -> None:
-        weight = pruned_weight(*shape, form, dtype, device)
-        ours = SparseLinear.from_weight(SparseWeight.from_dense(weight, form))
+        kind, _, encoding = form.partition(" ")
+        canonical = SparseWeight.from_dense(
+            pruned_weight(*shape, kind, dtype, device), kind, encoding or "plain"
+        )
+        weight, ours = canonical.dense(), SparseLinear.from_weight(canonical)
         count = copies(ours.nbytes)
         self.modules: dict[str, list[Callable[[Tensor], Tensor]]] = {
             "dense": [dense_layer(weight.clone()) for _ in range(count)],
@@ -334,12 +338,12 @@ def vendor_kinds() -> dict[str, Any]:
 
 
 def pruned_weight(rows: int, cols: int, form: str, dtype: torch.dtype, device: str) -> Tensor:
-    """Normal weights, the larger two of every four kept (2:4), or half of them anywhere."""
+    """Normal weights, the larger two of every four kept (2:4), or half of them anywhere (bitmap), or all (dense)."""
     weight = torch.randn(rows, cols, device=device)
     if form == "2:4":
         order = weight.abs().view(rows, cols // 4, 4).argsort(-1).argsort(-1).view(rows, cols)
         weight.masked_fill_(order < 2, 0)
-    else:
+    elif form == "bitmap":
         weight.masked_fill_(torch.rand(rows, cols, device=device) < 0.5, 0)
     return (weight / math.sqrt(cols)).to(dtype)
 

@@ -15,6 +15,8 @@ FIRST_BATCHES = (1, 16, 64, 256, 1024, 4096)
 OTHER_BATCHES = (2, 4, 8, 32, 128, 512, 2048)
 DECODE_BATCHES = (1, 4, 16)
 CHOICE_BATCHES = (1, 16, 64, 256, 1024)
+CODES_BATCHES = (1, 16, 64, 256)
+CODES = ("dense int4", "2:4 int4", "dense int8", "2:4 int8")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Cell:
     kind: str  # linear, choice, mask, conversion
     dtype: str
     layer: str = ""
-    form: str = "2:4"
+    form: str = "2:4"  # a format, with an encoding behind it for codes
     sparsity: float = 0.5
     batch: int = 0
 
@@ -55,12 +57,16 @@ def cells(shapes: Sequence[str]) -> list[Cell]:
         *linears(FIRST_BATCHES),
         *masks,
         *conversions,
+        *(cell for form in CODES for cell in linears(CODES_BATCHES, form=form)),
         *linears(OTHER_BATCHES),
         *linears(DECODE_BATCHES, form="bitmap"),
         *linears((1, 16, 256, 4096), dtype="fp16"),
         *linears((1, 16), dtype="fp32"),
         *linears(CHOICE_BATCHES, kind="choice"),
         *linears(DECODE_BATCHES, form="bitmap", kind="choice"),
+        *linears(CODES_BATCHES, form="dense int4", kind="choice"),
+        *linears(DECODE_BATCHES, form="2:4 int4", kind="choice"),
+        *linears(DECODE_BATCHES, form="dense int4_minimum"),
     ]
 
 
@@ -70,6 +76,7 @@ def dry_cells() -> list[Cell]:
         Cell("linear", "bf16", "small", batch=1),
         Cell("linear", "bf16", "small", batch=33),
         Cell("linear", "bf16", "small", form="bitmap", batch=1),
+        Cell("linear", "bf16", "small", form="2:4 int4", batch=33),
         Cell("mask", "bf16"),
         Cell("conversion", "fp32", sparsity=0.9),
     ]

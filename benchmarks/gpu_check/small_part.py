@@ -16,6 +16,7 @@ from sparseprune.weights.sparse_weight import SparseWeight
 
 SHAPES = ((40, 100), (130, 264))
 BATCHES = (1, 9, 70)
+CODES = (("dense", "int8"), ("dense", "int4"), ("dense", "int4_minimum"), ("2:4", "int8"), ("2:4", "int4"))
 
 
 def two_of_four(rows: int, cols: int, dtype: torch.dtype, device: str, random: torch.Generator) -> Tensor:
@@ -37,6 +38,12 @@ def checks(device: str) -> list[tuple[str, Callable[[], bool]]]:
             found.append((f"conversions {name}", lambda w=weight: _conversions(w)))
             for form in ("2:4", "bitmap"):
                 found.append((f"linear {form} {name}", lambda w=weight, f=form: _linears(w, f)))
+            if dtype == torch.float32:
+                continue
+            for form, encoding in CODES:
+                found.append(
+                    (f"linear {form} {encoding} {name}", lambda w=weight, c=(form, encoding): _codes(w, *c))
+                )
     return found
 
 
@@ -76,6 +83,24 @@ def _linears(weight: Tensor, form: str) -> bool:
         x = (torch.arange(batch * cols, device=weight.device) % 5 - 2).reshape(batch, cols).to(weight.dtype)
         expected = (x.double() @ weight.double().t() + bias.double()).to(weight.dtype)
         right &= torch.equal(ops.linear(x, packed, bias), expected)
+    return right
+
+
+def _codes(weight: Tensor, form: str, encoding: str) -> bool:
+    """Within the rounding of activations to int8, which a CPU does and a GPU does not; and rows looked up."""
+    rows, cols = weight.shape
+    canonical = SparseWeight.from_dense(weight, form, encoding)
+    packed, dense = canonical.pack(), canonical.dense()
+    right = torch.equal(SparseWeight.unpack(packed, canonical.spec).dense(), dense)
+    if form == "dense":
+        indices = torch.arange(rows - 1, -1, -1, device=weight.device)
+        right &= torch.equal(ops.lookup(indices, packed), dense[indices])
+    for batch in BATCHES:
+        x = (torch.arange(batch * cols, device=weight.device) % 7 - 3).reshape(batch, cols).to(weight.dtype)
+        expected = x.double() @ dense.double().t()
+        bias = torch.zeros(rows, device=weight.device, dtype=weight.dtype)
+        error = (ops.linear(x, packed, bias).double() - expected).norm() / expected.norm()
+        right &= float(error) < 0.02
     return right
 
 

@@ -23,7 +23,8 @@ class SparseEmbedding(SparseModule):
     bfloat16, float16), each number rounded once. The weight is frozen. `padding_idx` names the row that stands for padding:
     it is a row like the others, as it is to an `nn.Embedding` that is not trained.
 
-    How the weight is held, moved, copied and saved is in `SparseModule`; it has kernels for the CPU only.
+    An index that is not a row raises IndexError on a CPU; on a GPU it gives a row of NaN. How the weight is held, moved, copied and
+    saved is in `SparseModule`.
     """
 
     def __init__(

@@ -149,7 +149,7 @@ def test_gradients_are_those_of_the_dequantized_weight(put, kind):
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 8, 108, 132])
-def test_plans_widen_with_the_batch_and_split_what_has_few_rows(multiprocessors):
+def test_plans_on_an_emulated_card_widen_with_the_batch_and_split_what_has_few_rows(multiprocessors):
     with emulated() as kernels:
         before = kernels.sm_count(0)
         kernels.set_sm_count(multiprocessors)

@@ -128,6 +128,13 @@ def test_occupancy(arch, threads, registers, shared, blocks, share, limit):
     assert found == chips.Occupancy(blocks, pytest.approx(share), limit)
 
 
+def test_rooflines_of_codes():
+    n = 4096 * 4096
+    assert chips.codes_linear(4096, 4096, 1, 4).bytes == n // 2 + n // 32 + 2 * 8192
+    assert chips.codes_linear(4096, 4096, 1, 8, True).bytes == n // 2 + n // 8 + n // 32 + 2 * 8192
+    assert chips.codes_linear(4096, 4096, 1, 8, True).unit == "sparse"
+
+
 def test_rooflines():
     a100 = chips.CARDS[0]
     dense, sparse = chips.dense_linear(4096, 4096, 1), chips.sparse24_linear(4096, 4096, 1)
@@ -214,6 +221,19 @@ def test_faults_are_named():
     assert cuda_evidence.faults(sound, launches, names) == [
         "linear_sparse24 n8 bfloat16: no HMMA.SP: sm_80",
         "linear_sparse24 n8 bfloat16: no machine code: sm_90a",
+    ]
+
+
+@pytest.mark.parametrize(("form", "instruction"), [("int4", "HMMA"), ("2:4 int4", "HMMA.SP")])
+def test_codes_go_through_the_tensor_cores(form, instruction):
+    found = {(arch, "codes"): Kernel(64, 0, 0, 0) for arch in chips.ARCHITECTURES}
+    for kernel in found.values():
+        kernel.instructions.update({"HMMA": 1, "HMMA.SP": 1, "LDGSTS.128": 1, "LDSM": 1})
+    names = {"codes": f"linear_fragments {form} n8_m32_k8 bfloat16"}
+    assert cuda_evidence.faults(found, [launch("codes", 256, 64 * 1024)], names) == []
+    found["120", "codes"].instructions[instruction] = 0
+    assert cuda_evidence.faults(found, [launch("codes", 256, 64 * 1024)], names) == [
+        f"linear_fragments {form} n8_m32_k8 bfloat16: no {instruction}: sm_120"
     ]
 
 

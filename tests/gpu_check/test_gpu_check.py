@@ -395,10 +395,15 @@ def test_small_part_and_the_choice_of_configurations_on_the_emulated_card():
     with backends.running("emulated"):
         assert small_part.main("cpu") == 0
         bench = measure.Bench("cpu", lambda message: None)
-        for form, layout in (("2:4", "sparse24"), ("bitmap", "bitmap8")):
+        for form, *how in (
+            ("2:4", "sparse24", torch.bfloat16),
+            ("bitmap", "bitmap8", torch.bfloat16),
+            ("dense int4", "fragments", torch.bfloat16, "int4", 64, torch.float16),
+            ("2:4 int8", "fragments24", torch.bfloat16, "int8", 64, torch.float16),
+        ):
             found = bench.measure(plan.Cell("choice", "bf16", "small", form, 0.5, 9), 0.0)
             assert {name.partition(",")[0] for name in found["seconds"]} == set(
-                cuda.configs(packing_code(layout, torch.bfloat16))
+                cuda.configs(packing_code(*how))
             )
             assert {found["planned"], found["best"]} <= set(found["seconds"])
             assert found["best_over_planned"] >= 1 and not found["errors"]

@@ -53,6 +53,10 @@ def cell(batch, speedup, gb_s=100.0, over=1.0, wrong=False, form="2:4", dtype="b
         (cell(4096, 1.9, over=0.94), "12.0", False),
         (cell(4096, 1.9, over=None), "9.0", None),
         (cell(1, 9.0, wrong=True), "9.0", False),
+        (cell(1, 2.0, form="dense int4"), "9.0", True),
+        (cell(16, 1.99, form="2:4 int4"), "8.0", False),
+        (cell(16, 1.4, form="2:4 int8"), "8.0", True),
+        (cell(1, 9.0, form="dense int4", wrong=True), "9.0", False),
     ],
 )
 def test_targets_of_linears(it, capability, reached):
@@ -62,6 +66,7 @@ def test_targets_of_linears(it, capability, reached):
 def test_what_has_no_target_is_not_judged():
     assert judge_linear(cell(1, 1.0, form="bitmap"), "9.0", 1000.0) is None
     assert judge_linear(cell(1, 1.0, dtype="fp32"), "9.0", 1000.0) is None
+    assert judge_linear(cell(64, 1.0, form="dense int4"), "9.0", 1000.0) is None
 
 
 def test_targets_of_masks():

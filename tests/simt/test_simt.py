@@ -170,7 +170,9 @@ def test_kernels_have_no_undefined_behaviour(tmp_path: Path) -> None:
         "SPARSEPRUNE_SIMT_BUILD": str(tmp_path),
         "SPARSEPRUNE_SIMT_LIBRARY": "",
     }
-    tests = [TESTS / "kernels" / name for name in ("test_ops.py", "test_linear.py")]
+    tests = [
+        TESTS / name for name in ("kernels/test_ops.py", "kernels/test_linear.py", "cuda/test_codes_cuda.py")
+    ]
     done = processes.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "emulated", *tests], env
     )
