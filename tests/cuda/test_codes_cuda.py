@@ -233,6 +233,35 @@ def test_truncated_and_shifted_blobs_are_refused(put, kind):
         ops.linear(x, good._replace(packing=packing_of(kind, torch.float16, 32)))
 
 
+@pytest.mark.parametrize(
+    ("layout", "dtype", "encoding"),
+    [
+        ("fragments", torch.float32, "int4"),
+        ("fragments24", torch.float32, "int8"),
+        ("fragments24", torch.float16, "int4_minimum"),
+        ("sparse24", torch.float16, "int8"),
+        ("bitmap8", torch.bfloat16, "int4"),
+    ],
+)
+def test_packings_that_no_emulated_kernel_serves_have_no_number(layout, dtype, encoding):
+    with emulated() as kernels:
+        code = packing_code(layout, dtype, encoding, 64, torch.float16)
+        with pytest.raises(ValueError, match="packing: must be a number that packing"):
+            kernels.configs(code)
+        for layout in ("fragments", "fragments24"):
+            with pytest.raises(ValueError, match="packing: must be a number that packing"):
+                kernels.configs(packing_code(layout, torch.bfloat16))
+
+
+def test_2_4_codes_come_in_whole_fours_when_emulated():
+    packing = packing_of(("octets", "int4"), torch.bfloat16)
+    with (
+        emulated() as kernels,
+        pytest.raises(ValueError, match="cols: must be a multiple of 4 for layout fragments24"),
+    ):
+        kernels.sections(20, 130, packing, 0)
+
+
 @gpus
 def test_codes_of_the_other_processor_are_refused(gpu):
     x = torch.ones(2, 132, dtype=torch.float16)

@@ -29,8 +29,8 @@
 // Constants       int4: from a word of 8 codes (w >> 4r & 0x000f000f) | base is 128 + q (bfloat16; 1024 + q in float16) for
 //                 a register of the fragment, less 136 by one fma of two: 11 instructions for 8 weights (float16: 9). int8:
 //                 float16 by the same trick from bytes, 1 a weight; bfloat16 has too few bits for it and goes by way of
-//                 float32, 2.5 a weight. An H100 has time for 290 instructions while a
-//                 unit of dense int4 arrives, of which 8 batch rows take 195 (bfloat16, counted in the code for sm_80).
+//                 float32, 2.5 a weight. While a unit of dense int4 arrives, an SM of an H100 has time for 290 instructions,
+//                 of which 8 batch rows take 195 (bfloat16, counted in the code for sm_80).
 //                 The sum of x over a group, for minimums, is one mma more a step, of an A of ones: all rows of it are the
 //                 same sum, which is then where the multiply-adds want it.
 #pragma once
@@ -46,7 +46,7 @@
 
 namespace sparseprune::cuda {
 
-// What is packed, as constants. SETS: of scales that a unit may have; room is for so many.
+// What is packed, as constants; a stage has room for two sets of scales in each unit.
 template <int BITS, bool TWO_FOUR, bool MINIMUMS>
 struct FragmentsWeight {
   static constexpr fragments::Unit kUnit{BITS, TWO_FOUR, MINIMUMS, 2};
