@@ -90,7 +90,8 @@ FORMS: tuple[Form, ...] = (
     Form("2:4", _codes("int4", 64)),
     Form("unstructured", _codes("int4", 64), 0.5),
 )
-"""Of linears. On a 4096 x 4096 weight: 16, 8.25, 5, 4.5, 4.25, 4.125, 5.25, 3.25 and 3.25 bits a weight."""
+"""Of linears. On a 4096 x 4096 weight: 16, 8.25, 5, 4.5, 4.25, 4.125, 5.25, 3.25 and 3.25 bits a weight. A GPU has no
+kernels for the last."""
 
 EMBEDDING_FORMS: tuple[Form, ...] = (
     UNCHANGED,

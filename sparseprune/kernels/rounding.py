@@ -17,9 +17,8 @@ from torch import Tensor
 
 from sparseprune.kernels import _core
 from sparseprune.kernels.checks import check, check_device, check_matrix
-from sparseprune.kernels.codes import CODES
 from sparseprune.kernels.ops import define, library
-from sparseprune.kernels.packing import DTYPES
+from sparseprune.kernels.packing import CODES, DTYPES
 
 __all__ = ["round_codes", "round_through"]
 

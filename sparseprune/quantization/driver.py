@@ -66,8 +66,8 @@ def quantize(
     """Swaps a model's linears for `SparseLinear` layers of int8 or int4 codes, in place.
 
     A linear that was pruned becomes sparse codes, of the N:M that its zeros follow or a bitmap, where they take fewer bytes: in int4
-    (groups of 64, float16 scales) 3.25 bits a weight in 2:4 or with half of the weights anywhere. Any other becomes dense ones,
-    4.25 bits, in which zeros stay zeros but are stored (int4_minimum has no code for 0: the report says how many weights
+    (groups of 64, float16 scales) 3.25 bits a weight in 2:4 or with half of the weights anywhere. Any other becomes dense ones, and
+    on a GPU, whose kernels are for dense and 2:4, any but 2:4: 4.25 bits, in which zeros stay zeros but are stored (int4_minimum has no code for 0: the report says how many weights
     were). The model computes in the dtype it has.
 
     Args:
@@ -186,7 +186,7 @@ def encode_layers(
 ) -> Encoded:
     """The codes of those of `layers` that are `wanted`, whose weights are then what the codes stand for.
 
-    A weight in 2:4 gets 2:4 codes, any other dense ones. int8 is rounded to nearest, whatever the solver.
+    Which codes: `smallest_codes` says it. int8 is rounded to nearest, whatever the solver.
     """
     todo = [layer for layer in layers if layer.name in wanted]
     trained = run.reconstruction is not None

@@ -30,7 +30,7 @@ class SparseLinear(SparseModule):
     Input `[..., in_features]` and output `[..., out_features]` have the weight's dtype (float32, bfloat16, float16);
     sums are kept in float32. On a CPU codes meet activations that are rounded to int8, 64 (or 32) columns at a time; their
     products are added exactly, and group by group in float32. A GPU rounds no activations, and has no kernels for codes that
-    compute in float32. The weight is frozen; gradients reach the input and the bias.
+    compute in float32, or are neither dense nor 2:4. The weight is frozen; gradients reach the input and the bias.
 
     How the weight is held, moved, copied and saved is in `SparseModule`.
     """

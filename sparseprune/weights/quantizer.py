@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparseprune.kernels import ops
-from sparseprune.kernels.codes import CODES
+from sparseprune.kernels.packing import CODES
 from sparseprune.kernels.rounding import round_codes, round_through
 from sparseprune.models.sites import WeightSite
 from sparseprune.weights.rounding import Grid

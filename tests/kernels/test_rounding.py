@@ -7,7 +7,7 @@ import torch
 from helpers.isa import LEVELS, forced
 from helpers.shapes import generator
 
-from sparseprune.kernels.codes import CODES
+from sparseprune.kernels.packing import CODES
 from sparseprune.kernels.rounding import round_codes, round_through
 
 SHAPES = [(1, 1), (3, 32), (5, 33), (2, 15), (4, 17), (7, 64), (3, 129), (16, 200), (0, 5)]

@@ -7,7 +7,7 @@ import torch
 from helpers.shapes import generator
 from torch import nn
 
-from sparseprune.kernels.codes import CODES
+from sparseprune.kernels.packing import CODES
 from sparseprune.models.sites import site_of
 from sparseprune.weights.encoding import Encoding
 from sparseprune.weights.quantizer import TrainedCodes
