@@ -50,6 +50,11 @@ from sparseprune.kernels.checks import (
 from sparseprune.kernels.codes import dequantize, unpack_codes
 from sparseprune.kernels.packing import Packed, dtype_of, encoding_of, group_of, packing_code
 
+__all__ = [
+    "bitmap_to_dense", "csr_to_dense", "dense_to_bitmap", "dense_to_csr", "dense_to_nm", "linear", "lookup", "mask_apply",
+    "mask_apply_", "mask_apply_packed", "mask_apply_packed_", "pack", "pack_mask", "threshold_mask_", "unpack", "unpack_mask",
+]  # fmt: skip
+
 library = torch.library.Library("sparseprune", "DEF")
 
 
