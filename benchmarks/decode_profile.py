@@ -25,7 +25,6 @@ from torch import nn
 
 import sparseprune as sp
 from sparseprune.kernels import native
-from sparseprune.models.blocks import find_blocks
 from sparseprune.models.decoding import compile_decoding
 from sparseprune.report import Column, Table
 from sparseprune.weights.linear import SparseLinear
@@ -84,7 +83,7 @@ def _candidates(model: Any) -> dict[str, Callable[[], Any]]:
     compiled_token()
     calls = recorded(model, token)
     linears = [it for it in calls if isinstance(it.module, SparseLinear)]
-    blocks = [block for _, block in find_blocks(model)]
+    blocks = [it for it in model.modules() if any(_ends(child, "attention") for child in it.children())]
     inside = {id(it) for block in blocks for it in block.modules()}
     kinds: dict[str, list[Callable[[], Any]]] = {
         "kernels": [kernel(it) for it in linears],
@@ -100,9 +99,8 @@ def _candidates(model: Any) -> dict[str, Callable[[], Any]]:
     }
     held = {"attention": set[int](), "mlp": set[int]()}
     for it in calls:
-        name = type(it.module).__name__.lower()
         for kind, ends in (("attention", "attention"), ("mlp", "mlp"), ("norms", "norm")):
-            if name.endswith(ends):
+            if _ends(it.module, ends):
                 kinds[kind].append(it)
                 if kind == "norms":
                     kinds["norms in blocks"] += [it] if id(it.module) in inside else []
@@ -112,6 +110,10 @@ def _candidates(model: Any) -> dict[str, Callable[[], Any]]:
         kinds[f"linears in {kind}"] = [it for it in linears if id(it.module) in members]
     timed = {name: functools.partial(_all, those) for name, those in kinds.items()}
     return {**timed, "token": token, "compiled": compiled_token}
+
+
+def _ends(module: nn.Module, words: str) -> bool:
+    return type(module).__name__.lower().endswith(words)
 
 
 def _all(calls: Iterable[Callable[[], Any]]) -> None:
@@ -137,11 +139,15 @@ def kernel(call: Call) -> Callable[[], Any]:
     """The C++ function behind a call of a `SparseLinear`, its arguments looked up beforehand."""
     layer: Any = call.module
     x, out = call.arguments[0], layer(*call.arguments)
-    packed, batch = layer.packed, x.numel() // layer.in_features
-    return functools.partial(
-        native._core.linear, packed.data_ptr(), packed.numel(), layer.out_features, layer.in_features, layer.packing,
-        x.data_ptr(), batch, layer.in_features, 0, out.data_ptr(), torch.get_num_threads(), -1,
+    arguments = (
+        layer.packed.data_ptr(), layer.packed.numel(), layer.out_features, layer.in_features, layer.packing, x.data_ptr(),
+        x.numel() // layer.in_features, layer.in_features, 0, out.data_ptr(), torch.get_num_threads(), -1,
     )  # fmt: skip
+
+    def run(held: Any = (layer.packed, x, out)) -> None:  # what the addresses point to
+        native._core.linear(*arguments)
+
+    return run
 
 
 def _in_turn(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -1,10 +1,11 @@
 """Puts the tables of a run into docs/benchmarks.md, between the comments that name them.
 
-python benchmarks/page.py docs/benchmarks.json docs/benchmarks-deepsparse.json docs/benchmarks.md
+python benchmarks/page.py docs/benchmarks.json docs/benchmarks.md --llama-cpp docs/benchmarks-llama-cpp.json
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -12,20 +13,25 @@ from pathlib import Path
 from typing import Annotated
 
 import peers_deepsparse
+import peers_llama_cpp
 import tables
 import typer
 from layers import SHAPES, describe
 from targets import TARGETED_MODEL
+
+PEERS = ("deepsparse", "llama_cpp")
+"""Measured by scripts of their own."""
 
 
 def main(
     run: Path,
     page: Path,
     deepsparse: Annotated[Path | None, typer.Option(help="JSON of peers_deepsparse.py.")] = None,
+    llama_cpp: Annotated[Path | None, typer.Option(help="JSON of peers_llama_cpp.py.")] = None,
 ) -> None:
     """Fill every section `<!-- begin NAME -->` to `<!-- end NAME -->` of PAGE from RUN; any other text stays.
 
-    Without --deepsparse that section stays as it is.
+    Without the JSON of a peer its sections stay as they are.
     """
     record = json.loads(run.read_text())
     (other,) = (it for it in SHAPES if it != TARGETED_MODEL)
@@ -46,9 +52,14 @@ def main(
     if deepsparse is not None:
         peer = json.loads(deepsparse.read_text())
         sections["deepsparse"] = lambda: tables.markdown(peers_deepsparse.table(peer))
+    if llama_cpp is not None:
+        runs = json.loads(llama_cpp.read_text())
+        for name, run_ in runs.items():
+            shown = peers_llama_cpp.table(peers_llama_cpp.MODELS[name], run_)
+            sections[f"llama_cpp {name}"] = functools.partial(tables.markdown, shown)
     text = page.read_text()
-    for name in re.findall(r"<!-- begin (\w+) -->", text):
-        if name == "deepsparse" and deepsparse is None:
+    for name in re.findall(r"<!-- begin ([\w -]+?) -->", text):
+        if name.split()[0] in PEERS and name not in sections:
             continue
         if name not in sections:
             raise typer.BadParameter(f"page: sections are {', '.join(sections)}, got {name}")

@@ -27,7 +27,8 @@ def draw(run: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = "sparseprune"  # the same file for the same numbers
-    figure, (speed, quality) = pyplot.subplots(1, 2, figsize=(11, 4.6))
+    figure, (speed, quality) = pyplot.subplots(1, 2, figsize=(12, 5.2))
+    letters = {(it["by"], it["form"]): chr(ord("a") + index) for index, it in enumerate(run["records"])}
     for by, what, label, color, marker in SERIES:
         style = {"color": color, "marker": marker, "linestyle": "none"}
         panels = ((speed, what), (quality, "perplexity")) if what == "decode" else ((speed, what),)
@@ -39,24 +40,31 @@ def draw(run: Mapping[str, Any], path: Path) -> None:
                 label=label if axis is speed else by,
                 **style,
             )
-            for form, x, y in found if what == "decode" else ():
-                axis.annotate(form, (x, y), fontsize=6.5, textcoords="offset points", xytext=(4, 3))
+            for form, x, y in found:
+                axis.annotate(
+                    letters[by, form], (x, y), textcoords="offset points", xytext=(5, 3), color=color
+                )
     speed.set_ylabel("tokens per second, decoding at batch 1")
     speed.set_ylim(bottom=0)
     quality.set_ylabel("perplexity (lower is better)")
     quality.set_yscale("log")
     ticks = [10, 12, 14, 16, 20, 25, 30, 40, 50]
     quality.set_yticks(ticks, [str(it) for it in ticks], minor=False)
-    quality.minorticks_off()
     for axis in (speed, quality):
         axis.set_xlabel("MB of the file")
+        axis.set_xscale("log")
+        axis.set_xticks([70, 80, 90, 100, 140, 200, 270], ["70", "80", "90", "100", "140", "200", "270"])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     machine = run["machine"]
     figure.suptitle(
         f"SmolLM2-135M-Instruct on {machine['cpu'].split(' [')[0]}, {machine['isa']}, {machine['threads']} threads", fontsize=10
     )  # fmt: skip
-    figure.tight_layout()
+    for by, at in (("llama.cpp", 0.09), ("sparseprune", 0.05)):
+        key = "    ".join(f"{letter}  {form}" for (of, form), letter in letters.items() if of == by)
+        figure.text(0.02, at, f"{by}:    {key}", fontsize=8)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
