@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers import backends  # noqa: E402
-from helpers.codes import KINDS, random_codes  # noqa: E402
+from helpers.codes import GPU_KINDS, random_codes  # noqa: E402
 
 from sparseprune.kernels import ops  # noqa: E402
 from sparseprune.kernels.packing import Packed  # noqa: E402
@@ -64,7 +64,7 @@ def run_all() -> None:
             packed = ops.pack(values, kept, COLS, layout)
             ops.unpack(packed)
             run_linears(packed, generator)
-    for kind in KINDS:
+    for kind in GPU_KINDS:
         for group in (32, 64):
             run_linears(random_codes(kind, ROWS, COLS, group).pack(torch.bfloat16), torch.Generator())
 
