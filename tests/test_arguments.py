@@ -472,7 +472,7 @@ def quantized(**options):
 
 
 def compress_by_ticks(**arguments):
-    with ticking(0.02):
+    with ticking(0.1):
         return sp.compress(**arguments)
 
 

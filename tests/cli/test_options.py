@@ -307,7 +307,7 @@ def call(name, line, root, out):
 
 def outcome(name, line, root, out):
     """What the command prints as JSON, and what it writes."""
-    with ticking(0.02) if name == "compress" else nullcontext():
+    with ticking(0.1) if name == "compress" else nullcontext():
         result = call(name, f"{line} --json", root, out)
     assert result.exit_code == 0, result.output + result.stderr
     shown = described(json.loads(result.stdout.replace(str(out), "OUT"), object_hook=without_echoes))

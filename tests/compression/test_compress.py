@@ -90,7 +90,7 @@ def test_a_model_fits_its_budget_reloads_and_is_near_the_dense_one(budget, tmp_p
     model = peaked()
     dense = copy.deepcopy(model)
     whole = file_bytes(model)
-    with ticking(0.02):
+    with ticking(0.05):
         report = compress(model, budget, calibration=DATA, minutes=0.1)
     sp.save(model, tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
