@@ -16,7 +16,7 @@ __all__ = ["Choice", "Options", "choose"]
 class Options:
     """The forms a weight may take, their bytes in a file, and what each would add to the model's divergence.
 
-    A form that is `kept` loses nothing.
+    A form that is `kept` loses nothing; it comes first, so that no other is preferred for the same price and loss.
     """
 
     forms: tuple[Form, ...]
@@ -24,8 +24,8 @@ class Options:
     losses: tuple[float, ...] = ()
 
     def with_losses(self, losses: Sequence[float]) -> Options:
-        """`losses` of those that are not kept, which come first."""
-        return replace(self, losses=(*losses, *(0.0 for it in self.forms if it.kept)))
+        """`losses` of those that are not kept, which come last."""
+        return replace(self, losses=(*(0.0 for it in self.forms if it.kept), *losses))
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,10 @@ def compress(
         seed: of what is drawn at random.
         progress: show bars on stderr.
 
-    An error leaves the model as it was. Memory: a second copy of the model, and training's.
+    Weights that keep a file's codes are not trained. What a model does not allow (blocks that are not a chain are not
+    reconstructed, one without logits is not trained as a whole) the report's notes say.
+
+    An error leaves the model as it was. Memory: two copies of the model, and training's.
 
     Raises:
         ValueError: a budget below what the cheapest forms take (the message says how much that is), no linear layer, a
@@ -123,28 +126,36 @@ def compress(
     least = fixed + sum(min(it.prices) for it in options.values())
     if least > allowed:
         raise ValueError(
-            f"budget: the least that this model can take is {least:,} bytes, got {Budget.parse(budget)} ({allowed:,} bytes); "
-            "allow that, or cut neurons, heads or layers first (sparseprune.cut)"
+            f"budget: the least that this model can take is {least:,} bytes, got {allowed:,}; allow "
+            "that, or cut neurons, heads or layers first (sparseprune.cut)"
         )
     shapes = {it.name: (it.weight.shape[0], it.weight.shape[1], it.weight.nbytes) for it in sites}
     snapshot = Snapshot(model)
     teacher = copy.deepcopy(model)
     try:
-        measured = _measure(model, linears, lookups, options, fit, pieces, until, seed, progress)
+        judge = Judge(model, pieces)
+        measured = _measure(judge, linears, lookups, options, fit, until, seed, progress)
         plan = _Plan(linears, lookups, choose(options, allowed - fixed), kept, [measured])
         _solve(model, plan, fit, until, seed, progress)
-        if any(not it.form.unchanged for it in plan.choices.values()):
+        if judge.compares_logits:
             _train(model, teacher, plan, data, until, seed, progress)
+        else:
+            plan.notes.append("not trained towards the dense model: it gives no logits")
     except BaseException:
         snapshot.restore()
         raise
     remember(model, data)
+    after = file_bytes(model)
+    if after > allowed:
+        plan.notes.append(
+            f"over the budget by {after - allowed:,} bytes: forms took more than they were reckoned at"
+        )
     rows = tuple(_row(name, plan.choices[name], *shapes[name]) for name in options)
     return CompressReport(
         rows,
         allowed,
         before,
-        file_bytes(model),
+        after,
         clock.now() - begin,
         tuple(plan.notes),
         plan.pruned,
@@ -173,17 +184,16 @@ def _forms(site: WeightSite, looked_up: bool, kept: SparseWeight | None) -> Opti
     shape = (site.weight.shape[0], site.weight.shape[1])
     forms = [it for it in (EMBEDDING_FORMS if looked_up else FORMS) if it.fits(site.weight)]
     if kept is not None:
-        forms.append(Form("dense", kept.encoding, kept=True))
+        forms.insert(0, Form("dense", kept.encoding, kept=True))
     return Options(tuple(forms), tuple(it.nbytes(site.name, shape, site.weight.dtype) for it in forms))
 
 
 def _measure(
-    model: nn.Module,
+    judge: Judge,
     linears: Mapping[str, WeightSite],
     lookups: Mapping[str, WeightSite],
     options: dict[str, Options],
     fit: CalibrationData,
-    pieces: Sequence[Batch],
     until: float,
     seed: int,
     progress: bool,
@@ -191,8 +201,7 @@ def _measure(
     """Gives the options their losses; what there is to say of them."""
     seconds = _MEASURING_SHARE * (until - clock.now())
     few = CalibrationData(fit.batches[:_MEASURED_ON], fit.source)
-    errors, spreads = form_errors(model, list(linears.values()), FORMS, few, seconds / 3, progress)
-    judge = Judge(model, pieces)
+    errors, spreads = form_errors(judge.model, list(linears.values()), FORMS, few, seconds / 3, progress)
     for name, site in lookups.items():
         losses = lookup_losses(judge, site, [it for it in options[name].forms if not it.kept])
         options[name] = options[name].with_losses(losses)
@@ -234,15 +243,15 @@ def _solve(
         form = forms[name]
         if form.kept:
             encode_site(model, site, plan.kept[name])
-        elif not form.unchanged:
+        elif not form.plain:
             encode_site(model, site, SparseWeight.from_dense(site.weight, "dense", form.encoding))
     wanted = {
-        name: forms[name].encoding
-        for name in plan.linears
-        if not forms[name].unchanged and not forms[name].kept
+        name: forms[name].encoding for name in plan.linears if not forms[name].plain and not forms[name].kept
     }
     run = BlockRun(True, RECONSTRUCTION, end)
-    encoded = encode_layers(model, plan.linears.values(), wanted, METHODS["gptq"], few, run, progress)
+    encoded = encode_layers(
+        model, plan.linears.values(), wanted, METHODS["gptq"], few, run, progress, required=False
+    )
     plan.notes += encoded.notes
     for name, site in plan.linears.items():
         weight = plan.kept[name] if forms[name].kept else None
@@ -261,7 +270,10 @@ def _train(
     seed: int,
     progress: bool,
 ) -> None:
-    """Trains the model through its codes, for what is left of the time."""
+    """Trains the model through its new codes, for what is left of the time."""
+    kept = [name for name in plan.linears if plan.choices[name].form.kept]
+    if all(plan.choices[name].form.plain or name in kept for name in plan.linears):
+        return  # nothing has lost anything that training could give back
     minutes = (until - clock.now()) / 60
     if minutes < 0.1:
         plan.notes.append("not trained towards the dense model: no time was left")
@@ -272,6 +284,7 @@ def _train(
         teacher=teacher,
         minutes=minutes,
         training=Training(_LEARNING_RATE),
+        exclude=kept,
         seed=seed,
         progress=progress,
     )

@@ -15,7 +15,7 @@ from sparseprune.weights.spec import SPEC_FIELDS, WeightSpec
 
 _ENTRY = 110  # bytes at most, beside its name, that a part takes in a file's header
 
-__all__ = ["EMBEDDING_FORMS", "FORMS", "UNCHANGED", "Form"]
+__all__ = ["EMBEDDING_FORMS", "FORMS", "Form"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Form:
 
     Attributes:
         pattern: "dense", "2:4", or "unstructured".
-        encoding: of the values that are kept; plain ones of a dense weight: it stays as it is.
+        encoding: of the values that are kept; plain ones of a dense weight: it is stored as it is now.
         sparsity: the fraction of weights that is zero; the pattern 2:4 implies it.
         kept: the codes are those of the file that the model came from.
     """
@@ -35,14 +35,14 @@ class Form:
     kept: bool = False
 
     def __str__(self) -> str:
-        """ "int4 g64", "2:4 int4 g64", "50 % int4 g64"; "unchanged"."""
+        """ "int4 g64", "2:4 int4 g64", "50 % int4 g64"; "plain"."""
         if self.encoding == PLAIN:
-            return "unchanged"
+            return "plain"
         zeros = {"dense": "", "2:4": "2:4 "}.get(self.pattern, f"{self.sparsity:.0%} ".replace("%", " %"))
         return f"{zeros}{self.encoding.kind} g{self.encoding.group_size}{', kept' if self.kept else ''}"
 
     @property
-    def unchanged(self) -> bool:
+    def plain(self) -> bool:
         return self.encoding == PLAIN
 
     @property
@@ -63,7 +63,7 @@ class Form:
 
     def nbytes(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """In a file, for the weight of the layer `name`, of this shape, that computes in `dtype`; at most a little more."""
-        if self.unchanged:
+        if self.plain:
             return shape[0] * shape[1] * dtype.itemsize
         spec = WeightSpec(shape, dtype, self.format, self.encoding)
         kept = self.format.count(shape)
@@ -77,10 +77,8 @@ def _codes(kind: str, group: int) -> Encoding:
     return Encoding(kind, group, torch.float16)
 
 
-UNCHANGED = Form("dense")
-
 FORMS: tuple[Form, ...] = (
-    UNCHANGED,
+    Form("dense"),
     Form("dense", _codes("int8", 64)),
     Form("dense", _codes("int4_minimum", 32)),
     Form("dense", _codes("int4", 32)),
@@ -94,7 +92,7 @@ FORMS: tuple[Form, ...] = (
 kernels for the last."""
 
 EMBEDDING_FORMS: tuple[Form, ...] = (
-    UNCHANGED,
+    Form("dense"),
     Form("dense", _codes("int8", 64)),
     Form("dense", _codes("int4", 32)),
     Form("dense", _codes("int4", 64)),

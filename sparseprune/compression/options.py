@@ -50,7 +50,7 @@ class Budget:
         return self.bytes if self.bytes is not None else int((self.bits or 0) * weights / 8)
 
     def __str__(self) -> str:
-        return f"{self.bits:g} bits a weight" if self.bytes is None else f"{self.bytes / 1e6:.1f} MB"
+        return f"{self.bits:g} bits a weight" if self.bytes is None else f"{self.bytes:,} bytes"
 
 
 @dataclass(frozen=True)

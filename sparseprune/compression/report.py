@@ -16,7 +16,7 @@ class LayerCompressed:
     """What became of a weight.
 
     Attributes:
-        form: chosen, as "2:4 int4 g64"; "unchanged".
+        form: chosen, as "2:4 int4 g64"; "plain".
         bits: for each entry of the weight in the file, scales and mask among them.
         loss: what it was estimated to add to the divergence from the dense model, nats a token, before any training.
         runner_up: the form that would have been next best for the bytes, and its `runner_up_bits` and `runner_up_loss`; ""

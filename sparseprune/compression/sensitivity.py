@@ -22,11 +22,12 @@ from sparseprune.calibration import CalibrationData
 from sparseprune.compression.forms import Form
 from sparseprune.models.blocks import find_blocks
 from sparseprune.models.sites import WeightSite
+from sparseprune.pruning.allocation.context import block_of
 from sparseprune.pruning.allocation.curves import kind_of, two_factors
 from sparseprune.pruning.allocation.judge import Judge
 from sparseprune.pruning.base import Target
 from sparseprune.pruning.methods.sparsegpt import SPARSEGPT
-from sparseprune.quantization.methods import METHODS
+from sparseprune.quantization.methods.gptq import GPTQ
 from sparseprune.report import track
 from sparseprune.statistics.inputs import Gram
 from sparseprune.statistics.walk import WalkError, advance, block_statistics, capture
@@ -107,8 +108,8 @@ def _errors(weight: Tensor, gram: Gram, forms: Sequence[Form]) -> list[float]:
     pruned: dict[Any, tuple[Tensor, Tensor | None]] = {}
     found = []
     for form in forms:
-        if form.unchanged or not form.fits(weight):
-            found.append(0.0 if form.unchanged else float("inf"))
+        if form.plain or not form.fits(weight):
+            found.append(0.0 if form.plain else float("inf"))
             continue
         if form.target not in pruned:
             pattern, sparsity = form.target
@@ -117,8 +118,7 @@ def _errors(weight: Tensor, gram: Gram, forms: Sequence[Form]) -> list[float]:
                 left = SPARSEGPT.prune(weight, gram, Target(pattern, sparsity))
             pruned[form.target] = left
         start, kept = pruned[form.target]
-        solver = METHODS["nearest" if form.encoding.kind == "int8" else "gptq"]
-        codes, grid = solver.solve(start, kept, form.encoding, gram)
+        codes, grid = GPTQ.solve(start, kept, form.encoding, gram)
         found.append(_energy(_values(codes, kept, grid) - weight, gram) / whole)
     return found
 
@@ -141,10 +141,7 @@ def sensitivities(
 
     Sites come in random order; those left at the deadline are estimated from the others, by block and kind.
     """
-    names = [name for name, _ in find_blocks(judge.model)]
-    blocks = {
-        site.name: next((it for it in names if site.name.startswith(f"{it}.")), site.name) for site in sites
-    }
+    blocks = block_of(judge.model, sites)
     order = list(sites)
     random.Random(seed).shuffle(order)
     generator = torch.Generator().manual_seed(seed)
@@ -171,7 +168,7 @@ def lookup_losses(judge: Judge, site: WeightSite, forms: Sequence[Form]) -> list
     losses = []
     try:
         for form in forms:
-            if form.unchanged:
+            if form.plain:
                 losses.append(0.0)
                 continue
             site.weight.copy_(SparseWeight.from_dense(before, form.format, form.encoding).dense())

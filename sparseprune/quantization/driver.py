@@ -183,10 +183,14 @@ def encode_layers(
     data: CalibrationData | None,
     run: BlockRun,
     progress: bool,
+    required: bool = True,
 ) -> Encoded:
     """The codes of those of `layers` that are `wanted`, whose weights are then what the codes stand for.
 
-    Which codes: `smallest_codes` says it. int8 is rounded to nearest, whatever the solver.
+    Which codes: `smallest_codes` says it.
+
+    Args:
+        required: whether a model whose blocks cannot be reconstructed is an error; the notes say so otherwise.
     """
     todo = [layer for layer in layers if layer.name in wanted]
     trained = run.reconstruction is not None
@@ -194,7 +198,7 @@ def encode_layers(
     needs = solver.statistic is not None or trained
     job = Job(model, todo, _as_method(solver), targets, data if needs else None, progress)
     if todo:
-        job.run(run, required=trained)
+        job.run(run, required=trained and required)
     if data is not None:
         remember(model, data)
     return Encoded({name: it.made[0] for name, it in targets.items()}, list(job.notes), tuple(job.blocks))
@@ -251,7 +255,6 @@ class _Quantized(Target):
     ) -> _Quantized:
         weight = layer.weight
         spec = smallest_codes(weight, values, recall(layer))
-        solver = METHODS["nearest"] if values.kind == "int8" and solver.name == "gptq" else solver
         return cls(Pattern.parse("unstructured"), 0.0, spec=spec, solver=solver, reconstructed=reconstructed)
 
     def solve(self, weight: Tensor, statistic: Any) -> Tensor:

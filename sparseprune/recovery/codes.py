@@ -39,6 +39,12 @@ class OpenCodes:
         """ "2:4 int4", say -> how many layers have such codes."""
         return dict(Counter(str(weight.spec) for _, weight in self._weights))
 
+    def zeros(self) -> tuple[int, int]:
+        """(weights that their masks leave out, all weights), of the layers whose codes have a mask."""
+        masked = [it for _, it in self._weights if it.mask is not None]
+        total = sum(it.shape[0] * it.shape[1] for it in masked)
+        return total - sum(it.nnz for it in masked), total
+
     def digest(self) -> str:
         """Tells one set of forms and masks from another."""
         digest = hashlib.sha256()
@@ -70,7 +76,8 @@ def open_codes(model: nn.Module, train: Train, chosen: Layers) -> Iterator[OpenC
     try:
         sites = find_sites(model, **vars(chosen))
         if train == "all":
-            sites = find_sites(model, kinds=[LinearSite, EmbeddingSite], lm_head=True)
+            names = {"include": chosen.include, "exclude": chosen.exclude}
+            sites = find_sites(model, **names, kinds=[LinearSite, EmbeddingSite], lm_head=True)
         found = [(site, next((twins[it] for it in site.places if it in twins), None)) for site in sites]
         weights = [(site, ours.sparse_weight()) for site, ours in found if ours is not None]
         opened = OpenCodes(weights)

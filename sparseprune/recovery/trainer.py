@@ -78,7 +78,7 @@ def recover(
 
     Raises:
         ValueError: an argument out of range, a model that is not dense, a checkpoint of another run; a loss that is
-            not finite, where the model keeps its last finite weights.
+            not finite, where the model keeps its last finite weights, and codes are what they were at the beginning.
     """
     training = Training() if training is None else training
     distillation = Distillation() if distillation is None else distillation
@@ -145,14 +145,15 @@ def recover(
         loop.run()
         seconds = loop.seconds
     remember(model, batches_of(sampler))
+    masked, of = codes.zeros()
     return RecoveryReport(
         losses=tuple(loop.losses),
         evaluations=tuple(loop.evaluations),
         seconds=seconds,
         tokens=loop.tokens,
-        weights=zeros.weights,
-        zeros_before=zeros.count,
-        zeros_after=zeros.count_now(),
+        weights=zeros.weights + of,
+        zeros_before=zeros.count + masked,
+        zeros_after=zeros.count_now() + masked,
         settings=settings,
         titles={name: term.title for name, term in objective.terms.items()},
         resumed_at=resumed,

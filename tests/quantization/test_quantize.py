@@ -381,3 +381,13 @@ def test_embeddings_and_head_become_codes_and_are_stored_once(tmp_path, tied, em
     assert error < (0.03 if embeddings == "int8" else 0.3)
     sp.save(model, tmp_path / "out")
     assert torch.equal(logits(sp.load(tmp_path / "out")), logits(model))
+
+
+def test_int8_by_gptq_is_not_what_rounding_gives():
+    model = tiny.llama()
+    nearest = copy.deepcopy(model)
+    report = sp.quantize(model, "int8", "gptq", calibration=BATCHES)
+    sp.quantize(nearest, "int8", "nearest")
+    assert {it.method for it in report.layers} == {"gptq"}
+    rounded = layers_of(nearest)
+    assert not any(torch.equal(it.weight, rounded[name].weight) for name, it in layers_of(model).items())

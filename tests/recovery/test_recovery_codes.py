@@ -44,6 +44,7 @@ def test_training_through_codes_brings_the_model_nearer_to_its_teacher(encoding,
         weight = it.sparse_weight()
         weight.validate()
         assert str(it.spec) == spec and (mask is None or torch.equal(weight.mask, mask))
+    assert report.weights == 2 * report.zeros_after == 2 * report.zeros_before == 2 * 48 * 32
     assert report.settings["codes"] == {f"dense {encoding}": 12, "2:4 int4": 2}
 
 
@@ -78,7 +79,10 @@ def test_all_trains_the_codes_of_the_embedding_too():
     embedding = next(it for it in model.modules() if isinstance(it, SparseEmbedding))
     before = embedding.weight
     training = Training(1e-3, windows=4, autocast=None, train="all")
-    recover(model, stream(), teacher=teacher, steps=5, training=training)
+    queries = [it for name, it in layers(model).items() if "q_proj" in name]
+    weights = [it.weight for it in queries]
+    recover(model, stream(), teacher=teacher, steps=5, training=training, exclude="*q_proj")
+    assert all(torch.equal(it.weight, weight) for it, weight in zip(queries, weights, strict=True))
     assert not torch.equal(embedding.weight, before)
 
 

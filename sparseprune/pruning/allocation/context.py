@@ -74,12 +74,12 @@ def layer_scores(context: AllocationContext, layer: WeightSite, statistic: Any) 
     return weight.abs() if statistic is None else weight.abs() * statistic.norm()
 
 
-def block_of(context: AllocationContext) -> dict[str, str]:
+def block_of(model: nn.Module, layers: Iterable[WeightSite]) -> dict[str, str]:
     """layer name -> name of the block that holds it; a layer outside all blocks is its own."""
-    blocks = [name for name, _ in find_blocks(context.model)]
+    blocks = [name for name, _ in find_blocks(model)]
     return {
         layer.name: next((name for name in blocks if layer.name.startswith(f"{name}.")), layer.name)
-        for layer in context.layers
+        for layer in layers
     }
 
 

@@ -109,7 +109,7 @@ def measure_curves(
     Layers come in random order; those left when `clock.now()` passes the deadline are estimated from the
     measured ones: a factor for the block and a factor for the kind of layer.
     """
-    blocks = block_of(context)
+    blocks = block_of(context.model, context.layers)
     order = list(context.layers)
     random.Random(context.seed).shuffle(order)
     losses: dict[str, dict[float, float]] = {}

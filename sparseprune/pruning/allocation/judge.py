@@ -76,6 +76,10 @@ class Judge:
                 self._before.append(_prediction(call(model, batch), batch))
             self._outputs.append(seen if len(seen) == len(self.blocks) else [])
 
+    @property
+    def compares_logits(self) -> bool:
+        return all(logits for _, logits in self._before)
+
     def __call__(self, block: str | None = None) -> float:
         """How far the model is from what it was.
 

@@ -53,7 +53,7 @@ def outliers(context: AllocationContext) -> dict[str, float]:
     """
     context.calibrated("owl")
     statistics = context.score_statistics()
-    blocks = block_of(context)
+    blocks = block_of(context.model, context.layers)
     totals: dict[str, list[float]] = {}
     for layer in context.layers:
         scores = layer_scores(context, layer, statistics.get(layer.name))

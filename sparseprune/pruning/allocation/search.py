@@ -317,6 +317,9 @@ class _Trials:
 
 def _groups(context: AllocationContext) -> dict[str, tuple[str, str]]:
     """layer name -> (its kind, its stretch of depth)."""
-    blocks = list(dict.fromkeys(block_of(context).values()))
+    blocks = list(dict.fromkeys(block_of(context.model, context.layers).values()))
     stretch = {block: f"depth {index * _SEGMENTS // len(blocks)}" for index, block in enumerate(blocks)}
-    return {name: (kind_of(name), stretch[block]) for name, block in block_of(context).items()}
+    return {
+        name: (kind_of(name), stretch[block])
+        for name, block in block_of(context.model, context.layers).items()
+    }
