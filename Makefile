@@ -46,6 +46,9 @@ $(VENV)/bench: $(VENV)/torch $(SOURCES)
 demo: $(if $(wildcard $(VENV)/dev),$(VENV)/dev,$(VENV)/package)
 	$(BIN)/sparseprune demo
 
+# Threads that wait for each other sleep: where a core is busy with something else, spinning made tests take five times as long.
+test test-slow: export OMP_WAIT_POLICY = passive
+
 test: $(VENV)/dev
 	$(BIN)/pytest -m 'not slow'
 
