@@ -39,14 +39,14 @@ constexpr int kMaxDims = 8;
 // Filled once by use_tensors, never freed: the interpreter is gone before this library is.
 struct Torch {
   const DlExchange* exchange = nullptr;
-  PyTypeObject* tensor = nullptr;
+  PyTypeObject *tensor = nullptr, *parameter = nullptr;
   PyObject* empty = nullptr;
   PyObject* dtypes[kDtypes] = {};
   PyObject* names = nullptr;  // ("dtype",)
 } g_torch;
 
-bool read(py::handle object, DlTensor* out) {
-  if (Py_TYPE(object.ptr()) != g_torch.tensor) return false;
+bool read(py::handle object, DlTensor* out, const PyTypeObject* type = g_torch.tensor) {
+  if (Py_TYPE(object.ptr()) != type) return false;
   if (g_torch.exchange->tensor_from_object(object.ptr(), out) == 0) return out->device_type == kDlCpu && out->lanes == 1;
   PyErr_Clear();
   return false;
@@ -84,7 +84,7 @@ py::object empty(const std::int64_t* shape, int ndim, DType dtype) {
 
 }  // namespace
 
-bool use_tensors(py::type tensor, py::object empty, py::list dtypes) {
+bool use_tensors(py::type tensor, py::type parameter, py::object empty, py::list dtypes) {
   const char* attribute = "__dlpack_c_exchange_api__";
   if (!py::hasattr(tensor, attribute)) return false;
   const auto* exchange =
@@ -93,6 +93,7 @@ bool use_tensors(py::type tensor, py::object empty, py::list dtypes) {
   if (exchange->version.major != 1 || exchange->tensor_from_object == nullptr) return false;
   for (int i = 0; i < kDtypes; ++i) g_torch.dtypes[i] = Py_NewRef(PyList_GET_ITEM(dtypes.ptr(), i));
   g_torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
+  g_torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   g_torch.empty = empty.release().ptr();
   g_torch.names = py::make_tuple("dtype").release().ptr();
   g_torch.exchange = exchange;
@@ -109,7 +110,8 @@ py::object linear_of_tensors(py::handle x, py::handle packed, py::handle bias, s
   if (!read(packed, &weight) || weight.code != kDlUint || weight.bits != 8) return py::none();
   if (weight.ndim != 1 || !is_contiguous(weight)) return py::none();
   if (!bias.is_none()) {
-    if (!read(bias, &add) || !is_dtype(add, how.dtype) || add.ndim != 1 || add.shape[0] != rows) return py::none();
+    if (!read(bias, &add) && !read(bias, &add, g_torch.parameter)) return py::none();
+    if (!is_dtype(add, how.dtype) || add.ndim != 1 || add.shape[0] != rows) return py::none();
     if (!is_contiguous(add)) return py::none();
   }
   std::int64_t shape[kMaxDims], batch = 1;

@@ -24,7 +24,7 @@ _threads = torch.get_num_threads
 _empty = torch.empty
 _core_linear = _core.linear
 _linear_of_tensors = _core.linear_of_tensors
-READS_TENSORS: bool = _core.use_tensors(torch.Tensor, torch.empty, list(DTYPES))
+READS_TENSORS: bool = _core.use_tensors(torch.Tensor, torch.nn.Parameter, torch.empty, list(DTYPES))
 """Whether C++ reads tensors itself (torch 2.10 or newer); if not, a call takes two microseconds more."""
 
 

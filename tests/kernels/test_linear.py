@@ -460,11 +460,11 @@ class TestPlainTensors:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("shape", [(64,), (3, 64), (0, 64), (1, 1, 64), (2, 1, 3, 64)])
-    @pytest.mark.parametrize("biased", [False, True])
-    def test_same_bits(self, dtype, shape, biased, monkeypatch):
+    @pytest.mark.parametrize("wrapped", [lambda bias: None, lambda bias: bias, torch.nn.Parameter])
+    def test_same_bits(self, dtype, shape, wrapped, monkeypatch):
         blob, bias = self.layer(dtype)
         x = torch.randn(shape, generator=generator(3)).to(dtype)
-        arguments = x, blob.blob, bias if biased else None, *blob[1:]
+        arguments = x, blob.blob, wrapped(bias), *blob[1:]
         made = native.plain_linear(*arguments)
         assert (made is None) != native.READS_TENSORS
         monkeypatch.setattr(native, "_linear_of_tensors", lambda *_: None)
