@@ -9,6 +9,7 @@ import typer
 
 from sparseprune.cli import console, files
 from sparseprune.cli.options import DType, DTypeOption, Json, Model, Out
+from sparseprune.cli.windows import fitting
 from sparseprune.compression.options import Compression
 from sparseprune.options import Names
 
@@ -40,8 +41,7 @@ def compress(
     text = files.text("--calibration", calibration)
     files.check_out(model, out)
     loaded, tokenizer = files.load_dense(model, dtype)
-    limit = max_length(loaded)
-    length = length if limit is None else min(length, limit)
+    length = fitting(length, max_length(loaded))
     ids = token_ids(text, tokenizer)
     data = windows(ids, length=length, count=max(2, len(ids) // length), seed=seed)
     report = compress_model(

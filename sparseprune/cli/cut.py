@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparseprune.cli import console, files
 from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out, Typed
+from sparseprune.cli.windows import calibration_data
 from sparseprune.options import Names, Windowing
 from sparseprune.surgery.options import Cutting
 
@@ -22,7 +23,6 @@ def cut(
     as_json: Json = False,
 ) -> None:
     """Cut whole neurons, heads or layers out of MODEL, and write the smaller dense model to the folder OUT."""
-    from sparseprune.cli.stream import calibration_data
     from sparseprune.io.checkpoint import save
     from sparseprune.models.modules import max_length
     from sparseprune.surgery import cut as cut_model

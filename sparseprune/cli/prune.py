@@ -11,6 +11,7 @@ import typer
 from sparseprune.cli import console, files
 from sparseprune.cli import stream as streaming
 from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out, Typed
+from sparseprune.cli.windows import calibration_data, fitting
 from sparseprune.options import Layers, Windowing
 from sparseprune.pruning.options import Recipe
 from sparseprune.report import Report
@@ -115,11 +116,11 @@ def prune(
     if scheduled and text is not None:
         from sparseprune.cli.schedule import callbacks
 
-        length = windowing.length if limit is None else min(windowing.length, limit)
-        steps = callbacks(recover_steps or 0, text, loaded, tokenizer, length, recipe.seed)
+        windowing = replace(windowing, length=fitting(windowing.length, limit))
+        steps = callbacks(recover_steps or 0, text, loaded, tokenizer, windowing.length, recipe.seed)
     data = None
     if text is not None and windowed:
-        data = streaming.calibration_data(text, tokenizer, windowing, recipe.seed, limit)
+        data = calibration_data(text, tokenizer, windowing, recipe.seed, limit)
     pruned = prune_model(
         loaded,
         **vars(recipe),

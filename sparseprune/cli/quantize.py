@@ -8,6 +8,7 @@ import typer
 
 from sparseprune.cli import console, files
 from sparseprune.cli.options import Calibration, DType, DTypeOption, Json, Model, Out, Typed
+from sparseprune.cli.windows import calibration_data
 from sparseprune.options import Layers, Windowing
 from sparseprune.quantization.options import Quantization
 
@@ -30,7 +31,6 @@ def quantize(
 
     MODEL is dense; `sparseprune prune --quantize` prunes and quantizes in one call.
     """
-    from sparseprune.cli.stream import calibration_data
     from sparseprune.io.checkpoint import save
     from sparseprune.models.modules import max_length
     from sparseprune.quantization.driver import quantize as quantize_model

@@ -11,6 +11,7 @@ import typer
 
 from sparseprune.cli import console, files
 from sparseprune.cli.options import DType, Json, Model, Out, Typed
+from sparseprune.cli.windows import fitting
 from sparseprune.options import Layers
 from sparseprune.recovery.options import Budget, Checkpointing, Training
 from sparseprune.recovery.terms import Distillation
@@ -74,7 +75,7 @@ def recover(
         )
     dense = None if teacher is None else files.load_dense(teacher, DType.auto, "--teacher")[0]
     limit = max_length(loaded)
-    data = TokenStream(content, tokenizer, length if limit is None else min(length, limit))
+    data = TokenStream(content, tokenizer, fitting(length, limit))
     report = recover_model(
         to_dense(loaded),
         data,

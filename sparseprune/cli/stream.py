@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sparseprune.cli import console
 from sparseprune.cli.options import DType
+from sparseprune.cli.windows import calibration_data
 from sparseprune.options import Layers, Windowing
 from sparseprune.pruning.options import Recipe
 from sparseprune.weights.options import Conversion
 
-__all__ = ["calibration_data", "prune_streamed", "wanted"]
+__all__ = ["prune_streamed", "wanted"]
 
 
 def wanted(model: Path, stream: bool | None, memory: str | None, spill: Path | None) -> bool:
@@ -40,19 +40,6 @@ def wanted(model: Path, stream: bool | None, memory: str | None, spill: Path | N
         "streamed block by block (--no-stream loads it)"
     )
     return True
-
-
-def calibration_data(text: str, tokenizer: Any, windowing: Windowing, seed: int, limit: int | None) -> Any:
-    """Windows of the text, no longer than the model's positions."""
-    from sparseprune.calibration import windows
-
-    length = windowing.length
-    if limit is not None and length > limit:
-        console.say(
-            f"calibration windows have {limit} tokens instead of {length}: the model's positions end there"
-        )
-        length = limit
-    return windows(text, tokenizer, length=length, count=windowing.count, seed=seed)
 
 
 def prune_streamed(

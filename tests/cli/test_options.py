@@ -428,3 +428,25 @@ def test_the_files_count(name, root, tmp_path):
 @pytest.mark.parametrize("words", [OPTIONS["demo"]["keep"], OPTIONS["demo"]["minutes"]])
 def test_the_demos_options_count(words, root, tmp_path):
     assert re.match(f"error: {words.says}", refusal("demo", words.wrong, root, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "prune DENSE OUT --method wanda --calibration TEXT --samples 2 --policy always",
+        "prune DENSE OUT --pattern unstructured --sparsity 0.5 --method wanda --schedule gradual --calibration TEXT --samples 2",
+        "cut DENSE OUT --structure neurons --fraction 0.5 --calibration TEXT --samples 2",
+        "quantize DENSE OUT --encoding int4 --calibration TEXT --samples 2",
+        "compress DENSE OUT --budget 140KB --minutes 0.05 --calibration TEXT",
+        "recover SPARSE OUT --text TEXT --steps 1 --policy always",
+    ],
+)
+def test_windows_longer_than_the_model_reads_are_cut_and_it_is_said_once(line, root, tmp_path):
+    name, line = line.split(" ", 1)
+    with ticking(0.1) if name == "compress" else nullcontext():
+        result = call(name, f"{line} --length 100000", root, tmp_path / "out")
+    assert result.exit_code == 0, result.output + result.stderr
+    said = re.findall(
+        r"windows have (\d+) tokens instead of 100000: the model's positions end there", result.stderr
+    )
+    assert len(said) == 1
