@@ -22,7 +22,10 @@ from layers import Watch, describe, machine_record
 from llama_cpp import build, ours, shapes, tools
 from results import to_json
 
+import sparseprune as sp
 from sparseprune.demo import demo_texts
+from sparseprune.io.checkpoint import WEIGHTS_FILE, load_tokenizer
+from sparseprune.io.inspection import memory_bytes
 from sparseprune.models.loading import demo_model_path
 from sparseprune.report import Column, Table, track
 
@@ -87,10 +90,10 @@ def _smollm2(
         records.append(record)
     for form in track(ours.FORMS, "our forms"):
         place = ours.made(form, source, cache)
-        model = ours.loaded(place)
-        record = _record("sparseprune", form.name, ours.file_bytes(place))
+        model = sp.load(place)
+        record = _record("sparseprune", form.name, (place / WEIGHTS_FILE).stat().st_size)
         if quality:
-            tokenizer = ours.tokenizer_of(place)
+            tokenizer = load_tokenizer(place)
             record["perplexity"] = ours.second_halves(model, text.read_text(), tokenizer, WINDOW, WINDOWS)
         records.append(record)
         candidates[form.name] = ours.Candidate(model)
@@ -105,7 +108,7 @@ def _random_llama(
     dense = shapes.random_model(shapes.LLAMA_1B)
     for form in track(ours.SHAPE_FORMS, "our forms"):
         model = ours.in_form(dense, form)
-        records.append(_record("sparseprune", form.name, ours.held_bytes(model)))
+        records.append(_record("sparseprune", form.name, memory_bytes(model)))
         candidates[form.name] = ours.Candidate(model)
     del dense
     gc.collect()
@@ -136,9 +139,8 @@ def _measure(
             decode, prompt = tools.speeds(folder, file, threads=threads, prompt=PROMPT, new=NEW)
             add("llama.cpp", name, decode=decode, prompt=prompt)
         for name, it in candidates.items():
-            add(
-                "sparseprune", name, decode=it.generated(NEW), compiled=it.compiled(NEW), prompt=it.prompt(PROMPT)
-            )  # fmt: skip
+            decode, compiled, prompt = it.generated(NEW), it.compiled(NEW), it.prompt(PROMPT)
+            add("sparseprune", name, decode=decode, compiled=compiled, prompt=prompt)
     for record in records:
         for what in ("decode", "compiled", "prompt"):
             values = samples.get((record["by"], record["form"], what))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGE = "llama-cpp-python"
+_SUFFIX = ".tar.gz"
 TARGETS = ("llama-bench", "llama-quantize", "llama-perplexity")
 
 # -march=native, and nothing that is not needed for the three tools.
@@ -37,16 +37,14 @@ def build(cache: Path) -> Path:
 
 def _source(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
-    name = PACKAGE.replace("-", "_")
-    archives = sorted(cache.glob(f"{name}-*.tar.gz"))
-    if not archives:
+    if not _archives(cache):
         _run(
             sys.executable, "-m", "pip", "download", "--no-binary", PACKAGE, "--no-deps", "-d", cache, PACKAGE
         )
-        archives = sorted(cache.glob(f"{name}-*.tar.gz"))
-    folder = cache / archives[-1].name.removesuffix(".tar.gz")
+    file = _archive(cache)
+    folder = cache / file.name.removesuffix(_SUFFIX)
     if not folder.is_dir():
-        with tarfile.open(archives[-1]) as archive:
+        with tarfile.open(file) as archive:
             archive.extractall(cache, filter="data")
     return folder / "vendor" / "llama.cpp"
 
@@ -56,9 +54,24 @@ def _run(*command: object) -> None:
 
 
 def version(cache: Path) -> str:
-    """Of the package that was built."""
-    return _newest(it.name for it in cache.glob(f"{PACKAGE.replace('-', '_')}-*.tar.gz"))
+    """Name and version of the package that was built.
+
+    Raises:
+        ValueError: there is not exactly one source package in `cache`.
+    """
+    return _archive(cache).name.removesuffix(_SUFFIX).replace("_", "-")
 
 
-def _newest(names: Iterable[str]) -> str:
-    return max(names, default="").removesuffix(".tar.gz").replace("_", "-")
+def _archives(cache: Path) -> list[Path]:
+    return sorted(cache.glob(f"{PACKAGE.replace('-', '_')}-*{_SUFFIX}"))
+
+
+def _archive(cache: Path) -> Path:
+    found = _archives(cache)
+    if len(found) != 1:
+        names = ", ".join(it.name for it in found) or "none"
+        raise ValueError(
+            f"cache: must hold one source package of {PACKAGE}, which its tools are built from, {cache} has {names}; "
+            "name another folder"
+        )
+    return found[0]

@@ -14,8 +14,7 @@ import torch
 import sparseprune as sp
 from sparseprune.calibration import windows
 from sparseprune.demo import demo_texts
-from sparseprune.io.checkpoint import WEIGHTS_FILE
-from sparseprune.io.inspection import memory_bytes
+from sparseprune.io.checkpoint import load_tokenizer
 from sparseprune.measure.evaluate import Windows, logits_of, prompt_speed, window_loss
 from sparseprune.models.decoding import compile_decoding
 from sparseprune.models.loading import load_dense
@@ -71,26 +70,14 @@ def made(form: Form, source: Path, cache: Path) -> Path:
 
 
 def _pruned(source: Path, cache: Path) -> tuple[Any, Any]:
-    _, tokenizer = load_dense(source, torch.bfloat16)
     folder = cache / "ours" / "pruned"
     if not folder.is_dir():
         model, tokenizer = load_dense(source, torch.bfloat16)
         data = windows(demo_texts()[0], tokenizer, length=512, count=32)
-        sp.prune(
-            model, "2:4", "admm", calibration=data
-        )  # not "auto": what fits in its minutes depends on the machine
+        # not "auto": what fits in its minutes depends on the machine
+        sp.prune(model, "2:4", "admm", calibration=data)
         sp.save(model, folder, tokenizer)
-    return sp.load(folder), tokenizer
-
-
-def loaded(folder: Path) -> Any:
-    return sp.load(folder).eval()
-
-
-def tokenizer_of(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+    return sp.load(folder), load_tokenizer(folder)
 
 
 def in_form(dense: Any, form: Form) -> Any:
@@ -101,14 +88,6 @@ def in_form(dense: Any, form: Form) -> Any:
     if form.encoding is not None:
         sp.quantize(model, form.encoding, "nearest", embeddings=form.embeddings)  # type: ignore[arg-type]
     return model
-
-
-def file_bytes(folder: Path) -> int:
-    return (folder / WEIGHTS_FILE).stat().st_size
-
-
-def held_bytes(model: Any) -> int:
-    return memory_bytes(model)
 
 
 def second_halves(model: Any, text: str | torch.Tensor, tokenizer: Any, window: int, count: int) -> float:

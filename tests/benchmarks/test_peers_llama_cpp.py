@@ -14,7 +14,9 @@ from helpers import tiny
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import peers_llama_cpp
-from llama_cpp import ours, picture, shapes, tools
+from llama_cpp import build, ours, picture, shapes, tools
+
+from sparseprune.io.inspection import memory_bytes
 
 MACHINE = {
     "cpu": "Some CPU [model 1]", "isa": "avx512_bf16", "caches": {"L1": "48K"}, "cores": 2, "threads": 2, "torch": "2.13",
@@ -58,6 +60,20 @@ def test_a_tool_that_fails_says_why(tmp_path):
         tools.speeds(tmp_path, tmp_path / "model.gguf", threads=1, prompt=1, new=1)
 
 
+def test_version_is_that_of_the_source_package(tmp_path):
+    with pytest.raises(
+        ValueError, match="must hold one source package of llama-cpp-python, .* has none; name another"
+    ):
+        build.version(tmp_path)
+    (tmp_path / "llama_cpp_python-0.3.36.tar.gz").touch()
+    assert build.version(tmp_path) == "llama-cpp-python-0.3.36"
+    (tmp_path / "llama_cpp_python-0.3.9.tar.gz").touch()
+    with pytest.raises(
+        ValueError, match=r"has llama_cpp_python-0.3.36.tar.gz, llama_cpp_python-0.3.9.tar.gz;"
+    ):
+        build.version(tmp_path)
+
+
 def test_the_file_has_the_models_tensors(tmp_path):
     """A GGUF reader finds the shapes of the transformers model, and Q4_0 blocks that stand for finite numbers."""
     file = shapes.write_gguf(tmp_path / "tiny.gguf", SIZES)
@@ -76,7 +92,7 @@ def test_the_file_has_the_models_tensors(tmp_path):
 
 def test_forms_of_a_random_model():
     dense = shapes.random_model(SIZES)
-    sizes = [ours.held_bytes(ours.in_form(dense, form)) for form in ours.SHAPE_FORMS]
+    sizes = [memory_bytes(ours.in_form(dense, form)) for form in ours.SHAPE_FORMS]
     assert sizes == sorted(sizes, reverse=True)
     assert next(dense.parameters()).dtype == torch.bfloat16
 
