@@ -1,6 +1,6 @@
 """Where the time of one token goes: the kernels of the linears, the calls around them, and everything else by kind.
 
-    python benchmarks/decode_profile.py MODEL          # a folder of sparseprune.save(), or a Hugging Face folder
+    python benchmarks/decode_profile.py MODEL          # a folder of sparseprune.save(), with a SparseLinear for each linear
 
 A token is decoded once, and what each module was called with is kept. Then each kind of module is called again with that, in
 turn with whole tokens, eager ones and compiled ones. What a module takes beside its submodules is the difference.
@@ -44,14 +44,14 @@ class Call(NamedTuple):
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="Folder of a language model.")],
+    model: Annotated[Path, typer.Argument(help="Folder that sparseprune.save() wrote.")],
     rounds: Annotated[int, typer.Option(help="Turns of each candidate.")] = 30,
     pause: Annotated[bool, typer.Option(help="Wait for a line on stdin when all is ready.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON in the place of the table.")] = False,
 ) -> None:
     """Milliseconds of one token, by what takes them."""
     with torch.inference_mode():
-        candidates = _candidates(sp.load(model).eval())
+        candidates = _candidates(_loaded(model))
         if pause:
             input("READY: press Enter to measure\n")
         watch = Watch()
@@ -59,6 +59,21 @@ def main(
         others = watch.others()
     run = {"machine": {**machine_record(), "others_cpu_share": others}, "milliseconds": shares(medians)}
     print(to_json(run) if json_ else table(run))
+
+
+def _loaded(folder: Path) -> Any:
+    """
+    Raises:
+        ValueError: a linear has no kernel of ours, and its time would count as that of what is around it.
+    """
+    model = sp.load(folder)
+    dense = [name for name, it in model.named_modules() if isinstance(it, nn.Linear)]
+    if dense:
+        raise ValueError(
+            f"model: every linear must be a SparseLinear, {dense[0]} of {folder} is dense; quantize it, and "
+            "the head by embeddings='int8'"
+        )
+    return model
 
 
 def _candidates(model: Any) -> dict[str, Callable[[], Any]]:
@@ -83,37 +98,34 @@ def _candidates(model: Any) -> dict[str, Callable[[], Any]]:
     compiled_token()
     calls = recorded(model, token)
     linears = [it for it in calls if isinstance(it.module, SparseLinear)]
-    blocks = [it for it in model.modules() if any(_ends(child, "attention") for child in it.children())]
-    inside = {id(it) for block in blocks for it in block.modules()}
-    kinds: dict[str, list[Callable[[], Any]]] = {
+    attention, mlp, norms = (
+        [it for it in calls if _ends(it.module, of)] for of in ("attention", "mlp", "norm")
+    )
+    blocks = [it for it in calls if any(_ends(child, "attention") for child in it.module.children())]
+    inside = _members(blocks)
+    kinds: dict[str, Iterable[Callable[[], Any]]] = {
         "kernels": [kernel(it) for it in linears],
-        "linears": list(linears),
-        "linears in attention": [],
-        "linears in mlp": [],
-        "attention": [],
-        "mlp": [],
-        "norms": [],
-        "norms in blocks": [],
-        "blocks": [it for it in calls if any(it.module is block for block in blocks)],
+        "linears": linears,
+        "linears in attention": [it for it in linears if id(it.module) in _members(attention)],
+        "linears in mlp": [it for it in linears if id(it.module) in _members(mlp)],
+        "attention": attention,
+        "mlp": mlp,
+        "norms": norms,
+        "norms in blocks": [it for it in norms if id(it.module) in inside],
+        "blocks": blocks,
         "head": [it for it in linears if id(it.module) not in inside],
     }
-    held = {"attention": set[int](), "mlp": set[int]()}
-    for it in calls:
-        for kind, ends in (("attention", "attention"), ("mlp", "mlp"), ("norms", "norm")):
-            if _ends(it.module, ends):
-                kinds[kind].append(it)
-                if kind == "norms":
-                    kinds["norms in blocks"] += [it] if id(it.module) in inside else []
-                else:
-                    held[kind] |= {id(child) for child in it.module.modules()}
-    for kind, members in held.items():
-        kinds[f"linears in {kind}"] = [it for it in linears if id(it.module) in members]
     timed = {name: functools.partial(_all, those) for name, those in kinds.items()}
     return {**timed, "token": token, "compiled": compiled_token}
 
 
 def _ends(module: nn.Module, words: str) -> bool:
     return type(module).__name__.lower().endswith(words)
+
+
+def _members(calls: Iterable[Call]) -> set[int]:
+    """Ids of the modules called, and of all within them."""
+    return {id(it) for call in calls for it in call.module.modules()}
 
 
 def _all(calls: Iterable[Callable[[], Any]]) -> None:
@@ -138,13 +150,13 @@ def recorded(model: nn.Module, call: Callable[[], Any]) -> list[Call]:
 def kernel(call: Call) -> Callable[[], Any]:
     """The C++ function behind a call of a `SparseLinear`, its arguments looked up beforehand."""
     layer: Any = call.module
-    x, out = call.arguments[0], layer(*call.arguments)
+    x, bias, out = call.arguments[0], layer.bias, layer(*call.arguments)
     arguments = (
         layer.packed.data_ptr(), layer.packed.numel(), layer.out_features, layer.in_features, layer.packing, x.data_ptr(),
-        x.numel() // layer.in_features, layer.in_features, 0, out.data_ptr(), torch.get_num_threads(), -1,
+        x.numel() // layer.in_features, layer.in_features, 0 if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(), -1,
     )  # fmt: skip
 
-    def run(held: Any = (layer.packed, x, out)) -> None:  # what the addresses point to
+    def run(held: Any = (layer.packed, x, bias, out)) -> None:  # what the addresses point to
         native._core.linear(*arguments)
 
     return run

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
+from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -30,8 +31,12 @@ def test_parts_add_up_to_the_token():
     assert (total, compiled) == (11e3, 12e3)
 
 
-def test_calls_are_recorded_and_their_kernels_write_what_the_layer_gives():
-    model = tiny.llama()
+@pytest.mark.parametrize("biased", [False, True])
+def test_calls_are_recorded_and_their_kernels_write_what_the_layer_gives(biased):
+    model = tiny.llama(attention_bias=biased)
+    for it in model.modules():
+        if getattr(it, "bias", None) is not None:
+            nn.init.normal_(it.bias)
     sp.quantize(model, "int4", "nearest", group_size=32)
     with torch.inference_mode():
         calls = decode_profile.recorded(model, lambda: model(tiny.ids(1, 1)))
@@ -46,3 +51,26 @@ def test_calls_are_recorded_and_their_kernels_write_what_the_layer_gives():
             run()
             assert torch.equal(out, expected)
             assert torch.equal(call(), expected)
+
+
+def test_a_model_with_dense_linears_is_refused(tmp_path):
+    """Their time would be that of attention and the MLP "without linears"."""
+    sp.save(tiny.llama(), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"every linear must be a SparseLinear, model\.layers\.0\..* is dense; quantize"
+    ):
+        decode_profile._loaded(tmp_path)
+
+
+def test_what_is_timed_covers_the_token(monkeypatch):
+    """Each linear is in attention, in the MLP, or the head."""
+    model = tiny.llama()
+    sp.quantize(model, "int4", "nearest", group_size=32, embeddings="int8")
+    monkeypatch.setattr(decode_profile, "compile_decoding", lambda it: None)
+    with torch.inference_mode():
+        timed = decode_profile._candidates(model)
+    counts = {name: len(it.args[0]) for name, it in timed.items() if name not in ("token", "compiled")}
+    assert counts == {
+        "kernels": 15, "linears": 15, "linears in attention": 8, "linears in mlp": 6, "attention": 2, "mlp": 2, "norms": 5,
+        "norms in blocks": 4, "blocks": 2, "head": 1,
+    }  # fmt: skip
