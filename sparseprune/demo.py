@@ -330,16 +330,10 @@ def run(
         budget.prompt, budget.decode = (sum(1 / it for it in found.values()) for found in (prompt, decode))
         read = budget.fitting(budget.reading)
         if read.evaluation_windows < protocol.evaluation_windows:
-            short = read.evaluation_length < protocol.evaluation_length
-            notes.append(
-                f"perplexity: {read.evaluation_windows} of {protocol.evaluation_windows} windows "
-                + (
-                    f"and {read.evaluation_length} of their {protocol.evaluation_length} tokens "
-                    if short
-                    else ""
-                )
-                + "fit"
-            )
+            fits = f"{read.evaluation_windows} of {protocol.evaluation_windows} windows"
+            if read.evaluation_length < protocol.evaluation_length:
+                fits += f" and {read.evaluation_length} of their {protocol.evaluation_length} tokens"
+            notes.append(f"perplexity: {fits} fit")
         columns = []
         for name, model in models.items():
             say(f"Perplexity and a sentence: {name}")
