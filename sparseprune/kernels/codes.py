@@ -111,12 +111,7 @@ def layout_for(kind: str, n: int, m: int, dtype: torch.dtype, where: Tensor) -> 
 
 
 def pack_codes(
-    codes: Tensor,
-    mask: Tensor | None,
-    scales: Tensor,
-    minimums: Tensor | None,
-    cols: int,
-    packing: int,
+    codes: Tensor, mask: Tensor | None, scales: Tensor, minimums: Tensor | None, cols: int, packing: int
 ) -> Packed:
     """For the kernels of the device that everything is on. Everything is of the shapes and dtypes that `packing`, of a layout
     that `layout_for` gives there, and `cols` say."""

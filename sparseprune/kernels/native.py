@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseprune.kernels import _core
 from sparseprune.kernels.checks import refuse_input
-from sparseprune.kernels.packing import DTYPES, dtype_of, layout_of, parts_of_codes
+from sparseprune.kernels.packing import CODES, DTYPES, dtype_of, parts_of_codes
 
 LAYOUTS: tuple[str, ...] = ("tile", "csr")
 """Of plain values."""
@@ -204,14 +204,28 @@ def packed_bytes(rows: int, cols: int, packing: int, nnz: int, bits: Tensor | No
 
 
 def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, packing: int) -> Tensor:
-    rows = bits.shape[0]
-    packed = torch.empty(packed_bytes(rows, cols, packing, values.numel()), dtype=torch.uint8)
+    return _pack(values, bits, offsets, None, None, bits.shape[0], cols, packing)
+
+
+def _pack(
+    values: Tensor,
+    bits: Tensor | None,
+    offsets: Tensor | None,
+    scales: Tensor | None,
+    minimums: Tensor | None,
+    rows: int,
+    cols: int,
+    packing: int,
+) -> Tensor:
+    """bits, offsets: None where every entry is kept; scales and minimums where values are not codes, or have none."""
+    kept = rows * cols if offsets is None else int(offsets[-1])
+    packed = torch.empty(packed_bytes(rows, cols, packing, kept, bits), dtype=torch.uint8)
     _core.pack(
         values.data_ptr(),
-        bits.data_ptr(),
-        offsets.data_ptr(),
-        0,
-        0,
+        _address(bits),
+        _address(offsets),
+        _address(scales),
+        _address(minimums),
         packed.data_ptr(),
         rows,
         cols,
@@ -219,6 +233,10 @@ def pack(values: Tensor, bits: Tensor, offsets: Tensor, cols: int, packing: int)
         _threads(),
     )
     return packed
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def unpack(packed: Tensor, rows: int, cols: int, packing: int) -> tuple[Tensor, Tensor]:
@@ -249,25 +267,8 @@ def pack_codes(
     codes: Tensor, mask: Tensor | None, scales: Tensor, minimums: Tensor | None, cols: int, packing: int
 ) -> Tensor:
     """The blob of a weight in codes (kernels/codes.py)."""
-    rows = scales.shape[0]
-    offsets = None
-    if mask is not None and layout_of(packing) == "bitquads":
-        offsets = count_bits(mask, cols)
-    kept = 0 if offsets is None else int(offsets[-1])  # of the other layouts, it follows from the shape
-    packed = torch.empty(packed_bytes(rows, cols, packing, kept, mask), dtype=torch.uint8)
-    _core.pack(
-        codes.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        0 if offsets is None else offsets.data_ptr(),
-        scales.data_ptr(),
-        0 if minimums is None else minimums.data_ptr(),
-        packed.data_ptr(),
-        rows,
-        cols,
-        packing,
-        _threads(),
-    )
-    return packed
+    offsets = None if mask is None else count_bits(mask, cols)
+    return _pack(codes, mask, offsets, scales, minimums, scales.shape[0], cols, packing)
 
 
 def unpack_codes(packed: Tensor, rows: int, cols: int, packing: int) -> dict[str, Tensor]:
@@ -287,10 +288,8 @@ def unpack_codes(packed: Tensor, rows: int, cols: int, packing: int) -> dict[str
                 f"packed: must keep the {nnz} values that its header says, got a mask of {int(offsets[-1])}; the weight is "
                 "damaged, pack it again"
             )
-    first = 0 if offsets is None else offsets.data_ptr()
-    _core.unpack_values(*blob, first, parts["codes"].data_ptr(), _threads())
-    minimums = parts["minimums"].data_ptr() if "minimums" in parts else 0
-    _core.unpack_scales(*blob, parts["scales"].data_ptr(), minimums, _threads())
+    _core.unpack_values(*blob, _address(offsets), parts["codes"].data_ptr(), _threads())
+    _core.unpack_scales(*blob, parts["scales"].data_ptr(), _address(parts.get("minimums")), _threads())
     return parts
 
 
@@ -310,6 +309,54 @@ def lookup(packed: Tensor, rows: int, cols: int, packing: int, indices: Tensor) 
         _threads(),
     )
     return out
+
+
+def round_weight(
+    weight: Tensor,
+    scales: Tensor,
+    minimums: Tensor | None,
+    kept: Tensor | None,
+    group: int,
+    encoding: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """What a float32 weight rounds to, in `dtype`; None: the codes, int8 (kernels/rounding.py)."""
+    out = torch.empty(weight.shape, dtype=dtype or torch.int8)
+    given = _rounding(weight, scales, minimums, kept, group, encoding)
+    _core.round_weight(*given, -1 if dtype is None else DTYPES[dtype], out.data_ptr(), _threads())
+    return out
+
+
+def round_gradients(
+    gradient: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    minimums: Tensor | None,
+    kept: Tensor | None,
+    group: int,
+    encoding: str,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """The gradients of `round_weight` to weight, scales and minimums (left alone where there are none), to out."""
+    of_weight, of_scales, of_minimums = out
+    _core.round_gradients(
+        *_rounding(weight, scales, minimums, kept, group, encoding),
+        DTYPES[gradient.dtype],
+        gradient.data_ptr(),
+        of_weight.data_ptr(),
+        of_scales.data_ptr(),
+        0 if minimums is None else of_minimums.data_ptr(),
+        _threads(),
+    )
+
+
+def _rounding(
+    weight: Tensor, scales: Tensor, minimums: Tensor | None, kept: Tensor | None, group: int, encoding: str
+) -> tuple[int, int, int, int, int, int, int, int, int, int]:
+    """What both kernels are told."""
+    (rows, cols), code = weight.shape, CODES[encoding]
+    places = scales.data_ptr(), _address(minimums), _address(kept)
+    return weight.data_ptr(), rows, cols, group, *places, code.zero, code.least, code.largest
 
 
 def mask_bytes(x: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseprune.kernels import _core
+from sparseprune.kernels import native
 from sparseprune.kernels.checks import check, check_device, check_matrix
 from sparseprune.kernels.ops import define, library
 from sparseprune.kernels.packing import CODES, DTYPES
@@ -55,9 +55,7 @@ def round_codes(
     """The codes, int8 [rows, cols], whose values `round_through` gives; a pruned weight has the code of 0."""
     it = _Rounded(weight.detach(), scales.detach(), minimums, kept, group_size, encoding).checked()
     if weight.is_cpu:
-        out = torch.empty(weight.shape, dtype=torch.int8)
-        _core.round_weight(*it.call(-1, out))
-        return out
+        return native.round_weight(*it, None)
     codes, _ = it.steps()
     return (codes if kept is None else codes.where(kept, CODES[encoding].zero)).to(torch.int8)
 
@@ -119,15 +117,6 @@ class _Rounded(NamedTuple):
         )
         check_device("weight", self.weight, **{name: part})
 
-    def call(self, dtype: int, *rest: Tensor | None) -> tuple[Any, ...]:
-        """A kernel's arguments; every tensor is on the CPU."""
-        weight, scales, minimums, kept, group, encoding = self
-        code = CODES[encoding]
-        places = (0 if it is None else it.data_ptr() for it in (scales, minimums, kept))
-        others = (0 if it is None else it.data_ptr() for it in rest)
-        numbers = (code.zero, code.least, code.largest, dtype)
-        return weight.data_ptr(), *weight.shape, group, *places, *numbers, *others, torch.get_num_threads()
-
     def wide(self, part: Tensor) -> Tensor:
         """[rows, groups] to [rows, cols]."""
         return part.repeat_interleave(self.group_size, 1)[:, : self.weight.shape[1]]
@@ -150,9 +139,7 @@ def _real(*given: Any) -> Tensor:
     dtype = given[-1]
     it = _Rounded(*given[:-1]).checked(dtype)
     if it.weight.is_cpu:
-        out = torch.empty(it.weight.shape, dtype=dtype)
-        _core.round_weight(*it.call(DTYPES[dtype], out))
-        return out
+        return native.round_weight(*it, dtype)
     codes, _ = it.steps()
     value = (codes - CODES[it.encoding].zero) * it.wide(it.scales)
     if it.minimums is not None:
@@ -171,19 +158,16 @@ def _gradients_real(gradient: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tens
         gradient.shape == it.weight.shape,
         lambda: f"gradient: shape must be {tuple(it.weight.shape)}, got {tuple(gradient.shape)}",
     )
-    of_weight, of_scales, of_minimums = _gradients_fake(gradient, *it)
+    out = _gradients_fake(gradient, *it)
     if it.weight.is_cpu:
-        last = None if it.minimums is None else of_minimums
-        gradient = gradient.contiguous()  # kept until the kernel has read it
-        _core.round_gradients(*it.call(DTYPES[gradient.dtype], gradient, of_weight, of_scales, last))
-        return of_weight, of_scales, of_minimums
+        native.round_gradients(gradient.contiguous(), *it, out)
+        return out
     codes, steps = it.steps()
     up = gradient.float() if it.kept is None else torch.where(it.kept, gradient.float(), 0)
     off = codes - steps
     inside = (off.abs() <= 0.5) & (it.wide(it.scales) != 0)
     of_scales = it.sums(up * torch.where(inside, off, codes - CODES[it.encoding].zero))
-    if it.minimums is not None:
-        of_minimums = it.sums(torch.where(inside, 0, up))
+    of_minimums = out[2] if it.minimums is None else it.sums(torch.where(inside, 0, up))
     return torch.where(inside, up, 0), of_scales, of_minimums
 
 
