@@ -368,8 +368,7 @@ def unpack(packed: Tensor, rows: int, cols: int, packing: int) -> tuple[Tensor, 
     bits = _new(packed, rows, (cols + 7) // 8, dtype=torch.uint8)
     _unpack(packed, packing, full, bits)
     offsets = count_bits(bits, cols)
-    if int(offsets[-1]) != nnz:
-        raise ValueError("packed: its index is damaged; pack the weight again")
+    native.require_kept(nnz, int(offsets[-1]))
     return compress(full, bits, offsets), bits
 
 
@@ -441,6 +440,8 @@ def unpack_codes(packed: Tensor, rows: int, cols: int, packing: int) -> dict[str
         packing,
         *(_target(parts[name]) if name in parts else 0 for name in ("codes", "mask", "scales", "minimums")),
     )
+    if "mask" in parts:
+        native.require_kept(nnz, int(count_bits(parts["mask"], cols)[-1]))
     return parts
 
 

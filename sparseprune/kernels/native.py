@@ -271,6 +271,15 @@ def pack_codes(
     return _pack(codes, mask, offsets, scales, minimums, scales.shape[0], cols, packing)
 
 
+def require_kept(nnz: int, found: int) -> None:
+    """ValueError where the mask of a blob keeps another number of entries than its header says."""
+    if found != nnz:
+        raise ValueError(
+            f"packed: must keep the {nnz} values that its header says, got a mask of {found}; the weight is damaged, pack it "
+            "again"
+        )
+
+
 def unpack_codes(packed: Tensor, rows: int, cols: int, packing: int) -> dict[str, Tensor]:
     """What it was packed from, by the names of `parts_of_codes`. ValueError where it is not that weight."""
     nnz = header(packed, rows, cols, packing)["nnz"]
@@ -283,11 +292,7 @@ def unpack_codes(packed: Tensor, rows: int, cols: int, packing: int) -> dict[str
     if "mask" in parts:
         _core.unpack_bits(*blob, parts["mask"].data_ptr(), _threads())
         offsets = count_bits(parts["mask"], cols)
-        if int(offsets[-1]) != nnz:
-            raise ValueError(
-                f"packed: must keep the {nnz} values that its header says, got a mask of {int(offsets[-1])}; the weight is "
-                "damaged, pack it again"
-            )
+        require_kept(nnz, int(offsets[-1]))
     _core.unpack_values(*blob, _address(offsets), parts["codes"].data_ptr(), _threads())
     _core.unpack_scales(*blob, parts["scales"].data_ptr(), _address(parts.get("minimums")), _threads())
     return parts

@@ -233,6 +233,18 @@ def test_truncated_and_shifted_blobs_are_refused(put, kind):
         ops.linear(x, good._replace(packing=packing_of(kind, torch.float16, 32)))
 
 
+def test_a_mask_that_keeps_other_than_its_header_says_is_found(put):
+    good = random_codes(("octets", "int4"), 20, 132, 64).pack(torch.float16, put)
+    blob = good.blob.cpu().clone()
+    blob[64 + 512] = (
+        0  # the first places of the first unit: two values of a group are said to lie in column 0
+    )
+    with pytest.raises(
+        ValueError, match=r"packed: must keep the 1320 values .* got a mask of 131[89]; the weight"
+    ):
+        unpack_codes(good._replace(blob=put(blob)))
+
+
 @pytest.mark.parametrize(
     ("layout", "dtype", "encoding"),
     [
