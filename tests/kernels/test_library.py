@@ -35,9 +35,7 @@ def op_arguments(place: Place) -> dict[str, list[tuple]]:
     _, bias, packed = packed_layer(layout=place.layouts[-1], put=place.put)
     blob, *how = packed
     a = place.put(torch.randn(3, 36))
-    quads = random_codes(("quads", "int4"), 20, 36, 32).pack(
-        torch.bfloat16
-    )  # on the CPU: there alone are kernels for it
+    codes = random_codes(("quads", "int4"), 20, 36, 32).pack(torch.bfloat16, place.put)
     rounded = (torch.randn(5, 70), torch.rand(5, 3) + 0.1, torch.randn(5, 3), torch.rand(5, 70) < 0.5)
     return {
         "mask_apply": [(x, keep), (x.t(), keep.t()), (x.half(), keep)],
@@ -64,7 +62,8 @@ def op_arguments(place: Place) -> dict[str, list[tuple]]:
             (place.put(torch.randn(36)), blob, None, *how),
         ],
         "lookup": [
-            (ids, *quads) for ids in (torch.tensor([[3, 0], [19, 3]]), torch.tensor(5, dtype=torch.int32))
+            (place.put(ids), *codes)
+            for ids in (torch.tensor([[3, 0], [19, 3]]), torch.tensor(5, dtype=torch.int32))
         ],
         "round_through": [(*rounded, 32, "int4_minimum", torch.bfloat16)],
         "round_through_gradients": [(torch.randn(5, 70), *rounded, 32, "int4_minimum")],
