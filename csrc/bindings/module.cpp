@@ -1,5 +1,5 @@
-// The extension module: addresses, shapes and strides in, nothing of torch. One registration an operation; every call
-// releases the GIL. sparseprune/kernels/native.py is the only caller and keeps the tensors alive.
+// The extension module: addresses, shapes and strides in, nothing of torch but what tensors.h reads. One registration an
+// operation; what takes time releases the GIL. sparseprune/kernels/native.py is the only caller and keeps the tensors alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -33,7 +33,6 @@ struct DlExchange {
 
 constexpr int kDlCpu = 1;
 constexpr std::uint8_t kDlUint = 1, kDlFloat = 2, kDlBfloat = 4;
-constexpr int kDtypes = 3;
 constexpr int kMaxDims = 8;
 
 // Filled once by use_tensors, never freed: the interpreter is gone before this library is.
@@ -41,7 +40,7 @@ struct Torch {
   const DlExchange* exchange = nullptr;
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   PyObject* empty = nullptr;
-  PyObject* dtypes[kDtypes] = {};
+  PyObject* dtypes[kDTypes] = {};
   PyObject* names = nullptr;  // ("dtype",)
 } g_torch;
 
@@ -91,7 +90,7 @@ bool use_tensors(py::type tensor, py::type parameter, py::object empty, py::list
       static_cast<const DlExchange*>(PyCapsule_GetPointer(tensor.attr(attribute).ptr(), "dlpack_exchange_api"));
   if (exchange == nullptr) throw py::error_already_set();
   if (exchange->version.major != 1 || exchange->tensor_from_object == nullptr) return false;
-  for (int i = 0; i < kDtypes; ++i) g_torch.dtypes[i] = Py_NewRef(PyList_GET_ITEM(dtypes.ptr(), i));
+  for (int i = 0; i < kDTypes; ++i) g_torch.dtypes[i] = Py_NewRef(PyList_GET_ITEM(dtypes.ptr(), i));
   g_torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   g_torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   g_torch.empty = empty.release().ptr();

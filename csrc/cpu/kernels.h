@@ -78,7 +78,7 @@ enum class Strategy : std::uint8_t {
   csr_batch,     // lanes are batch rows
   quads_rows,    // dense codes: decoded in registers for a few batch rows, integer sums
   octets_rows,   // 2:4 codes: the same, with activations picked by the kept places
-  bitquads_rows  // codes of any zero pattern: a chunk of columns is decoded to L1 once for all batch rows
+  bitquads_rows  // codes of any zero pattern: expanded to what quads_rows multiplies
 };
 constexpr int kStrategies = 9;
 

@@ -1,4 +1,4 @@
-"""The compiled extension. Addresses are `tensor.data_ptr()`; nothing here keeps a tensor alive: see native.py."""
+"""The compiled extension. Addresses are `tensor.data_ptr()`, which keep no tensor alive: see native.py."""
 
 from torch import Tensor, dtype
 

@@ -27,7 +27,7 @@ constexpr std::int64_t kTailBytes = 64;  // on a CPU: a vector load may read thi
 struct Geometry {
   std::int64_t units;    // tile and layouts of codes: row tiles, csr: rows, on a GPU: strips of rows x blocks of columns
   std::int64_t kpad;     // columns rounded up to whole blocks, at least one: no kernel meets an empty K
-  std::int64_t offsets;  // int64 [units + 1]: index of each unit's first value; sparse24 needs none and has none
+  std::int64_t offsets;  // int64 [units + 1]: where each unit's values begin; none where units are of one size
   std::int64_t index;    // where values belong: each layout's own
   std::int64_t values;
   std::int64_t scales, minimums;  // [units, groups of columns, rows of a unit]; 0 where there are none, or within units

@@ -14,12 +14,19 @@ namespace sparseprune {
 namespace {
 
 struct Codes {
-  std::int64_t rows, cols;
+  std::int64_t rows, cols, kpad;
   int bits;
+
+  int mask() const {
+    return (1 << bits) - 1;
+  }
 };
 
-Codes codes_of(const PackedHeader& h) {
-  return {h.rows, h.cols, static_cast<int>(value_bits(h.encoding, h.dtype))};
+Codes codes_of(const PackedHeader& h, const Geometry& g) {
+  return {h.rows, h.cols, g.kpad, static_cast<int>(value_bits(h.encoding, h.dtype))};
+}
+Codes codes_of(const PackedView& v) {
+  return codes_of(v.header, v.geometry);
 }
 
 int code_at(const std::uint8_t* codes, int bits, std::int64_t i) {
@@ -62,8 +69,8 @@ void kept_columns(const Codes& c, const std::uint8_t* mask, const Visit& visit) 
 }
 
 void pack_quads(const Codes& c, const std::uint8_t* codes, std::uint8_t* values, int threads) {
-  const std::int64_t bytes = quads::tile_bytes(c.bits, round_up(c.cols > 0 ? c.cols : 1, quads::kCols));
-  const int mask = c.bits == 8 ? 255 : 15, flip = c.bits == 8 ? 128 : 0;
+  const std::int64_t bytes = quads::tile_bytes(c.bits, c.kpad);
+  const int flip = c.bits == 8 ? 128 : 0;
   for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
     std::uint8_t* tile = values + t * bytes;
     std::memset(tile, quads::padding(c.bits), static_cast<std::size_t>(bytes));
@@ -71,22 +78,22 @@ void pack_quads(const Codes& c, const std::uint8_t* codes, std::uint8_t* values,
       const std::int64_t row = (first + r) * c.cols;
       for (std::int64_t k = 0; k < c.cols; ++k) {
         const int code = code_at(codes, c.bits, row + k) ^ flip;
-        replace(tile + quads::byte_of(c.bits, r, k), mask, quads::shift_of(c.bits, k), code);
+        replace(tile + quads::byte_of(c.bits, r, k), c.mask(), quads::shift_of(c.bits, k), code);
       }
     }
   });
 }
 
 void unpack_quads(const Codes& c, const std::uint8_t* values, std::uint8_t* codes, int threads) {
-  const std::int64_t bytes = quads::tile_bytes(c.bits, round_up(c.cols > 0 ? c.cols : 1, quads::kCols));
-  const int mask = c.bits == 8 ? 255 : 15, flip = c.bits == 8 ? 128 : 0;
+  const std::int64_t bytes = quads::tile_bytes(c.bits, c.kpad);
+  const int flip = c.bits == 8 ? 128 : 0;
   for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
     const std::uint8_t* tile = values + t * bytes;
     std::memset(codes + first * c.cols * c.bits / 8, 0, code_bytes(c, rows * c.cols));
     for (int r = 0; r < rows; ++r) {
       const std::int64_t row = (first + r) * c.cols;
       for (std::int64_t k = 0; k < c.cols; ++k) {
-        const int code = tile[quads::byte_of(c.bits, r, k)] >> quads::shift_of(c.bits, k) & mask;
+        const int code = tile[quads::byte_of(c.bits, r, k)] >> quads::shift_of(c.bits, k) & c.mask();
         set_code(codes, c.bits, row + k, code ^ flip);
       }
     }
@@ -94,9 +101,8 @@ void unpack_quads(const Codes& c, const std::uint8_t* values, std::uint8_t* code
 }
 
 void pack_octets(const Codes& c, const std::uint8_t* codes, const std::uint8_t* mask, std::uint8_t* values, int threads) {
-  const std::int64_t kpad = round_up(c.cols > 0 ? c.cols : 1, octets::kCols), stride = ceil_div(c.cols, 8);
-  const std::int64_t bytes = octets::tile_bytes(c.bits, kpad), unit = octets::unit_bytes(c.bits);
-  const int code_mask = c.bits == 8 ? 255 : 15;
+  const std::int64_t stride = ceil_div(c.cols, 8);
+  const std::int64_t bytes = octets::tile_bytes(c.bits, c.kpad), unit = octets::unit_bytes(c.bits);
   for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
     std::uint8_t* tile = values + t * bytes;
     for (std::int64_t u = 0; u < bytes; u += unit) {
@@ -107,7 +113,7 @@ void pack_octets(const Codes& c, const std::uint8_t* codes, const std::uint8_t* 
       std::int64_t next = (first + r) * c.cols / 2;
       kept_columns(c, mask + (first + r) * stride, [&](std::int64_t k, int nth) {
         replace(tile + octets::place_byte(c.bits, r, k, nth), 3, octets::place_shift(k), static_cast<int>(k % 4));
-        replace(tile + octets::value_byte(c.bits, r, k, nth), code_mask, octets::value_shift(c.bits, k),
+        replace(tile + octets::value_byte(c.bits, r, k, nth), c.mask(), octets::value_shift(c.bits, k),
                 code_at(codes, c.bits, next++));
       });
     }
@@ -115,8 +121,8 @@ void pack_octets(const Codes& c, const std::uint8_t* codes, const std::uint8_t* 
 }
 
 void unpack_octets_mask(const Codes& c, const std::uint8_t* values, std::uint8_t* mask, int threads) {
-  const std::int64_t kpad = round_up(c.cols > 0 ? c.cols : 1, octets::kCols), stride = ceil_div(c.cols, 8);
-  const std::int64_t bytes = octets::tile_bytes(c.bits, kpad);
+  const std::int64_t stride = ceil_div(c.cols, 8);
+  const std::int64_t bytes = octets::tile_bytes(c.bits, c.kpad);
   for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
     const std::uint8_t* tile = values + t * bytes;
     std::memset(mask + first * stride, 0, static_cast<std::size_t>(rows * stride));
@@ -133,8 +139,7 @@ void unpack_octets_mask(const Codes& c, const std::uint8_t* values, std::uint8_t
 }
 
 void unpack_octets_codes(const Codes& c, const std::uint8_t* values, std::uint8_t* codes, int threads) {
-  const std::int64_t bytes = octets::tile_bytes(c.bits, round_up(c.cols > 0 ? c.cols : 1, octets::kCols));
-  const int mask = c.bits == 8 ? 255 : 15;
+  const std::int64_t bytes = octets::tile_bytes(c.bits, c.kpad);
   for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
     const std::uint8_t* tile = values + t * bytes;
     std::memset(codes + first * c.cols / 2 * c.bits / 8, 0, code_bytes(c, rows * (c.cols / 2)));
@@ -142,7 +147,7 @@ void unpack_octets_codes(const Codes& c, const std::uint8_t* values, std::uint8_
       std::int64_t next = (first + r) * c.cols / 2;
       for (std::int64_t k = 0; k < c.cols; k += 4) {
         for (int nth = 0; nth < 2; ++nth) {
-          const int code = tile[octets::value_byte(c.bits, r, k, nth)] >> octets::value_shift(c.bits, k) & mask;
+          const int code = tile[octets::value_byte(c.bits, r, k, nth)] >> octets::value_shift(c.bits, k) & c.mask();
           set_code(codes, c.bits, next++, code);
         }
       }
@@ -169,10 +174,10 @@ int bitquads_flip(int bits) {
 }
 
 // Bytes of the values of a tile of `rows` rows; mask: of its first row.
-std::int64_t bitquads_bytes(const Codes& c, const std::uint8_t* mask, int rows) {
+std::int64_t bitquads_bytes(int code_bits, std::int64_t cols, const std::uint8_t* mask, int rows) {
   std::uint64_t is_high = 0;
   for (int i = 0; i < 16; ++i) is_high |= bitquads::is_high(i) ? std::uint64_t{15} << 4 * i : 0;
-  const std::int64_t stride = ceil_div(c.cols, 8);
+  const std::int64_t stride = ceil_div(cols, 8);
   std::int64_t low = 0, high = 0;
   for (int r = 0; r < rows; ++r) {
     for (std::int64_t at = 0; at < stride; at += 8) {
@@ -182,7 +187,7 @@ std::int64_t bitquads_bytes(const Codes& c, const std::uint8_t* mask, int rows) 
       high += __builtin_popcountll(bits & is_high);
     }
   }
-  return c.bits == 8 ? low + high : low > high ? low : high;
+  return code_bits == 8 ? low + high : low > high ? low : high;
 }
 
 void pack_bitquads(const Codes& c, const Geometry& g, const Canonical& weight, std::uint8_t* blob, int threads) {
@@ -191,7 +196,7 @@ void pack_bitquads(const Codes& c, const Geometry& g, const Canonical& weight, s
   auto* offsets = reinterpret_cast<std::int64_t*>(blob + g.offsets);
   std::memset(offsets, 0, static_cast<std::size_t>(g.index - g.offsets));
   for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
-    offsets[t + 1] = bitquads_bytes(c, weight.bits + first * stride, rows);
+    offsets[t + 1] = bitquads_bytes(c.bits, c.cols, weight.bits + first * stride, rows);
   });
   for (std::int64_t t = 0; t < g.units; ++t) offsets[t + 1] += offsets[t];
   for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
@@ -218,7 +223,7 @@ void pack_bitquads(const Codes& c, const Geometry& g, const Canonical& weight, s
 void unpack_bitquads_mask(const Codes& c, const PackedView& v, std::uint8_t* mask, int threads) {
   const std::int64_t stride = ceil_div(c.cols, 8);
   for_tiles(c.rows, threads, [&](std::int64_t t, int rows, std::int64_t first) {
-    const std::uint8_t* masks = static_cast<const std::uint8_t*>(v.index) + t * v.geometry.kpad * 2;
+    const std::uint8_t* masks = static_cast<const std::uint8_t*>(v.index) + t * c.kpad * 2;
     std::memset(mask + first * stride, 0, static_cast<std::size_t>(rows * stride));
     for (int r = 0; r < rows; ++r) {
       std::uint8_t* bits = mask + (first + r) * stride;
@@ -237,9 +242,9 @@ void unpack_bitquads_codes(const Codes& c, const PackedView& v, const std::int64
     std::int64_t next[codes::kRows] = {};
     for (int r = 0; r < rows; ++r) next[r] = offsets[first + r];
     const std::int64_t begin = offsets[first] / 2, end = offsets[first + rows] / 2;  // bytes that other tiles may share
-    const auto* masks = static_cast<const std::uint8_t*>(v.index) + t * v.geometry.kpad * 2;
+    const auto* masks = static_cast<const std::uint8_t*>(v.index) + t * c.kpad * 2;
     const auto* values = static_cast<const std::uint8_t*>(v.values) + v.offsets[t];
-    walk_bitquads(c.bits, masks, v.geometry.kpad, values, [&](int row, const std::uint8_t* byte, int shift) {
+    walk_bitquads(c.bits, masks, c.kpad, values, [&](int row, const std::uint8_t* byte, int shift) {
       const std::int64_t at = next[row]++;
       if (c.bits == 8) {
         codes[at] = *byte;
@@ -281,18 +286,18 @@ void unpack_scales(std::int64_t rows, std::int64_t groups, std::int64_t padded_g
 std::int64_t stored_codes(std::int64_t rows, std::int64_t cols, const Packing& packing, const std::uint8_t* mask) {
   if (packing.layout != Layout::bitquads || rows <= 0 || cols <= 0) return 0;
   if (mask == nullptr) throw std::invalid_argument("mask: must be there, layout bitquads depends on it; pass the weight's");
-  const Codes c{rows, cols, static_cast<int>(value_bits(packing.encoding, packing.dtype))};
+  const int bits = static_cast<int>(value_bits(packing.encoding, packing.dtype));
   std::int64_t bytes = 0;
   for (std::int64_t first = 0; first < rows; first += codes::kRows) {
     const std::int64_t left = rows - first;
-    bytes +=
-        bitquads_bytes(c, mask + first * ceil_div(cols, 8), static_cast<int>(left < codes::kRows ? left : codes::kRows));
+    const int there = static_cast<int>(left < codes::kRows ? left : codes::kRows);
+    bytes += bitquads_bytes(bits, cols, mask + first * ceil_div(cols, 8), there);
   }
   return bytes;
 }
 
 void pack_codes(const PackedHeader& h, const Geometry& g, const Canonical& weight, std::uint8_t* blob, int threads) {
-  const Codes c = codes_of(h);
+  const Codes c = codes_of(h, g);
   const auto* codes = static_cast<const std::uint8_t*>(weight.values);
   if (h.layout == Layout::quads) {
     pack_quads(c, codes, blob + g.values, threads);
@@ -314,21 +319,21 @@ void pack_codes(const PackedHeader& h, const Geometry& g, const Canonical& weigh
 void unpack_codes(const PackedView& v, const std::int64_t* offsets, std::uint8_t* codes, int threads) {
   const auto* values = static_cast<const std::uint8_t*>(v.values);
   if (v.header.layout == Layout::quads) {
-    unpack_quads(codes_of(v.header), values, codes, threads);
+    unpack_quads(codes_of(v), values, codes, threads);
   } else if (v.header.layout == Layout::bitquads) {
-    unpack_bitquads_codes(codes_of(v.header), v, offsets, codes, threads);
+    unpack_bitquads_codes(codes_of(v), v, offsets, codes, threads);
   } else {
-    unpack_octets_codes(codes_of(v.header), values, codes, threads);
+    unpack_octets_codes(codes_of(v), values, codes, threads);
   }
 }
 
 void unpack_code_bits(const PackedView& v, std::uint8_t* bits, int threads) {
-  if (v.header.layout == Layout::bitquads) return unpack_bitquads_mask(codes_of(v.header), v, bits, threads);
+  if (v.header.layout == Layout::bitquads) return unpack_bitquads_mask(codes_of(v), v, bits, threads);
   if (v.header.layout != Layout::octets) {
     throw std::invalid_argument("packed: holds " + describe(packing_of(v.header)) +
                                 ", which keeps every entry and has no bits");
   }
-  unpack_octets_mask(codes_of(v.header), static_cast<const std::uint8_t*>(v.values), bits, threads);
+  unpack_octets_mask(codes_of(v), static_cast<const std::uint8_t*>(v.values), bits, threads);
 }
 
 void unpack_code_scales(const PackedView& v, const std::uint8_t* blob, std::uint16_t* scales, std::uint16_t* minimums,

@@ -1,4 +1,4 @@
-// The shape of a block's product, for the linears over strips of 32 rows: sparse24.cuh and codes.cuh.
+// The shape of a block's product, for the linears over strips of 32 rows: sparse24.cuh and fragments.cuh.
 #pragma once
 
 namespace sparseprune::cuda {
