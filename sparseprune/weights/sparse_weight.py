@@ -47,8 +47,8 @@ class SparseWeight:
     ) -> SparseWeight:
         """Canonical form of `weight` `[rows, cols]`; ValueError says where a weight does not fit the format.
 
-        encoding: "int8", "int4" of any format but CSR, "int4_minimum" of dense ones (groups of 64, float16 scales), or an `Encoding`: values are rounded to
-            the nearest code. `sparseprune.quantization` has methods that lose less.
+        encoding: "int8", "int4" of any format but CSR, "int4_minimum" of dense ones (groups of 64, float16 scales), or an
+            `Encoding`: values are rounded to the nearest code. `sparseprune.quantization` has methods that lose less.
         """
         form, values_as = Format.parse(format), Encoding.parse(encoding)
         if weight.dim() != 2:
@@ -99,12 +99,9 @@ class SparseWeight:
         count = self.format.count(self.shape)
         if count is not None:
             return count
-        # a byte of int4 holds one value or two
-        return (
-            self.values.numel()
-            if self.mask is None or self.scales is None
-            else int(popcounts(self.mask).sum())
-        )
+        if self.mask is None or self.scales is None:
+            return self.values.numel()
+        return int(popcounts(self.mask).sum())  # a byte of int4 holds one value or two
 
     @property
     def density(self) -> float:

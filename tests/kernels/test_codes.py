@@ -1,4 +1,6 @@
-"""int8 and int4 weights, dense, 2:4 and with zeros anywhere, on every instruction set: against float64 of the same rounded numbers."""
+"""int8 and int4 weights, dense, 2:4 and with zeros anywhere, on every instruction set: against float64 of the same rounded
+numbers.
+"""
 
 from __future__ import annotations
 

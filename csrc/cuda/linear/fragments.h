@@ -7,6 +7,8 @@
 
 namespace sparseprune::cuda {
 
+static_assert(kUnitRows == fragments::kRows && kUnitCols == fragments::kCols);
+
 // What is expanded and multiplied before the sums are scaled: 2 steps of the instruction, 32 columns or 64 (2:4).
 constexpr int kSlabSteps = 2;
 
