@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparseprune.kernels import ops
+from sparseprune.kernels import backend, native, ops
 from sparseprune.weights.linear import SparseLinear
 from sparseprune.weights.sparse_weight import SparseWeight
 
@@ -330,10 +330,9 @@ def test_bad_input_is_refused_on_every_path(place, mode, bias):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_kernel_that_fails_once_is_seen(monkeypatch, bias):
-    from sparseprune.kernels import backend
-
     layer = SparseLinear.from_dense(dense_layer(bias=bias))
-    calls, kernel = [], backend.cpu.linear
+    where = (native, "_linear_of_tensors") if backend.cpu is native else (backend.cpu, "linear")
+    calls, kernel = [], getattr(*where)
 
     def fails_once(*arguments):
         calls.append(arguments)
@@ -341,7 +340,7 @@ def test_a_kernel_that_fails_once_is_seen(monkeypatch, bias):
             raise RuntimeError("no memory for a panel")
         return kernel(*arguments)
 
-    monkeypatch.setattr(backend.cpu, "linear", fails_once)
+    monkeypatch.setattr(*where, fails_once)
     with torch.no_grad(), pytest.raises(RuntimeError, match="no memory for a panel"):
         layer(torch.randn(2, 40))
     assert len(calls) == 1
